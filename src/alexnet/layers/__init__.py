@@ -1,0 +1,1 @@
+"""The operations of the network: torch's names, arguments and meaning, with gradients derived by hand."""

@@ -1,0 +1,144 @@
+"""Which pair of functions serves an operation.
+
+Every operation of the network is a *pair* of plain functions:
+
+    x_forward(...)           -> (y, *saved)
+    x_backward(dy, *saved, ...) -> gradients
+
+A backend is another pair with the same inputs, outputs and gradients. Each backward reads what its own
+forward saved, so pairs are never mixed.
+
+    reference   readable torch, derived in the layer's docstring; any device, float64 included
+    compiled    the same mathematics through torch.compile
+    triton      hand-written kernels, CUDA only
+    native      no pair: torch.nn.functional under autograd; oracle, baseline and export path
+    fast        a table by device of the fastest pairs whose gradients are all ours
+    fastest     the same, with the library's gradient kernel wherever ours loses
+
+`fast` and `fastest` are resolved once, by `Backends.resolve`, when a network is built. Nothing here reads the
+environment, and nothing falls back in silence.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from alexnet.errors import UserError
+
+
+class Backend(StrEnum):
+    reference = "reference"
+    compiled = "compiled"
+    triton = "triton"
+    native = "native"
+    fast = "fast"
+    fastest = "fastest"
+
+
+class Pair(NamedTuple):
+    """A forward and the backward that reads what it saved."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+@dataclass
+class Backends:
+    """One backend per operation; an operation left empty takes `default`."""
+
+    default: Backend = Backend.reference
+    linear: Backend | None = None
+    relu: Backend | None = None
+    tanh: Backend | None = None
+    dropout: Backend | None = None
+    max_pool2d: Backend | None = None
+    local_response_norm: Backend | None = None
+    same_map_norm: Backend | None = None
+    conv2d: Backend | None = None
+    cross_entropy: Backend | None = None
+    relu_lrn_pool: Backend | None = None
+
+    def resolve(self, device_type: str) -> dict[str, str]:
+        """{operation: concrete backend} for one kind of device.
+
+        Raises UserError when a chosen backend cannot be had there; the message names the way out.
+        """
+        chosen = {name: getattr(self, name) or self.default for name in OPERATIONS}
+        concrete = {name: _concrete(name, Backend(choice), device_type) for name, choice in chosen.items()}
+        for operation, backend in concrete.items():
+            pair_for(operation, backend)
+        return {operation: str(backend) for operation, backend in concrete.items()}
+
+
+OPERATIONS = tuple(field.name for field in fields(Backends) if field.name != "default")
+
+# Layer files enter their reference pair here; the other backends are entered when first asked for.
+PAIRS: dict[tuple[str, str], Pair] = {}
+
+
+def pair_for(operation: str, backend: str) -> Pair | None:
+    """The pair that serves an operation; None means native, i.e. torch's own operator under autograd."""
+    if backend == Backend.native:
+        return None
+    pair = PAIRS.get((operation, backend))
+    return pair if pair is not None else _load(operation, backend)
+
+
+def _load(operation: str, backend: str) -> Pair:
+    if backend not in (Backend.compiled, Backend.triton):
+        known = ", ".join(choice for choice in Backend if choice not in (Backend.fast, Backend.fastest))
+        raise UserError(f"backend={backend!r} is no pair for {operation}: choose one of {known}")
+    try:
+        module = import_module(f"alexnet.layers.{backend}")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"backend.{operation}={backend} cannot be used here: {error}. Set backend.{operation}=reference"
+        ) from error
+    pair = module.load(operation)
+    PAIRS[operation, str(backend)] = pair
+    return pair
+
+
+def _concrete(operation: str, choice: Backend, device_type: str) -> Backend:
+    if choice not in (Backend.fast, Backend.fastest):
+        return choice
+    return Backend(import_module("alexnet.layers.compiled").fastest_known(operation, str(choice), device_type))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which an elementwise formula is computed: float32 for half types, else the type itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def to_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Operands of a matrix operation in the autocast type, when autocast is on for their device."""
+    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(_cast(tensor, dtype) for tensor in tensors)
+
+
+def to_float32(tensor: Tensor) -> Tensor:
+    """The operand of a norm or a loss: float32 when autocast is on for its device."""
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return _cast(tensor, torch.float32)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # float64 is asked for on purpose (checks, oracles); autocast leaves it alone, and so do we.
+    if tensor is None or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Inside a pair the types are those of the operands; autocast must not change them again."""
+    return torch.autocast(tensor.device.type, enabled=False)
