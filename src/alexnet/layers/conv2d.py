@@ -1,0 +1,323 @@
+"""The convolution (sections 3.2 and 3.5; conv1 to conv5).
+
+Forward. Output (p, q) is the inner product of a kernel with the window of the input that starts at row
+u p - top and column v q - left; a tap that falls outside the image reads zero:
+
+    y[n,o,p,q] = b[o] + sum_{c,r,s} w[o,c,r,s] x[n, c, u p + r - top, v q + s - left]
+
+(a correlation: the kernel is not flipped, as in the 2012 code, Caffe and torch).
+
+Give every window a row of its own. The *columns* of x are the matrix with one row per output position (n,p,q)
+and one column per weight (r,s,c):
+
+    X[(n,p,q), (r,s,c)] = x[n, c, u p + r - top, v q + s - left]                (unfold: copies, no arithmetic)
+    Y = X W' + b,       with W[o, (r,s,c)] = w[o,c,r,s]
+
+The convolution is now the fully connected layer of linear.py with one "example" per window. Every window uses
+the same W: that is all that weight sharing means, and it is why dW sums over positions as well as over images.
+
+Backward, given dy[n,o,p,q] = dL/dy[n,o,p,q]. Up to the columns nothing is new (linear.py):
+
+    dW = dY' X              dw[o,c,r,s] = sum_{n,p,q} dy[n,o,p,q] x[n, c, u p + r - top, v q + s - left]
+    db = sum of dY's rows   db[o]       = sum_{n,p,q} dy[n,o,p,q]
+    dX = dY W               dX[(n,p,q), (r,s,c)] = sum_o dy[n,o,p,q] w[o,c,r,s]
+
+What is left is how the columns depend on x. They hold copies: pixel (i,j) stands in X once for every window
+that covers it, at the tap (r,s) that meets it there. A value used several times collects the gradient of each
+use (the chain rule's sum over paths), so
+
+    dx[n,c,i,j] = sum over (p,q,r,s) with u p + r - top = i and v q + s - left = j of dX[(n,p,q), (r,s,c)]
+
+which is called fold. For one tap (r,s) the map (p,q) -> (i,j) is one-to-one: windows u rows and v columns
+apart meet distinct pixels. So fold is R S additions of a whole (P,Q) plane into a strided plane of dx, with
+nothing written twice in one of them. Different taps do meet the same pixel, hence `+=`. What lands on the
+padding belongs to no pixel and is cut off.
+
+The same sum with dX written out, at stride 1 (p = i + top - r):
+
+    dx[n,c,i,j] = sum_{o,r,s} dy[n, o, i + top - r, j + left - s] w[o,c,r,s]
+
+is again a correlation: of dy with the kernel turned by 180 degrees and its input and output channels swapped.
+At stride u the terms exist only where u divides i + top - r: dy is first spread out with u - 1 zeros between
+its rows. Linear algebra says why it must look like this: y is a linear map A of x, and dx = A' dy, the map with
+<A x, dy> = <x, A' dy> for all x and dy (a test uses exactly that).
+
+Groups (the two towers of section 3.2: conv2, conv4, conv5): output o reads only the C/G input channels of its
+own tower. W is block diagonal, so each of its blocks has columns, a product and gradients of its own.
+
+Memory. X is R S / (u v) times as large as x (conv2: 25 times), so it is built for a few images at a time, at
+most COLUMN_BYTES, and built again in the backward instead of being kept: only x and w are saved, which exist
+anyway. Images do not interact, so y and dx come out in pieces; dw is the sum over the pieces.
+
+Where the sources differ: the 2012 code rounds the output size *up* and reads zeros past the right and bottom
+edge (layer.py:1004), so that conv1 turns 224 pixels into 55; torch rounds down, and `padding=(0, 3, 0, 3)` is
+the same thing. Caffe has 227 pixels and no padding, torchvision 224 and 2 on every side. The 2012 code divides
+dw and db by the batch size here, we in the loss (cross_entropy.py).
+
+Shapes: N images, C input channels, O output channels, G groups, HxW in, PxQ out, RxS kernel, stride (u, v);
+x (N, C, H, W), w (O, C/G, R, S), b (O), y (N, O, P, Q). K = R S C/G taps of one output.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from alexnet.errors import UserError
+from alexnet.layers.backend import PAIRS, Backend, Pair, no_autocast, pair_for, to_autocast, wide
+
+Two = int | tuple[int, int]
+Sides = tuple[int, int, int, int]  # (left, right, top, bottom), the order of F.pad
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+# Columns built at once. On two cores 8 to 32 MiB are equally fast and 128 MiB, far outside the cache, is 1.5
+# times slower; conv2 at batch 32 would take 214 MiB.
+COLUMN_BYTES = 32 * 2**20
+
+
+def conv2d_forward(
+    x: Tensor, w: Tensor, b: Tensor | None, stride: tuple[int, int], padding: Sides, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, C, H, W), w (O, C/G, R, S), b (O) -> y (N, O, P, Q), laid out in memory as x; keeps x and w."""
+    P, Q = output_size(x, w, stride, padding)
+    w_GKO = _weight_rows(w, groups).transpose(1, 2)
+    y = torch.empty((len(x), len(w), P, Q), dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    for images in _chunks(x, w, P * Q):
+        columns = unfold(x[images], w.shape[2:], stride, padding, groups)
+        y_GMO = columns @ w_GKO if b is None else torch.baddbmm(b.reshape(groups, 1, -1), columns, w_GKO)
+        y[images] = y_GMO.transpose(0, 1).reshape(-1, P, Q, len(w)).permute(0, 3, 1, 2)
+    return y, x, w
+
+
+def conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: tuple[int, int],
+    padding: Sides,
+    groups: int,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """dy (N, O, P, Q) -> dx (N, C, H, W), dw (O, C/G, R, S), db (O); None where `needs` says no."""
+    w_GOK = _weight_rows(w, groups)
+    dx = torch.empty_like(x) if needs[0] else None
+    # Pieces of the batch are summed, and taps of the kernel folded, in float32 also for half types.
+    dw_GOK = torch.zeros_like(w_GOK, dtype=wide(w.dtype)) if needs[1] else None
+    for images in _chunks(x, w, dy.shape[2] * dy.shape[3]):
+        dy_GMO = dy[images].permute(0, 2, 3, 1).reshape(-1, groups, len(w) // groups).transpose(0, 1)
+        if dw_GOK is not None:
+            dw_GOK += dy_GMO.transpose(1, 2) @ unfold(x[images], w.shape[2:], stride, padding, groups)
+        if dx is not None:
+            dx[images] = fold(dy_GMO @ w_GOK, dx[images].shape, w.shape[2:], stride, padding)
+    dw = None if dw_GOK is None else _weight_from_rows(dw_GOK, w)
+    db = dy.sum((0, 2, 3), dtype=wide(dy.dtype)).to(dy.dtype) if needs[2] else None
+    return dx, dw, db
+
+
+def unfold(
+    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, int], padding: Sides, groups: int
+) -> Tensor:
+    """x (N, C, H, W) -> columns (G, N*P*Q, K): each window a row, taps in the order (r, s, c)."""
+    # Channels go last first: the S C/G numbers of one kernel row then lie together and are copied as one run.
+    x_NHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, *padding)).contiguous()
+    windows = x_NHWC.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # a view: N P Q C R S
+    N, P, Q, C, R, S = windows.shape
+    windows = windows.unflatten(3, (groups, C // groups)).permute(3, 0, 1, 2, 5, 6, 4)  # G N P Q R S C/G
+    return windows.reshape(groups, N * P * Q, R * S * C // groups)
+
+
+def fold(
+    columns: Tensor, shape: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, int], padding: Sides
+) -> Tensor:
+    """The adjoint of unfold: columns (G, N*P*Q, K) -> (N, C, H, W), the copies of each pixel summed."""
+    (N, C, H, W), (R, S), G = shape, kernel, len(columns)
+    left, right, top, bottom = padding
+    padded = columns.new_zeros((N, H + top + bottom, W + left + right, G, C // G), dtype=wide(columns.dtype))
+    P, Q = ((padded.shape[1 + axis] - kernel[axis]) // stride[axis] + 1 for axis in (0, 1))
+    taps = columns.reshape(G, N, P, Q, R, S, C // G).permute(4, 5, 1, 2, 3, 0, 6)  # R S N P Q G C/G
+    for r in range(R):
+        for s in range(S):
+            padded[:, r : r + stride[0] * P : stride[0], s : s + stride[1] * Q : stride[1]] += taps[r, s]
+    return padded[:, top : top + H, left : left + W].flatten(3).permute(0, 3, 1, 2)
+
+
+def output_size(x: Tensor, w: Tensor, stride: tuple[int, int], padding: Sides) -> tuple[int, int]:
+    """(P, Q): how many whole windows fit into the padded input, rounded down."""
+    left, right, top, bottom = padding
+    P = (x.shape[2] + top + bottom - w.shape[2]) // stride[0] + 1
+    Q = (x.shape[3] + left + right - w.shape[3]) // stride[1] + 1
+    return P, Q
+
+
+def images_at_once(x: Tensor, w: Tensor, positions: int) -> int:
+    """How many images' columns fit into COLUMN_BYTES; at least one. `positions` is P*Q."""
+    column_bytes_per_image = positions * x.shape[1] * w.shape[2] * w.shape[3] * x.element_size()
+    return max(1, COLUMN_BYTES // column_bytes_per_image)
+
+
+def _chunks(x: Tensor, w: Tensor, positions: int) -> Iterator[slice]:
+    step = images_at_once(x, w, positions)
+    return (slice(start, min(start + step, len(x))) for start in range(0, len(x), step))
+
+
+def _weight_rows(w: Tensor, groups: int) -> Tensor:
+    """(O, C/G, R, S) -> (G, O/G, K), taps in the order (r, s, c) of the columns."""
+    return w.permute(0, 2, 3, 1).reshape(groups, len(w) // groups, -1)
+
+
+def _weight_from_rows(rows: Tensor, w: Tensor) -> Tensor:
+    """(G, O/G, K) -> (O, C/G, R, S), shape and type of w."""
+    return rows.reshape(w.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2).to(w.dtype)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """As torch does: channels-last in, channels-last out."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+PAIRS["conv2d", "reference"] = Pair(conv2d_forward, conv2d_backward)
+
+
+class _Conv2d(torch.autograd.Function):
+    """Gives the pair to autograd. No mathematics here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, geometry: tuple, pair: Pair) -> Tensor:
+        with no_autocast(x):
+            y, *saved = pair.forward(x, w, b, *geometry)
+        ctx.save_for_backward(*saved)
+        ctx.geometry, ctx.pair = geometry, pair
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with no_autocast(dy):
+            gradients = ctx.pair.backward(dy, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:3])
+        return *gradients, None, None
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Two = 1,
+    padding: Two | Sides = 0,
+    dilation: Two = 1,
+    groups: int = 1,
+    *,
+    backend: str = Backend.reference,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` with the gradients above. input (N, C, H, W), weight (O, C/G, R, S), bias (O)
+    -> (N, O, P, Q).
+
+    padding: one number, (rows, columns) as in torch, or (left, right, top, bottom) as in F.pad; zeros.
+    Raises UserError for dilation other than 1, padding given as a word, and shapes that do not fit.
+    """
+    pair = pair_for("conv2d", backend)
+    stride, sides = _two(stride), _sides(padding)
+    _check(input, weight, stride, sides, _two(dilation), groups)
+    if pair is None:
+        return _native(input, weight, bias, stride, sides, groups)
+    return _Conv2d.apply(*to_autocast(input, weight, bias), (stride, sides, groups), pair)
+
+
+def _native(
+    x: Tensor, w: Tensor, b: Tensor | None, stride: tuple[int, int], padding: Sides, groups: int
+) -> Tensor:
+    left, right, top, bottom = padding
+    if (left, top) == (right, bottom):
+        return F.conv2d(x, w, b, stride, (top, left), 1, groups)
+    return F.conv2d(F.pad(x, padding), w, b, stride, 0, 1, groups)
+
+
+def _two(value: Two) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _sides(padding: Two | Sides) -> Sides:
+    """Any spelling of the padding -> (left, right, top, bottom)."""
+    if isinstance(padding, str):
+        raise UserError(
+            f"padding={padding!r}: give numbers: p, (rows, columns) or (left, right, top, bottom)"
+        )
+    if isinstance(padding, int):
+        return (padding,) * 4
+    if len(padding) == 2:
+        rows, columns = padding
+        return columns, columns, rows, rows
+    left, right, top, bottom = padding
+    return left, right, top, bottom
+
+
+def _check(
+    x: Tensor, w: Tensor, stride: tuple[int, int], padding: Sides, dilation: tuple[int, int], groups: int
+) -> None:
+    if dilation != (1, 1):
+        raise UserError(f"conv2d has dilation 1 only, not {dilation}: use torch.nn.functional.conv2d for it")
+    if min(padding) < 0 or min(stride) < 1:
+        raise UserError(f"conv2d needs padding >= 0 and stride >= 1, not padding={padding}, stride={stride}")
+    if x.dim() != 4 or x.shape[1] != w.shape[1] * groups or len(w) % groups:
+        raise UserError(
+            f"conv2d: input {tuple(x.shape)} and weight {tuple(w.shape)} do not fit with groups={groups}: "
+            "give input (N, C, H, W) and weight (O, C/groups, R, S), O a multiple of groups"
+        )
+    if min(output_size(x, w, stride, padding)) < 1:
+        raise UserError(
+            f"conv2d: a {w.shape[2]}x{w.shape[3]} kernel does not fit into {x.shape[2]}x{x.shape[3]} pixels "
+            f"with padding {padding}: give a larger image, more padding or a smaller kernel"
+        )
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` (same arguments, parameters and initialisation) with a choice of backend.
+
+    padding may also be (left, right, top, bottom). Raises UserError for dilation other than 1 and for padding_mode
+    other than zeros.
+    """
+
+    padding: Any  # torch declares two numbers or a word; ours may be four numbers
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Two,
+        stride: Two = 1,
+        padding: Two | Sides = 0,
+        dilation: Two = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        backend: str = Backend.reference,
+        **factory: Any,
+    ) -> None:
+        if _two(dilation) != (1, 1) or padding_mode != "zeros":
+            raise UserError(
+                f"Conv2d has dilation 1 and padding_mode 'zeros' only, not {dilation} and {padding_mode!r}: "
+                "use torch.nn.Conv2d for them"
+            )
+        sides = _sides(padding)
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=bias, **factory)
+        self.padding = (sides[2], sides[0]) if sides[::2] == sides[1::2] else sides
+        self.backend = str(Backend(backend))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return conv2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,
+            groups=self.groups,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, backend={self.backend}"
