@@ -1,0 +1,311 @@
+"""What the network knows before its first step, and why its loss stands still.
+
+A loss pinned at ln(classes) is the commonest failure of this network: it answers every image alike, with the
+frequencies of the classes. The cause is visible before training. With biases of 1 and weights of std .01
+(section 5) nearly every unit is always on, its value is set by the bias, and the image is a ripple of a per
+cent on top. For a layer's output y[n,u], image n, unit u:
+
+    rms          sqrt(mean_nu y^2)                                      all there is
+    image rms    sqrt(mean_u var_n y[n,u])                              what depends on the image
+    correlation  mean over pairs n != m of <y[n],y[m]> / |y[n]||y[m]|   1: all images look alike
+    dead         share of units (feature maps) that are 0 for every image, where the output is rectified
+    |g|/|w|      gradient of the loss over weight, in norms             times the rate: relative step
+    s/k          the response norm divides by s^beta, s = k + alpha * mean of squares; at 1 it is a constant
+
+and the *logit signal*, mean_c std_n logits[n,c]: how much the answers differ from image to image.
+
+STALLS separates what was measured at initialisation, 48 images of ImageNet, 1000 classes, and the same for 56
+pixels and 200 classes. Signals of .0003 (paper's weights on normalised input), .013 (paper), .017 (Caffe's
+bias .1) are the recipes of the reports of losses stuck at 6.9 for thousands of steps; signals of .15 and more
+(the 2012 code's std .03 for conv3 to conv5; He on normalised input) start at once. Nothing known lies between
+.02 and .15. It predicts a *long* plateau, not certain failure: Caffe's net leaves it after one or two thousand
+steps, sometimes eight.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alexnet.errors import UserError
+
+STALLS = 0.05  # logit signal, see above
+TOO_LOUD = 3.0  # a first loss of this many ln(classes): confidently wrong about everything
+RAW_RMS = 10.0  # grey levels: raw pixels minus their mean have rms about 60, normalised ones about 1
+SILENT = ("Dropout", "Flatten", "Identity")  # in evaluation mode these say nothing new
+MANY_DEAD = 0.9  # share of a layer's units
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Output of one module; `gradient_to_weight` for those with weights, `dead` for rectified outputs."""
+
+    name: str
+    rms: float
+    image_rms: float
+    correlation: float
+    dead: float | None
+    gradient_to_weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """s/k of one response norm over images, channels and positions."""
+
+    name: str
+    median: float
+    p99: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The measurements of one untrained network."""
+
+    images: int
+    classes: int
+    input_rms: float
+    layers: tuple[Layer, ...]
+    norms: tuple[Denominators, ...]
+    logit_signal: float
+    loss: float
+
+    @property
+    def stalls(self) -> bool:
+        """Whether a plateau at ln(classes) is to be expected."""
+        return not self.logit_signal >= STALLS  # true for NaN
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"stalls": self.stalls, "verdict": self.verdict()}
+
+    def verdict(self) -> str:
+        """Two or three sentences: the prediction, its reason, and the remedy."""
+        plateau, signal = f"ln({self.classes}) = {math.log(self.classes):.3f}", f"{self.logit_signal:.2g}"
+        if not math.isfinite(self.loss):
+            return "The first loss is not a number: lower model.init_std, or check the images and their mean."
+        if self.stalls:
+            return (
+                f"Expect a plateau at {plateau}: from image to image the logits differ by {signal} only "
+                f"(training starts at once above {STALLS}). {self._remedy()}"
+            )
+        if self.loss > TOO_LOUD * math.log(self.classes):
+            return (
+                f"Expect a burst or NaN: the first loss is {self.loss:.3g}, guessing gives {plateau}. "
+                "Lower model.init_std or optim.lr; model.init=he belongs to normalised input."
+            )
+        return f"No plateau expected: from image to image the logits differ by {signal} (above {STALLS})."
+
+    def _remedy(self) -> str:
+        worst = max((layer for layer in self.layers if layer.dead), key=_dead, default=None)
+        if worst and _dead(worst) > MANY_DEAD:
+            return f"{worst.dead:.0%} of the units after {worst.name} are dead: raise model.init_bias there."
+        if self.input_rms < RAW_RMS:
+            return (
+                f"The input has rms {self.input_rms:.2g}: these weights are meant for raw pixels. "
+                "Set model.init=he, or feed pixels of 0..255 minus their mean to model.init=fan_in."
+            )
+        return (
+            "Use the 2012 code's weights, scaled to this net: model.init=fan_in and an init_std of .03 "
+            "for conv3, conv4, conv5 (model=code145 has it); or normalised input with model.init=he."
+        )
+
+    def table(self) -> str:
+        """Text of at most 100 columns: layers, denominators of the response norms, logits."""
+        lines = [f"{'layer':<30}{'rms':>11}{'image rms':>12}{'correlation':>13}{'dead':>8}{'|g|/|w|':>12}"]
+        lines += [_row(layer) for layer in self.layers]
+        if self.norms:
+            lines += ["", f"{'response norm, s/k':<30}{'median':>11}{'99 %':>12}{'largest':>13}"]
+            lines += [f"{n.name:<30}{n.median:>11.5f}{n.p99:>12.5f}{n.largest:>13.5f}" for n in self.norms]
+        guess = f"ln({self.classes}) = {math.log(self.classes):.3f}"
+        lines += ["", f"{'logit signal':<30}{self.logit_signal:>11.2g}    stalls below {STALLS}"]
+        lines += [f"{'first loss':<30}{self.loss:>11.4g}    guessing: {guess}"]
+        return "\n".join(lines)
+
+
+def _dead(layer: Layer) -> float:
+    return layer.dead or 0.0
+
+
+def _row(layer: Layer) -> str:
+    dead = "" if layer.dead is None else f"{layer.dead:.1%}"
+    ratio = "" if layer.gradient_to_weight is None else f"{layer.gradient_to_weight:.1e}"
+    numbers = f"{layer.rms:>11.3g}{layer.image_rms:>12.2g}{layer.correlation:>13.4f}"
+    return f"{layer.name[:29]:<30}{numbers}{dead:>8}{ratio:>12}"
+
+
+def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Probe:
+    """One forward and one backward pass, dropout off. images (N, 3, c, c) as the network is fed; labels (N).
+
+    Without labels, the gradient is that of labels dealt out in turn. The network is left as it was: mode,
+    weights, and gradients too. N of 32 to 128 will do. Raises UserError for a single image.
+    """
+    if len(images) < 2:
+        raise UserError("The probe compares images and got one: give it at least two, better 32.")
+    layers: list[Layer] = []
+    norms: list[Denominators] = []
+    with _untouched(model), _hooks(model, layers, norms):
+        logits = model(images).float()
+        if labels is None:
+            labels = torch.arange(len(images), device=images.device) % logits.shape[1]
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        ratios = {name: ratio for name, ratio, _ in _gradients(model)}
+    return Probe(
+        images=len(images),
+        classes=logits.shape[1],
+        input_rms=_rms(images.float()),
+        layers=tuple(_with_gradient(layer, ratios) for layer in layers),
+        norms=tuple(norms),
+        logit_signal=float(logits.detach().std(0).mean()),
+        loss=float(loss.detach()),
+    )
+
+
+def _with_gradient(layer: Layer, ratios: dict[str, float]) -> Layer:
+    return Layer(**(asdict(layer) | {"gradient_to_weight": ratios.get(layer.name)}))
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and fresh gradients inside; mode and gradients of before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    model.eval()
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+@contextmanager
+def _hooks(model: nn.Module, layers: list[Layer], norms: list[Denominators]) -> Iterator[None]:
+    """Measures every leaf module as it runs. A module without weights is named after the layer it follows,
+    since one activation may serve them all."""
+    last = "input"
+
+    def hook_for(name: str) -> Any:
+        @torch.no_grad()
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            nonlocal last
+            last = name if _weight(module) is not None else last
+            label = name if _weight(module) is not None else f"{last} {type(module).__name__}"
+            layers.append(_layer(label, y.detach().float()))
+            s = _denominators(module, inputs[0].detach().float())
+            if s is not None:
+                norms.append(_quantiles(label, s))
+
+        return hook
+
+    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
+    heard = [(n, m) for n, m in leaves if not type(m).__name__.startswith(SILENT)]
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in heard]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _weight(module: nn.Module) -> nn.Parameter | None:
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) else None
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _layer(name: str, y: Tensor) -> Layer:
+    """y (N, ...) -> its statistics; a unit of a 4-d output is a feature map."""
+    rows = F.normalize(y.flatten(1), dim=1)
+    n = len(rows)
+    # The sum over pairs n != m of <r_n, r_m> is |sum_n r_n|^2 minus the N diagonal terms.
+    correlation = float((rows.sum(0).square().sum() - rows.square().sum()) / (n * (n - 1)))
+    dead = None
+    if float(y.min()) == 0:  # rectified
+        off = (y == 0).flatten(2).all(2) if y.dim() > 2 else y == 0  # (N, units)
+        dead = float(off.all(0).float().mean())
+    return Layer(name, _rms(y), float(y.var(0).mean().sqrt()), correlation, dead)
+
+
+def _denominators(module: nn.Module, x: Tensor) -> Tensor | None:
+    """s/k of a response norm for its input x (N, C, H, W); None for any other module."""
+    kind = type(module).__name__
+    size, alpha, k = (getattr(module, name, None) for name in ("size", "alpha", "k"))
+    if size is None or alpha is None or k is None:
+        return None
+    if kind == "SameMapNorm":
+        return 1 + alpha / k * F.avg_pool2d(x.square(), size, 1, size // 2)
+    if str(getattr(module, "order", "")).startswith("relu"):
+        x = x.relu()
+    towers = x.square().unflatten(1, (getattr(module, "groups", 1), -1)).flatten(3).flatten(0, 1)
+    padded = F.pad(towers.unsqueeze(1), (0, 0, size // 2, (size - 1) // 2))  # torch's window, also when even
+    return 1 + alpha / k * F.avg_pool2d(padded, (size, 1), 1)
+
+
+def _quantiles(name: str, s: Tensor) -> Denominators:
+    """From every so-many-th value: torch.quantile takes 16 million at most."""
+    sample = s.flatten()[:: max(1, s.numel() // 1_000_000)]
+    median, p99 = torch.quantile(sample, torch.tensor([0.5, 0.99], device=s.device)).tolist()
+    return Denominators(name, median, p99, float(s.max()))
+
+
+def _gradients(model: nn.Module) -> Iterator[tuple[str, float, float]]:
+    """(layer, |g|/|w|, share of units whose weights got no gradient at all) of all layers with a gradient."""
+    for name, module in model.named_modules():
+        w = _weight(module)
+        if w is not None and w.grad is not None:
+            silent = (w.grad.flatten(1) == 0).all(1).float().mean() if w.dim() > 1 else torch.zeros(())
+            yield name, float(w.grad.norm() / w.detach().norm()), float(silent)
+
+
+def explain_stall(model: nn.Module, loss: float, classes: int, step: int) -> str:
+    """Why training stands still, from the gradients of the last step: several lines for the terminal.
+
+    `model` still holds the gradients of that step. A unit is called dead when no image of the batch gave its
+    weights any gradient.
+    """
+    rows = list(_gradients(model))
+    lines = [_what(loss, classes, step), f"{'layer':<30}{'|g|/|w|':>12}{'dead':>8}"]
+    lines += [f"{name[:29]:<30}{ratio:>12.1e}{dead:>8.0%}" for name, ratio, dead in rows]
+    return "\n".join([*lines, _next_step(model, loss, rows)])
+
+
+def _what(loss: float, classes: int, step: int) -> str:
+    if not math.isfinite(loss):
+        return f"Step {step:,}: the loss is {loss}."
+    guess = math.log(classes)
+    return (
+        f"Step {step:,}: the loss is {loss:.4f}, {abs(loss / guess - 1):.1%} from ln({classes}) = {guess:.4f}: "
+        "every image gets the same answer."
+    )
+
+
+def _next_step(model: nn.Module, loss: float, rows: list[tuple[str, float, float]]) -> str:
+    broken = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    if broken or not math.isfinite(loss):
+        where = f"{broken[0]} is no longer finite. " if broken else ""
+        return (
+            f"Next: {where}Train with a tenth of the rate (optim.lr), from the last good checkpoint or anew."
+        )
+    if not rows:
+        return "Next: no layer has a gradient: is everything frozen?"
+    # A layer without gradient starves all layers before it, so the last one in the list is the culprit.
+    culprit = next((name for name, _, dead in reversed(rows) if dead > MANY_DEAD), None)
+    if culprit:
+        return f"Next: {culprit} is dead; no step revives it. Start anew with a lower rate (optim.lr) or another seed."
+    return (
+        "Next: look at the start with probe=true; its verdict names the remedy. Usually it is the initialisation: "
+        "\nmodel.init=fan_in with model=code145's weights on raw pixels, or model.init=he on normalised ones."
+    )
