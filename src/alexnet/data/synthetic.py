@@ -1,0 +1,158 @@
+"""The embedded data set: ten classes of textured shapes, drawn by the project itself in seconds.
+
+A class is a shape (disc, ring, square, triangle, cross) filled with a texture (stripes, checks); neither
+alone decides it. Everything else is nuisance, drawn anew for every image: position, size, rotation, the two
+colours of the texture and which is brighter, its period, phase and direction, a shaded background and
+pixel noise. So the mean colour says nothing, no pixel by itself says anything, and yet a person sees the
+class at once.
+
+    label = 2 * shape + texture
+
+Coordinates: an image is the square [-1, 1]^2, x to the right, y down. (u, v) are the shape's own
+coordinates: shifted, rotated, and divided by its size. A shape is its signed distance d(u, v) in the
+shape's units, negative inside; its coverage of a pixel is 1/2 - d in pixels, clipped to 0..1.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+SHAPES = ("disc", "ring", "square", "triangle", "cross")
+TEXTURES = ("striped", "checked")
+CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
+BLOCK = 128  # images drawn at a time; part of the definition, because the noise is drawn by block
+NOISE = 0.03  # standard deviation of the pixel noise, in units of the full range
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn at random, one row per image. Angles in radians, lengths in half image sides."""
+
+    centre: np.ndarray  # (n, 2) x and y
+    size: np.ndarray  # (n,)
+    angle: np.ndarray  # (n,) of the shape
+    direction: np.ndarray  # (n,) of the texture
+    period: np.ndarray  # (n,) of the texture
+    phase: np.ndarray  # (n, 2)
+    paint: np.ndarray  # (n, 2, 3) the texture's two colours
+    ground: np.ndarray  # (n, 2, 3) the background's two colours
+    shading: np.ndarray  # (n,) direction in which one background colour becomes the other
+
+
+def labels_of(n: int) -> np.ndarray:
+    """(n,) int64: the classes in turn, so that any n is balanced to within one image per class."""
+    return np.arange(n, dtype=np.int64) % len(CLASSES)
+
+
+def blocks(n: int, px: int, seed: int, split: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, images (<=BLOCK, px, px, 3) uint8) of a split, in order; split 0 is train, 1 is val.
+
+    Image i depends on (seed, split, i) and px alone, whatever n is, as long as its block is whole.
+    """
+    labels = labels_of(n)
+    for first in range(0, n, BLOCK):
+        random = np.random.default_rng([seed, split, first // BLOCK])
+        yield first, draw(labels[first : first + BLOCK], px, random)
+
+
+def draw(labels: np.ndarray, px: int, random: np.random.Generator) -> np.ndarray:
+    """One image for each label: (n, px, px, 3) uint8."""
+    scene = draw_scene(len(labels), random)
+    axis = ((np.arange(px, dtype=np.float32) + 0.5) * 2 / px - 1).astype(np.float32)
+    u, v = _own_coordinates(scene, axis)
+    distance = np.empty_like(u)
+    for shape, name in enumerate(SHAPES):
+        rows = labels // 2 == shape
+        distance[rows] = DISTANCE[name](u[rows], v[rows])
+    coverage = np.clip(0.5 - distance * _column(scene.size) * px / 2, 0, 1)
+    weight = _texture(scene, labels % 2, axis, px)
+    paint = _blend(scene.paint, weight)
+    picture = paint * coverage[..., None] + _background(scene, axis) * (1 - coverage[..., None])
+    picture += random.standard_normal(picture.shape, dtype=np.float32) * NOISE
+    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def draw_scene(n: int, random: np.random.Generator) -> Scene:
+    """The nuisances. The texture's colours straddle the background in lightness: one darker, one brighter."""
+    ground = random.uniform(0.35, 0.65, (n, 2, 3))
+    dark, bright = random.uniform(0.0, 0.3, (n, 3)), random.uniform(0.7, 1.0, (n, 3))
+    swap = random.random(n) < 0.5
+    paint = np.stack([np.where(swap[:, None], dark, bright), np.where(swap[:, None], bright, dark)], 1)
+    size = random.uniform(0.5, 0.8, n)
+    return Scene(
+        centre=_float(random.uniform(-1, 1, (n, 2)) * (0.95 - size)[:, None]),
+        size=_float(size),
+        angle=_float(random.uniform(-np.pi / 6, np.pi / 6, n)),
+        direction=_float(random.uniform(0, np.pi, n)),
+        period=_float(random.uniform(0.22, 0.32, n)),
+        phase=_float(random.uniform(0, 2 * np.pi, (n, 2))),
+        paint=_float(paint),
+        ground=_float(ground),
+        shading=_float(random.uniform(0, 2 * np.pi, n)),
+    )
+
+
+def _own_coordinates(scene: Scene, axis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x = axis[None, None, :] - _column(scene.centre[:, 0])
+    y = axis[None, :, None] - _column(scene.centre[:, 1])
+    return _turned(x / _column(scene.size), y / _column(scene.size), scene.angle)
+
+
+def _turned(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    cos, sin = _column(np.cos(angle)), _column(np.sin(angle))
+    return cos * x + sin * y, cos * y - sin * x
+
+
+def _texture(scene: Scene, texture: np.ndarray, axis: np.ndarray, px: int) -> np.ndarray:
+    """(n, px, px) in 0..1: how much of the second colour. Checks are the product of two crossed stripes."""
+    a, b = _turned(axis[None, None, :], axis[None, :, None], scene.direction)
+    turns = _column(2 * np.pi / scene.period)
+    first = np.sin(a * turns + _column(scene.phase[:, 0]))
+    second = np.sin(b * turns + _column(scene.phase[:, 1]))
+    wave = np.where(_column(texture) == 0, first, first * second)
+    sharpness = scene.period * px / (4 * np.pi)  # a slope of about one pixel at the zero crossings
+    return np.clip(0.5 + wave * _column(sharpness), 0, 1)
+
+
+def _background(scene: Scene, axis: np.ndarray) -> np.ndarray:
+    x, _ = _turned(axis[None, None, :], axis[None, :, None], scene.shading)
+    return _blend(scene.ground, np.clip(0.5 + 0.4 * x, 0, 1))
+
+
+def _blend(colours: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    first, second = colours[:, None, None, 0], colours[:, None, None, 1]
+    return first + (second - first) * weight[..., None]
+
+
+def _disc(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.hypot(u, v) - 0.9
+
+
+def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.abs(np.hypot(u, v) - 0.7) - 0.25
+
+
+def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(u), np.abs(v)) - 0.8
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    slanted = np.abs(u) * np.float32(np.sqrt(0.75)) - v * 0.5
+    return np.maximum(slanted, v) - 0.5
+
+
+def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    u, v = np.abs(u), np.abs(v)
+    return np.minimum(np.maximum(u - 1, v - 0.32), np.maximum(u - 0.32, v - 1))
+
+
+DISTANCE = {"disc": _disc, "ring": _ring, "square": _square, "triangle": _triangle, "cross": _cross}
+
+
+def _column(values: np.ndarray) -> np.ndarray:
+    return values[:, None, None]
+
+
+def _float(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32)
