@@ -1,0 +1,362 @@
+"""Batches: from the store to the device, in an order that depends on (seed, epoch) and on nothing else.
+
+    order of the epoch   one permutation of the training images, drawn from (seed, epoch)
+    batch b              images order[b B .. (b+1) B); device r of W takes its r-th part
+    draws                the rows of the epoch's table (augment.py) at the same positions
+
+So the batches are the same for any number of devices, on any machine, and after any resume: `EpochLoader.state_dict`
+is two numbers. The images reach the device in one of two ways, with equal results:
+
+    resident   the whole store lives on the device as uint8 and a batch is one gather
+    streamed   the store stays a memory-mapped file; one thread reads the next batches while this one trains
+"""
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from alexnet.data.augment import AugmentConfig, Draws, draw_epoch, margin_of, statistics_of, stream
+from alexnet.data.store import Store, open_store
+from alexnet.errors import UserError
+
+AHEAD = 2  # batches read in advance when streaming
+SHARE = 0.4  # of a device's memory that a store may take when resident=auto
+
+T = TypeVar("T")
+
+
+class Resident(StrEnum):
+    """Does the store live on the device? (Not yes and no, which YAML reads as true and false.)"""
+
+    auto = "auto"  # if it takes less than SHARE of the device's memory
+    always = "always"
+    never = "never"
+
+
+@dataclass
+class DataConfig:
+    """Which store a run reads, and how."""
+
+    name: str = "synthetic"
+    root: str = "data/synthetic"  # holds the stores train/ and val/
+    batch_size: int = 128  # images per step, all devices together
+    eval_batch_size: int = 256  # images per evaluation step and device
+    drop_last: bool = False  # drop the epoch's last batch if it is smaller than the others
+    resident: Resident = Resident.auto
+
+
+class Batch(NamedTuple):
+    """One device's part of a training batch."""
+
+    images: Tensor  # (N, px, px, 3) uint8
+    labels: Tensor  # (N,) int64
+    draws: Draws
+    first_row: int  # this part's first row in the batch of all devices; dropout masks are cut there
+
+
+class EvalBatch(NamedTuple):
+    """A batch of an evaluation: nothing is drawn."""
+
+    images: Tensor  # (N, px, px, 3) uint8
+    labels: Tensor  # (N,) int64
+    rows: Tensor  # (N,) int64, which rows of the store these are
+
+
+class Pixels:
+    """The images and labels of a store, ready to be gathered: on `device` when resident, else read by a thread.
+
+    copies: how many processes keep the store in the same memory (those of one machine, on the CPU).
+    """
+
+    def __init__(
+        self, store: Store, device: torch.device, resident: Resident = Resident.auto, copies: int = 1
+    ) -> None:
+        self.device = device
+        self.resident = is_resident(store.images.nbytes * copies, device, resident)
+        with warnings.catch_warnings():  # torch warns that the map is read-only; nothing writes to it
+            warnings.simplefilter("ignore", UserWarning)
+            images = torch.from_numpy(store.images)
+        self.images = on_device(images, device) if self.resident else images
+        self.labels = torch.from_numpy(np.array(store.labels, dtype=np.int64)).to(self.images.device)
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows (N,) int64, where the images are -> images (N, px, px, 3) uint8 and labels (N,) int64.
+
+        A streamed batch for a GPU comes in pinned memory, so that its copy to the device does not wait.
+        """
+        taken = self.images.index_select(0, rows), self.labels.index_select(0, rows)
+        pin = not self.resident and self.device.type == "cuda"
+        return (taken[0].pin_memory(), taken[1].pin_memory()) if pin else taken
+
+    def batches(self, make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+        """make(b) for each b, in order; made ahead of time by a thread if the images are streamed."""
+        return map(make, numbers) if self.resident else ahead_of_time(make, numbers)
+
+
+def on_device(images: Tensor, device: torch.device) -> Tensor:
+    """A copy of the images in the device's memory."""
+    try:
+        return images.clone() if device.type == "cpu" else images.to(device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the store's {images.nbytes / 1e9:.2f} GB do not fit on {device}: set data.resident=never"
+        ) from error
+
+
+def is_resident(size: int, device: torch.device, resident: Resident) -> bool:
+    """Does a store of `size` bytes live on the device?"""
+    if resident != Resident.auto:
+        return resident == Resident.always
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return size < SHARE * memory
+
+
+def ahead_of_time(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """make(b) for each b, in order, AHEAD of the reader. The thread ends with the iterator, even an abandoned one."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    pending: deque[Future[T]] = deque()
+    try:
+        for number in numbers:
+            pending.append(pool.submit(make, number))
+            if len(pending) > AHEAD:
+                yield pending.popleft().result()
+        pool.shutdown(wait=False)  # all is asked for: the thread may end before the last batch is consumed
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class EpochLoader:
+    """The training batches of one epoch after the other; in each, every image once.
+
+    Lightning calls `sampler.set_epoch` before each epoch and keeps `state_dict` in its checkpoints. Iterating starts
+    at the epoch's first batch, except once after `load_state_dict`, when it goes on where the state was taken.
+
+    Args:
+        pixels: the images.
+        rows: (n,) int64, the rows of the store that are trained on.
+        px: their side.
+        batch_size: images per step of all devices; a multiple of `world_size`.
+        world_size, rank: number of devices, and which one this is.
+
+    Raises:
+        UserError: the devices do not divide the batch, or there is no batch.
+    """
+
+    def __init__(
+        self,
+        pixels: Pixels,
+        rows: Tensor,
+        px: int,
+        augment: AugmentConfig,
+        batch_size: int,
+        seed: int,
+        drop_last: bool = False,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        check_batch_size(batch_size, len(rows), drop_last, world_size)
+        self.pixels, self.rows, self.px, self.augment = pixels, rows, px, augment
+        self.batch_size, self.drop_last, self.seed = batch_size, drop_last, seed
+        self.world_size, self.rank = world_size, rank
+        self.epoch, self.position = 0, 0
+        self._resumed = False
+
+    @property
+    def sampler(self) -> "EpochLoader":
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.position, self._resumed = epoch, 0, False
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and the number of its batches already handed out."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position, self._resumed = state["epoch"], state["position"], True
+
+    def __len__(self) -> int:
+        """Batches per epoch. The last may be smaller: what is left, as far as all devices get the same number."""
+        full, rest = divmod(len(self.rows), self.batch_size)
+        return full + (not self.drop_last and rest >= self.world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Nothing happens before the first batch is asked for: Lightning makes iterators that it never uses."""
+        first = self.position if self._resumed else 0
+        self.position, self._resumed = first, False
+        order = torch.randperm(len(self.rows), generator=stream(self.seed, self.epoch, "order"))
+        draws = draw_epoch(self.augment, order, self.px, self.seed, self.epoch).to(self.pixels.images.device)
+        rows = self.rows[order].to(self.pixels.images.device)
+
+        def make(number: int) -> Batch:
+            start, stop, first_row = self._part(number)
+            images, labels = self.pixels.take(rows[start:stop])
+            return Batch(images, labels, draws.rows(start, stop), first_row)
+
+        for batch in self.pixels.batches(make, range(first, len(self))):
+            self.position += 1
+            yield batch
+
+    def _part(self, number: int) -> tuple[int, int, int]:
+        """This device's positions [start, stop) in the order, and its first row in the batch of all devices."""
+        begin = number * self.batch_size
+        size = min(self.batch_size, len(self.rows) - begin) // self.world_size
+        first_row = self.rank * size
+        return begin + first_row, begin + first_row + size, first_row
+
+
+def check_batch_size(batch_size: int, n: int, drop_last: bool, world_size: int) -> None:
+    if batch_size < 1 or batch_size % world_size:
+        raise UserError(
+            f"data.batch_size={batch_size} is all devices together and {world_size} devices do not divide it: "
+            f"use a multiple of {world_size}, or set trainer.devices to a divisor"
+        )
+    if n < (batch_size if drop_last else world_size):
+        raise UserError(
+            f"data.batch_size={batch_size} leaves no batch of the {n} training images: "
+            "lower it, or set data.drop_last=false"
+        )
+
+
+class EvalLoader:
+    """The images `rows` of a store in the order given, each exactly once over all devices.
+
+    Device r of W takes the r-th of W consecutive parts, which differ in length by at most one image.
+    """
+
+    def __init__(
+        self, pixels: Pixels, rows: Tensor, batch_size: int, world_size: int = 1, rank: int = 0
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"data.eval_batch_size={batch_size} is no number of images: use 1 or more")
+        n = len(rows)
+        self.pixels, self.batch_size = pixels, batch_size
+        self.rows = rows[n * rank // world_size : n * (rank + 1) // world_size].to(pixels.images.device)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        return iter(self.pixels.batches(self._make, range(len(self))))
+
+    def _make(self, number: int) -> EvalBatch:
+        rows = self.rows[number * self.batch_size : (number + 1) * self.batch_size]
+        return EvalBatch(*self.pixels.take(rows), rows)
+
+
+class ImageData(LightningDataModule):
+    """The three splits of a data set: `train` and `holdout` from its train store, `val` from its val store.
+
+    For Lightning, `fit` and `validate` see train and holdout, `test` sees val; training never opens val.
+    Without a trainer the loaders are for one process on the CPU. Stores open when first used (UserError if they
+    are missing or damaged).
+    """
+
+    def __init__(self, config: DataConfig, augment: AugmentConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.augment, self.seed = config, augment, seed
+        self._pixels: dict[tuple[str, torch.device], Pixels] = {}
+
+    @cached_property
+    def train_store(self) -> Store:
+        return open_store(Path(self.config.root) / "train")
+
+    @cached_property
+    def val_store(self) -> Store:
+        return open_store(Path(self.config.root) / "val")
+
+    @cached_property
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Rows of the train store in train and in holdout, each sorted."""
+        train, holdout = self.train_store.holdout()
+        return torch.from_numpy(train), torch.from_numpy(holdout)
+
+    @property
+    def px(self) -> int:
+        return self.train_store.px
+
+    @property
+    def classes(self) -> list[dict[str, str]]:
+        """wnid and words of each label."""
+        return self.train_store.classes
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """The mean image, channel means and covariance of the training images, for `Augment`."""
+        return statistics_of(self.train_store)
+
+    def setup(self, stage: str) -> None:
+        """Open the stores of the stage and check that crop and batch fit, so that mistakes show before training."""
+        margin_of(self.augment, self.val_store.px if stage == "test" else self.px)
+        if stage == "fit":
+            world_size, _, _ = self._place()
+            train, config = self.split[0], self.config
+            check_batch_size(config.batch_size, len(train), config.drop_last, world_size)
+
+    def train_dataloader(self) -> EpochLoader:
+        world_size, rank, device = self._place()
+        return EpochLoader(
+            self.pixels("train", device),
+            self.split[0],
+            self.px,
+            self.augment,
+            self.config.batch_size,
+            self.seed,
+            self.config.drop_last,
+            world_size,
+            rank,
+        )
+
+    def val_dataloader(self) -> EvalLoader:
+        return self.eval_loader("holdout")
+
+    def test_dataloader(self) -> EvalLoader:
+        return self.eval_loader("val")
+
+    def eval_loader(self, split: str) -> EvalLoader:
+        """The images of `train`, `holdout` or `val`, in the order of their store."""
+        world_size, rank, device = self._place()
+        if split == "val":
+            pixels, rows = self.pixels("val", device), torch.arange(len(self.val_store))
+        elif split in ("train", "holdout"):
+            pixels, rows = self.pixels("train", device), self.split[split == "holdout"]
+        else:
+            raise UserError(f"split={split} is no split: use train, holdout or val")
+        return EvalLoader(pixels, rows, self.config.eval_batch_size, world_size, rank)
+
+    def pixels(self, store: str, device: torch.device) -> Pixels:
+        """The images of the store `train` or `val`, placed once for all loaders on this device."""
+        key = store, device
+        if key not in self._pixels:
+            opened = self.val_store if store == "val" else self.train_store
+            copies = self._place()[0] if device.type == "cpu" else 1
+            self._pixels[key] = Pixels(opened, device, self.config.resident, copies)
+        return self._pixels[key]
+
+    def teardown(self, stage: str) -> None:
+        self._pixels.clear()
+
+    def _place(self) -> tuple[int, int, torch.device]:
+        """(world size, rank, device) of this process."""
+        if self.trainer is None:
+            return 1, 0, torch.device("cpu")
+        return self.trainer.world_size, self.trainer.global_rank, self.trainer.strategy.root_device
