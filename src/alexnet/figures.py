@@ -1,0 +1,293 @@
+"""Every picture: curves (Figure 1), first-layer kernels (Figure 3), answers and neighbours (Figure 4).
+
+Pixels of a kernel are weights, so a picture of kernels needs a scale: all kernels share one, from the smallest
+weight to the largest (shownet.py:187-195), or one kernel with small weights would look as strong as the others.
+
+Fonts, colours and line widths are STYLE's; the suffix of the path chooses the format (png, pdf, svg).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+# Okabe and Ito's colours: distinct for every kind of colour vision and in grey print.
+BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+GREY, LIGHT = "#555555", "#DDDDDD"
+STYLE: Any = {
+    "figure.dpi": 160,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.08,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same picture on every machine
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": LIGHT,
+    "grid.linewidth": 0.5,
+    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE]),
+    "lines.linewidth": 1.6,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "legend.frameon": False,
+    "svg.hashsalt": "alexnet",  # the same file from the same numbers
+}
+KERNELS_PER_ROW = 16  # Figure 3
+FEW_EPOCHS = 20
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: x and y of equal length; `low` and `high` shade a band (over seeds, say)."""
+
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
+    low: Sequence[float] | np.ndarray | None = None
+    high: Sequence[float] | np.ndarray | None = None
+    style: str = "-"  # matplotlib's: "-" or "--"
+    colour: str | None = None  # None: the next of STYLE
+
+
+def training_figure(
+    rows: Sequence[Mapping[str, Any]],
+    first_layer_weight: Tensor,
+    path: str | Path,
+    towers: int = 1,
+    title: str = "",
+) -> Path:
+    """The picture of a run: loss and error against epochs, beside the kernels of conv1.
+
+    `rows` as csv.DictReader yields them from metrics.csv, empty cells included; first_layer_weight (O, 3, R, S).
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 3.7), layout="constrained")
+        halves: Any = figure.subfigures(1, 2, wspace=0.03)
+        left, right = halves
+        loss, error = left.subplots(2, 1, sharex=True)
+        _curves(loss, run_curves(rows, "loss"), "", "loss (nats)", from_zero=False)
+        _curves(error, run_curves(rows, "top1_error", 100.0), "epochs", "top-1 error (%)")
+        error.get_legend().remove()  # the same names as above
+        error.set_xlim(left=0)
+        error.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        columns = _columns(len(first_layer_weight) // towers, aspect=1.35 * towers)
+        _kernels(right.subplots(towers, 1, squeeze=False)[:, 0], first_layer_weight, columns)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+        return _save(figure, path)
+
+
+def curves_figure(
+    curves: Mapping[str, Curve],
+    path: str | Path,
+    x_label: str = "epochs",
+    y_label: str = "training error rate (%)",
+    level: float | None = None,
+    title: str = "",
+) -> Path:
+    """Figure 1: named curves, and the horizontal `level` they are compared at (25 % there)."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        if level is not None:
+            axes.axhline(level, color=GREY, linewidth=0.8, linestyle=(0, (2, 2)))
+        _curves(axes, curves, x_label, y_label)
+        axes.set_title(title)
+        return _save(figure, path)
+
+
+def kernels_figure(weight: Tensor, path: str | Path, towers: int = 2, title: str = "") -> Path:
+    """Figure 3: the kernels of conv1, weight (O, 3, R, S), one block per tower."""
+    with matplotlib.rc_context(STYLE):
+        rows = -(-len(weight) // towers // KERNELS_PER_ROW) * towers
+        figure = Figure(figsize=(6.4, 0.42 * rows + 0.35 * towers), layout="constrained")
+        _kernels(figure.subplots(towers, 1, squeeze=False)[:, 0], weight)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        return _save(figure, path)
+
+
+def predictions_figure(
+    images: np.ndarray | Tensor,
+    probabilities: np.ndarray | Tensor,
+    labels: Sequence[int],
+    names: Sequence[str],
+    path: str | Path,
+    columns: int = 4,
+) -> Path:
+    """Figure 4, left: each image, its class, and bars for the five classes the network finds most probable.
+
+    images (N, px, px, 3) uint8; probabilities (N, classes); names of the classes, the first synonym is shown.
+    """
+    pixels, p = np.asarray(images), np.asarray(probabilities)
+    with matplotlib.rc_context(STYLE):
+        rows = -(-len(pixels) // columns)
+        figure = Figure(figsize=(1.9 * columns, 3.05 * rows), layout="constrained")
+        cells = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[2.0, 1.0] * rows)
+        for axes in cells.flat:
+            axes.axis("off")
+        for i, label in enumerate(labels):
+            row, column = divmod(i, columns)
+            _show(cells[2 * row, column], pixels[i])
+            cells[2 * row, column].set_title(_short(names[label], 24), loc="center", fontweight="bold")
+            _bars(cells[2 * row + 1, column], p[i], label, names)
+        return _save(figure, path)
+
+
+def neighbours_figure(
+    queries: np.ndarray | Tensor,
+    neighbours: np.ndarray | Tensor,
+    path: str | Path,
+    agree: np.ndarray | None = None,
+) -> Path:
+    """Figure 4, right: test images and, in each row, the training images nearest in the last hidden layer.
+
+    queries (N, px, px, 3) and neighbours (N, K, px, px, 3) uint8; where `agree` (N, K) is given, a frame shows
+    whether the neighbour is of the query's class.
+    """
+    first, others = np.asarray(queries), np.asarray(neighbours)
+    with matplotlib.rc_context(STYLE):
+        n, k = others.shape[:2]
+        layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+        figure = Figure(figsize=(0.95 * (k + 1.15), 0.95 * n + 0.25), layout=layout)
+        # The empty second column sets the query apart.
+        cells = figure.subplots(n, k + 2, squeeze=False, width_ratios=[1, 0.15] + [1] * k)
+        for i in range(n):
+            cells[i, 1].axis("off")
+            _show(cells[i, 0], first[i])
+            for j in range(k):
+                _show(cells[i, j + 2], others[i, j])
+                if agree is not None:
+                    _frame(cells[i, j + 2], GREEN if agree[i, j] else RED)
+        cells[0, 0].set_title("test image", loc="center")
+        # A title of the column would widen it.
+        words = cells[0, 2].text(0, 1.09, "nearest training images, nearest first", fontsize=9)
+        words.set(transform=cells[0, 2].transAxes, in_layout=False)
+        return _save(figure, path)
+
+
+def run_curves(rows: Sequence[Mapping[str, Any]], metric: str, scale: float = 1.0) -> dict[str, Curve]:
+    """Columns `train/<metric>` and `holdout/<metric>` of metrics.csv against epochs done.
+
+    A row with a holdout value ends its epoch (`epoch` counts from 0), its train value is the mean over that epoch;
+    the other rows are means over the last few steps, and show more while the epochs are few.
+    """
+    ends = [r for r in rows if r.get(f"holdout/{metric}") not in (None, "")]
+    if not ends:
+        return {}
+    steps_per_epoch = float(ends[-1]["step"]) / (float(ends[-1]["epoch"]) + 1)
+    windows = [r for r in rows if r.get(f"holdout/{metric}") in (None, "")]
+    few = len(ends) < FEW_EPOCHS and len(windows) > len(ends)
+    train, shift = (windows, 0.0) if few else (ends, 0.5)  # an epoch's mean stands at its middle
+
+    def curve(chosen: Sequence[Mapping[str, Any]], key: str, shift: float, colour: str) -> Curve:
+        x = [float(r["step"]) / steps_per_epoch - shift for r in chosen]
+        return Curve(x, [scale * float(r[key]) for r in chosen], colour=colour)
+
+    return {
+        "train": curve(train, f"train/{metric}", shift, BLUE),
+        "holdout": curve(ends, f"holdout/{metric}", 0.0, ORANGE),
+    }
+
+
+def _curves(
+    axes: Axes, curves: Mapping[str, Curve], x_label: str, y_label: str, from_zero: bool = True
+) -> None:
+    for name, c in curves.items():
+        marker = "o" if len(c.x) < 30 else ""
+        (line,) = axes.plot(c.x, c.y, c.style, color=c.colour, label=name, marker=marker, markersize=2.5)
+        if c.low is not None and c.high is not None:
+            axes.fill_between(c.x, c.low, c.high, color=line.get_color(), alpha=0.18, linewidth=0)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.legend() if curves else axes.legend(handles=[])
+    if from_zero and curves:
+        axes.set_ylim(0, 1.06 * max(np.max(c.y if c.high is None else c.high) for c in curves.values()))
+
+
+def kernel_grid(weight: Tensor, per_row: int = KERNELS_PER_ROW) -> np.ndarray:
+    """Kernels (O, C, R, S) already scaled to 0..1 -> one picture (rows * (R+1) + 1, ..., 3), white between them.
+
+    Three input channels are red, green, blue; with any other number the first is shown in grey.
+    """
+    w = weight.float().cpu().numpy().transpose(0, 2, 3, 1)  # (O, R, S, C)
+    w = w if w.shape[-1] == 3 else w[..., :1].repeat(3, -1)
+    count, r, s, _ = w.shape
+    columns = min(per_row, count)
+    picture = np.ones((-(-count // columns) * (r + 1) + 1, columns * (s + 1) + 1, 3), np.float32)
+    for i, kernel in enumerate(w):
+        top, left = i // columns * (r + 1) + 1, i % columns * (s + 1) + 1
+        picture[top : top + r, left : left + s] = kernel
+    return picture
+
+
+def _columns(kernels: int, aspect: float) -> int:
+    """A multiple of four that makes a block of so many kernels about `aspect` times as wide as high."""
+    return 4 * max(1, round((kernels * aspect) ** 0.5 / 4))
+
+
+def _kernels(axes: Iterable[Axes], weight: Tensor, columns: int = KERNELS_PER_ROW) -> None:
+    """One block of kernels per axes, all on one scale from the smallest weight to the largest."""
+    w = weight.detach().float()
+    scaled = (w - w.min()) / (w.max() - w.min()).clamp_min(1e-30)
+    blocks = list(axes)
+    for tower, (block, part) in enumerate(zip(blocks, scaled.tensor_split(len(blocks)), strict=True)):
+        block.imshow(kernel_grid(part, columns), interpolation="nearest")
+        block.axis("off")
+        block.set_anchor("NW")
+        name = f"{len(part)} kernels of conv1, {w.shape[2]}x{w.shape[3]}"
+        block.set_title(f"tower {tower + 1}: {name}" if len(blocks) > 1 else name)
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    axes.axis("on")
+    axes.grid(False)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.imshow(image)
+
+
+def _frame(axes: Axes, colour: str) -> None:
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=colour, linewidth=2)
+
+
+def _bars(axes: Axes, p: np.ndarray, label: int, names: Sequence[str]) -> None:
+    """The five most probable classes, downwards; the true one in colour (red in the paper)."""
+    top = np.argsort(-p)[:5]
+    axes.barh(
+        range(len(top)), p[top], height=0.85, color=["#F0875C" if c == label else "#A9C6DE" for c in top]
+    )
+    for y, c in enumerate(top):
+        axes.text(0.02, y, _short(names[c], 26), va="center", fontsize=7)
+    axes.set(xlim=(0, 1), ylim=(4.6, -0.6))
+
+
+def _short(words: str, width: int) -> str:
+    """The first synonym of a WordNet entry, cut to `width` characters."""
+    first = words.split(",")[0]
+    return first if len(first) <= width else first[: width - 1] + "…"
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    """Writes the file, without a date or version in it, and returns its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    none_of = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    figure.savefig(path, metadata=none_of.get(path.suffix))
+    return path
