@@ -108,7 +108,8 @@ def _winners(
     """For each place (r,s): does the window's winner, or one of them, stand there? (N, C, P, Q) bool."""
     if place is not None:
         return (place.eq(k) for k in range(len(windows)))
-    assert x is not None and y is not None
+    assert x is not None
+    assert y is not None
     x_padded = F.pad(x, sides, value=float("-inf"))
     return (x_padded[window].eq(y) for window in windows)
 
@@ -193,9 +194,9 @@ def max_pool2d(
     ties: "first" (torch) or "all" (2012), see above. Raises UserError for dilation other than 1, windows of more
     than 128 places, padding over half a window and images without a whole window.
     """
-    kernel, padding = _two(kernel_size), _two(padding)
-    stride = kernel if stride is None else _two(stride)
-    _check(input, kernel, stride, padding, _two(dilation), ceil_mode, ties)
+    kernel, padding = two(kernel_size), two(padding)
+    stride = kernel if stride is None else two(stride)
+    check_pool(input, kernel, stride, padding, two(dilation), ceil_mode, ties)
     pair = pair_for("max_pool2d", backend)
     if pair is None:
         return _native(input, kernel, stride, padding, ceil_mode, ties)
@@ -214,13 +215,15 @@ def _native(x: Tensor, kernel: Two, stride: Two, padding: Two, ceil_mode: bool, 
     return y + (winners - winners.detach())
 
 
-def _two(value: int | Two) -> Two:
+def two(value: int | Two) -> Two:
+    """One number for both axes, or (rows, columns), as everywhere in torch."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _check(
+def check_pool(
     x: Tensor, kernel: Two, stride: Two, padding: Two, dilation: Two, ceil_mode: bool, ties: str
 ) -> None:
+    """Raises UserError for what no pair pools."""
     if ties not in TIES:
         raise UserError(f"ties={ties!r} is no rule for equal maxima: choose one of {', '.join(TIES)}")
     if dilation != (1, 1):
