@@ -1,0 +1,392 @@
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    COMPILES,
+    assert_layouts_agree,
+    assert_matches_native,
+    assert_module_travels,
+    assert_once_differentiable,
+    assert_wrong_gradients_are_noticed,
+    normals,
+    outcome,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from alexnet.errors import UserError
+from alexnet.layers import Conv2d, conv2d
+from alexnet.layers.conv2d import (
+    COLUMN_BYTES,
+    conv2d_backward,
+    conv2d_forward,
+    fold,
+    images_at_once,
+    output_size,
+    unfold,
+)
+
+MODULE = import_module("alexnet.layers.conv2d")  # the package's own `conv2d` is the function
+
+# Every part differs from every other: 2 towers of 2 and 3 channels, a 2x3 kernel, 4 paddings, 2 strides.
+X, W, B = normals(3, 4, 7, 8), normals(6, 2, 2, 3, seed=2), normals(6, seed=3)
+GEOMETRY = {"stride": (3, 2), "padding": (0, 2, 1, 3), "groups": 2}
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+# input (N, C, H, W), weight (O, C/G, R, S), stride, padding, groups
+ALEXNET = {  # the paper's layers with fewer and smaller maps
+    "conv1, zeros on the right and bottom": ((2, 3, 32, 32), (4, 3, 11, 11), 4, (0, 3, 0, 3), 1),
+    "conv1 of torchvision": ((2, 3, 32, 32), (4, 3, 11, 11), 4, 2, 1),
+    "conv1 of 56 pixels": ((2, 3, 14, 14), (4, 3, 7, 7), 2, (1, 2, 1, 2), 1),
+    "conv2, towers": ((2, 4, 9, 9), (6, 2, 5, 5), 1, 2, 2),
+    "conv3": ((2, 6, 6, 6), (4, 6, 3, 3), 1, 1, 1),
+    "conv4, towers": ((2, 4, 6, 6), (4, 2, 3, 3), 1, 1, 2),
+}
+AWKWARD = {
+    "one image": ((1, 2, 5, 5), (2, 2, 3, 3), 1, 1, 1),
+    "one window": ((2, 2, 3, 4), (2, 2, 3, 4), 1, 0, 1),
+    "one pixel": ((2, 2, 1, 1), (2, 2, 3, 3), 1, 1, 1),
+    "kernel of one pixel": ((2, 3, 4, 5), (2, 3, 1, 1), 1, 0, 1),
+    "stride larger than kernel": ((2, 2, 11, 10), (2, 2, 2, 3), (5, 4), 0, 1),
+    "pixels that no window reads": ((2, 2, 10, 9), (2, 2, 3, 3), 4, 0, 1),
+    "windows wholly in the padding": ((2, 2, 3, 3), (2, 2, 2, 2), 1, 4, 1),
+    "padding on one side": ((2, 2, 5, 4), (2, 2, 3, 3), (2, 1), (2, 0, 0, 1), 1),
+    "a group for every channel": ((2, 3, 5, 5), (6, 1, 3, 3), 1, 1, 3),
+}
+
+
+@pytest.mark.parametrize("case", [*ALEXNET.values(), *AWKWARD.values()], ids=[*ALEXNET, *AWKWARD])
+@pytest.mark.parametrize("bias", [True, False])
+def test_matches_native(case, bias):
+    x, w, *geometry = case
+    assert_matches_native(
+        lambda *inputs, backend: conv2d(
+            inputs[0], inputs[1], inputs[2] if bias else None, *geometry[:2], 1, geometry[2], backend=backend
+        ),
+        *(normals(*x), normals(*w, seed=2), *[normals(w[0], seed=3)] * bias),
+        **EXACT,
+    )
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_matches_native_in_any_shape(data):
+    few, side = st.integers(1, 3), st.integers(1, 4)
+    groups, stride, kernel = data.draw(few), data.draw(st.tuples(few, few)), data.draw(st.tuples(side, side))
+    padding = data.draw(st.tuples(*[st.integers(0, 3)] * 4))
+    x = normals(data.draw(few), groups * data.draw(few), *data.draw(st.tuples(*[st.integers(1, 9)] * 2)))
+    w = normals(groups * data.draw(few), x.shape[1] // groups, *kernel, seed=2)
+    assume(min(output_size(x, w, stride, padding)) > 0)
+    assert_matches_native(
+        lambda x, w, b, backend: conv2d(x, w, b, stride, padding, 1, groups, backend=backend),
+        *(x, w, normals(len(w), seed=3)),
+        **EXACT,
+    )
+
+
+@pytest.mark.parametrize("padding", [0, 2, (1, 2)])
+def test_is_torchs_convolution(padding):
+    expected = outcome(lambda x, w, b: F.conv2d(x, w, b, 2, padding, 1, 2), X, W, B)
+    torch.testing.assert_close(outcome(lambda x, w, b: conv2d(x, w, b, 2, padding, 1, 2), X, W, B), expected)
+
+
+def test_padding_reads_as_in_pad():
+    sides = (0, 3, 1, 2)
+    torch.testing.assert_close(
+        conv2d(X, W, B, padding=sides, groups=2), F.conv2d(F.pad(X, sides), W, B, groups=2)
+    )
+
+
+def test_gradient_against_finite_differences():
+    inputs = [t.clone().requires_grad_() for t in (X, W, B)]
+    assert torch.autograd.gradcheck(lambda x, w, b: conv2d(x, w, b, **GEOMETRY), inputs)
+
+
+def test_layout_does_not_matter():
+    assert_layouts_agree(lambda x: conv2d(x, W, B, **GEOMETRY), X)
+    expected = conv2d(X, W, B, **GEOMETRY)
+    torch.testing.assert_close(
+        conv2d(X, W.to(memory_format=torch.channels_last), B, **GEOMETRY), expected, **EXACT
+    )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_output_and_gradient_lie_in_memory_as_the_input(layout):
+    x = X.clone(memory_format=layout).requires_grad_()
+    y = conv2d(x, W, B, **GEOMETRY)
+    y.sum().backward()
+    assert y.is_contiguous(memory_format=layout)
+    assert x.grad.is_contiguous(memory_format=layout)
+
+
+def test_adjoint():
+    """<dY, A X> = <dX, X> = <dW, W>: the gradients are the adjoints of a map linear in x and in w."""
+    y, (dx, dw) = outcome(lambda x, w: conv2d(x, w, **GEOMETRY), X, W)
+    dy = normals(*y.shape, seed=1)
+    torch.testing.assert_close((dx * X).sum(), (dy * y).sum())
+    torch.testing.assert_close((dw * W).sum(), (dy * y).sum())
+
+
+def test_input_gradient_is_a_correlation_with_the_kernel_turned():
+    _, (dx,) = outcome(lambda x: conv2d(x, W[:, :, :2, :2], stride=1, padding=1, groups=2), X)
+    dy = normals(3, 6, 8, 9, seed=1)
+    turned = W[:, :, :2, :2].flip(2, 3).unflatten(0, (2, 3)).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(dx, F.conv2d(dy, turned, groups=2))
+
+
+def test_fold_sums_what_unfold_copied():
+    geometry = ((2, 3), (1, 1), (0, 1, 0, 0))
+    counts = fold(torch.ones_like(unfold(X, *geometry, 1)), X.shape, *geometry)
+    # A pixel stands in the columns once for each window that covers it: up to 2 rows times 3 columns of windows.
+    rows = torch.tensor([1, 2, 2, 2, 2, 2, 1.0], dtype=X.dtype)
+    columns = torch.tensor([1, 2, 3, 3, 3, 3, 3, 2.0], dtype=X.dtype)
+    torch.testing.assert_close(counts, (rows[:, None] * columns).expand_as(X))
+
+
+def wrong_fold(add=True, stride=True, crop=False):
+    """`fold` with one mistake."""
+
+    def wrong(columns, shape, kernel, u, padding):
+        (N, C, H, W), (R, S), G = shape, kernel, len(columns)
+        left, right, top, bottom = padding
+        padded = columns.new_zeros(N, H + top + bottom, W + left + right, G, C // G)
+        P, Q = (padded.shape[1] - R) // u[0] + 1, (padded.shape[2] - S) // u[1] + 1
+        taps = columns.reshape(G, N, P, Q, R, S, C // G).permute(4, 5, 1, 2, 3, 0, 6)
+        v = u if stride else (1, 1)
+        for r in range(R):
+            for s in range(S):
+                plane = padded[:, r : r + v[0] * P : v[0], s : s + v[1] * Q : v[1]]
+                plane.copy_(plane + taps[r, s] if add else taps[r, s])
+        left, top = (right, bottom) if crop else (left, top)
+        return padded[:, top : top + H, left : left + W].flatten(3).permute(0, 3, 1, 2)
+
+    return wrong
+
+
+def with_part(**parts):
+    """The real backward with one of its functions replaced."""
+
+    def backward(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, part in parts.items():
+                patch.setattr(MODULE, name, part)
+            return conv2d_backward(*arguments)
+
+    return backward
+
+
+def changed(which, change):
+    """The real backward with one of its gradients changed."""
+
+    def backward(*arguments):
+        gradients = list(conv2d_backward(*arguments))
+        gradients[which] = change(gradients[which], *arguments)
+        return tuple(gradients)
+
+    return backward
+
+
+def test_every_term_matters(monkeypatch):
+    torch.testing.assert_close(  # the function that carries the mistakes is right without them
+        wrong_fold()(unfold(X, (2, 3), (3, 2), (0, 2, 1, 3), 2), X.shape, (2, 3), (3, 2), (0, 2, 1, 3)),
+        fold(unfold(X, (2, 3), (3, 2), (0, 2, 1, 3), 2), X.shape, (2, 3), (3, 2), (0, 2, 1, 3)),
+    )
+    rows, chunks, unfolded = MODULE._weight_rows, MODULE._chunks, unfold
+    wrong = {
+        "= for += where windows overlap": with_part(fold=wrong_fold(add=False)),
+        "stride forgotten in fold": with_part(fold=wrong_fold(stride=False)),
+        "padding cut off on the wrong side": with_part(fold=wrong_fold(crop=True)),
+        "the other tower's weights": with_part(_weight_rows=lambda w, groups: rows(w, groups).roll(1, 0)),
+        "the other tower's columns": with_part(unfold=lambda *a: unfolded(*a).roll(1, 0)),
+        "padding of the other side in dw": with_part(
+            unfold=lambda x, kernel, stride, padding, groups: unfolded(
+                x, kernel, stride, (padding[1], padding[0], *padding[2:]), groups
+            )
+        ),
+        "taps of w in the order (c, r, s)": with_part(
+            _weight_rows=lambda w, groups: w.reshape(groups, len(w) // groups, -1)
+        ),
+        "kernel turned by 180 degrees": with_part(_weight_rows=lambda w, groups: rows(w.flip(2, 3), groups)),
+        "taps of dw in the order (c, r, s)": with_part(
+            _weight_from_rows=lambda dw_GOK, w: dw_GOK.reshape(w.shape)
+        ),
+        "dw of the last images only": with_part(_chunks=lambda *a: list(chunks(*a))[-1:]),
+        "dw a mean over images": changed(1, lambda dw, *_: dw / 3),
+        "db of one column only": changed(2, lambda db, dy, *_: dy.sum((0, 2))[:, 0]),
+        "db of one image only": changed(2, lambda db, dy, *_: dy[0].sum((1, 2))),
+        "no db": changed(2, lambda db, *_: torch.zeros_like(db)),
+    }
+    monkeypatch.setattr(MODULE, "COLUMN_BYTES", 1)  # several pieces
+    for stride in (1, (3, 2)):  # windows that overlap, and windows that do not
+        geometry = {**GEOMETRY, "stride": stride}
+        # Without overlap there is nothing to overwrite; without stride there is none to forget.
+        invisible = "stride forgotten in fold" if stride == 1 else "= for += where windows overlap"
+        assert_wrong_gradients_are_noticed(
+            "conv2d",
+            {name: backward for name, backward in wrong.items() if name != invisible},
+            lambda geometry=geometry: assert_matches_native(
+                lambda x, w, b, backend: conv2d(x, w, b, **geometry, backend=backend), X, W, B
+            ),
+        )
+
+
+def test_pieces_of_the_batch_add_up(monkeypatch):
+    whole = outcome(lambda x, w, b: conv2d(x, w, b, **GEOMETRY), X, W, B)
+    assert len(list(MODULE._chunks(X, W, 12))) == 1
+    for images in (1, 2):  # 2 leaves a piece of one image
+        monkeypatch.setattr(MODULE, "COLUMN_BYTES", images * 12 * 4 * 6 * 8)  # P Q C R S bytes
+        assert images_at_once(X, W, 12) == images
+        torch.testing.assert_close(outcome(lambda x, w, b: conv2d(x, w, b, **GEOMETRY), X, W, B), whole)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "stride", "padding", "groups"),
+    [
+        ((32, 3, 224, 224), (96, 3, 11, 11), (4, 4), (0, 3, 0, 3), 1),
+        ((32, 96, 27, 27), (256, 48, 5, 5), (1, 1), (2, 2, 2, 2), 2),
+        ((32, 256, 13, 13), (384, 256, 3, 3), (1, 1), (1, 1, 1, 1), 1),
+        ((32, 384, 13, 13), (256, 192, 3, 3), (1, 1), (1, 1, 1, 1), 2),
+    ],
+)
+def test_columns_of_the_papers_layers_stay_within_their_bytes(x, w, stride, padding, groups):
+    x, w = torch.empty(x, device="meta"), torch.empty(w, device="meta")
+    P, Q = output_size(x, w, stride, padding)
+    images = images_at_once(x, w, P * Q)
+    columns = unfold(x[:images], w.shape[2:], stride, padding, groups)
+    assert columns.nbytes <= COLUMN_BYTES < columns.nbytes * (images + 1) / images
+
+
+def test_an_image_larger_than_the_bytes_goes_alone(monkeypatch):
+    monkeypatch.setattr(MODULE, "COLUMN_BYTES", 1)
+    assert images_at_once(X, W, 12) == 1
+
+
+def test_keeps_nothing_but_input_and_weight():
+    _, *saved = conv2d_forward(X, W, B, (3, 2), (0, 2, 1, 3), 2)
+    assert [tensor.data_ptr() for tensor in saved] == [X.data_ptr(), W.data_ptr()]
+
+
+def test_computes_only_the_gradients_needed(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an input gradient was computed that nobody asked for")
+
+    layer = Conv2d(4, 6, (2, 3), **GEOMETRY, dtype=torch.float64)
+    layer.bias.requires_grad_(False)
+    monkeypatch.setattr(MODULE, "fold", refuse)
+    layer(X).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is None
+
+
+def test_frozen_weights_get_no_gradient(monkeypatch):
+    layer = Conv2d(4, 6, (2, 3), **GEOMETRY, dtype=torch.float64)
+    layer.weight.requires_grad_(False)
+    x = X.clone().requires_grad_()
+    y = layer(x)
+
+    def refuse(*_):
+        raise AssertionError("columns were built for a frozen weight")
+
+    monkeypatch.setattr(MODULE, "unfold", refuse)
+    y.sum().backward()
+    assert layer.weight.grad is None
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float32, 2**-24), (torch.bfloat16, 2**-9)])
+def test_error_of_narrow_types_is_a_few_roundings(dtype, epsilon):
+    """Sums of up to 288 products keep the precision of one rounding: they accumulate in float32 or wider."""
+    x, w = normals(4, 32, 6, 6).to(dtype), normals(32, 32, 3, 3, seed=2).to(dtype)
+    b = normals(32, seed=3).to(dtype)
+    dy = normals(4, 32, 6, 6, seed=4).to(dtype)
+    wide = [t.double() for t in (x, w, b, dy)]
+    geometry = ((1, 1), (1, 1, 1, 1), 1)
+    ours = [
+        conv2d_forward(x, w, b, *geometry)[0],
+        *conv2d_backward(dy, x, w, *geometry, (True, True, True)),
+    ]
+    exact = [
+        conv2d_forward(*wide[:3], *geometry)[0],
+        *conv2d_backward(wide[3], *wide[:2], *geometry, (True, True, True)),
+    ]
+    for got, expected in zip(ours, exact, strict=True):
+        assert got.dtype == dtype
+        error = (got.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error < 4 * epsilon
+
+
+def test_bf16_bias_gradient_is_summed_in_float32():
+    dy = torch.ones(10, 1, 10, 10, dtype=torch.bfloat16)  # a bf16 sum of ones stops at 256
+    w = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    db = conv2d_backward(dy, dy, w, (1, 1), (0, 0, 0, 0), 1, (False, False, True))[2]
+    assert db.item() == 1000
+
+
+def test_bf16_weight_gradient_is_summed_over_pieces_in_float32(monkeypatch):
+    monkeypatch.setattr(MODULE, "COLUMN_BYTES", 1)
+    dy = torch.ones(300, 1, 1, 1, dtype=torch.bfloat16)
+    w = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    dw = conv2d_backward(dy, dy, w, (1, 1), (0, 0, 0, 0), 1, (False, True, False))[1]
+    assert dw.item() == 300
+
+
+def test_autocast_multiplies_in_bf16_and_returns_float32_gradients():
+    x, w, b = X.float(), W.float(), B.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, gradients = outcome(lambda x, w, b: conv2d(x, w, b, **GEOMETRY), x, w, b)
+    assert y.dtype == torch.bfloat16
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    torch.testing.assert_close(y.double(), conv2d(X, W, B, **GEOMETRY), rtol=0.05, atol=0.05)
+
+
+@COMPILES
+def test_module_copies_pickles_compiles_and_prints():
+    assert_module_travels(Conv2d(4, 6, (2, 3), **GEOMETRY, dtype=torch.float64), X)
+
+
+def test_second_derivative_is_refused():
+    assert_once_differentiable(lambda x: conv2d(x, W, B, **GEOMETRY), X)
+
+
+@pytest.mark.parametrize("padding", [1, (2, 1), (0, 3, 0, 3)])
+def test_has_the_parameters_and_the_print_of_torch(padding):
+    torch.manual_seed(0)
+    ours = Conv2d(4, 6, 3, 2, padding, groups=2, bias=False)
+    torch.manual_seed(0)
+    torchs = torch.nn.Conv2d(4, 6, 3, 2, padding if padding != (0, 3, 0, 3) else 0, groups=2, bias=False)
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
+    if padding != (0, 3, 0, 3):
+        assert repr(ours) == repr(torchs)[:-1] + ", backend=reference)"
+
+
+def test_an_empty_batch_passes():
+    y, (dx, dw) = outcome(lambda x, w: conv2d(x, w, **GEOMETRY), X[:0], W)
+    assert y.shape == (0, 6, 4, 4)
+    assert dx.shape == (0, 4, 7, 8)
+    assert not dw.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dilation": 2}, "dilation 1 only, not"),
+        ({"padding": "same"}, "padding='same': give numbers"),
+        ({"padding": -1}, "needs padding >= 0"),
+        ({"stride": 0}, "stride >= 1"),
+        ({"groups": 1}, "do not fit with groups=1"),
+        ({"padding": 0, "input": X[..., :1, :]}, "a 2x3 kernel does not fit into 1x8 pixels"),
+        ({"input": X[0]}, r"give input \(N, C, H, W\)"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        conv2d(**{"input": X, "weight": W, "bias": B, "groups": 2} | arguments)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("arguments", [{"dilation": 2}, {"padding_mode": "reflect"}, {"padding": "same"}])
+def test_module_refuses_what_it_has_not(arguments):
+    with pytest.raises(UserError, match=next(iter(arguments))):
+        Conv2d(4, 6, 3, **arguments)
