@@ -29,7 +29,7 @@ Both distributions sum to 1, so each row of dx sums to 0: logits are pushed apar
 Who differs: nothing in the mathematics. The 2012 code maximises the log-likelihood, so its gradient is q - p
 (layer_kernels.cu:456-471), and it divides by N in the weight gradients (layer.cu:653-673), not here. The paper
 maximises the mean over the images, as here; Caffe and torch as here. Label smoothing is later than 2012, torch's
-definition. Half types are summed in float32 and the loss stays float32: a loss rounded to bf16 has 3 digits.
+definition. Half types are summed in float32 and the loss stays float32: bf16 would leave it two digits.
 
 Shapes: N images, K classes; x, dx (N, K), t (N) int64, lse (N, 1), loss a number, or (N) without reduction.
 """

@@ -24,15 +24,15 @@ in the other: equal when V = (1-p) W. Then dV = dW/(1-p), and the update W <- W 
 numbers unchanged doubles the next layer's output at the start and quadruples its step.
 
 The mask. Drawing m from a generator ties it to the device, the order of the layers and the number of processes.
-Here it is a function of (key, row, unit), computed in 32-bit words by a hash:
+Here it is a function of (key, row, unit), a hash of 32-bit words (constants in hexadecimal, all modulo 2^32):
 
     mix(h):  h += 9E3779B9;  h ^= h >> 16;  h *= 7FEB352D;  h ^= h >> 15;  h *= 846CA68B;  h ^= h >> 16
     bits   = mix(mix(mix(mix(low key) ^ high key) ^ row) ^ mix(unit))
     m      = [bits >= p 2^32]
 
 The multiplications and shifts of `mix` are the `lowbias32` finaliser of the hash-prospector project; the addition
-keeps 0 from being mapped to 0. The unit is mixed on its own first, because rows that differ in low bits only
-would otherwise carry the same mask in another order. Any slice of rows can be computed alone (`first_row`), so
+keeps 0 from being mapped to 0. The unit is mixed on its own first, because rows whose words differ in
+low bits only would otherwise carry the same mask in another order. Any slice of rows can be computed alone (`first_row`), so
 processes that share a batch agree, and a resumed run repeats its masks.
 
 Torch has no unsigned 32-bit arithmetic everywhere, so words travel in int64, cut to 32 bits after each step; the

@@ -81,7 +81,7 @@ def map_window_sum(x: Tensor, before: int, after: int, groups: int) -> Tensor:
 
 
 def inverse_power(s: Tensor, beta: float) -> Tensor:
-    """s^-beta, s > 0. The paper's 3/4 is 1/2 + 1/4: two square roots, several times cheaper than a power."""
+    """s^-beta, s > 0. The paper's 3/4 is 1/2 + 1/4: two square roots, without a logarithm and an exponential."""
     if beta == 0.75:
         root = s.rsqrt()  # s^-1/2
         return root * root.sqrt()

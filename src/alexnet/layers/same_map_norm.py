@@ -24,7 +24,7 @@ Backward, with t[p] = dy[p] s[p]^-beta:
 
     dx[p] = t[p]  -  (2 alpha beta/n^2) x[p] sum_{q in W(p)} t[q] x[q] / s[q]
 
-A square window is a row window of column windows, so a sum over n^2 pixels costs 2n additions.
+A square window is a row window of column windows, so a sum over n^2 pixels costs 2 (n - 1) additions.
 
 Who differs: paper, Caffe's default and torch have no such layer (Caffe's LRN does with norm_region WITHIN_CHANNEL).
 The 2012 code uses n = 5, alpha = 1e-3 divided by n^2 (layer.py:1183), beta = 0.75, and k = 1 always: its minDiv
