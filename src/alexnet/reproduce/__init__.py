@@ -1,0 +1,1 @@
+"""The paper's claims, tested again on subsets: what a claim is, the statistics, the tables."""

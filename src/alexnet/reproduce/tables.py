@@ -1,0 +1,424 @@
+"""From finished runs to the rows of a claim's table: paper | notes of 2012 | ours, n, interval, verdict.
+
+    evidence of every run -> measure() one claim -> judge() all claims together (Holm) -> text, Markdown, JSON
+
+Files carry fractions and nats; what is printed here is percent, percentage points and nats.
+"""
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from alexnet.reproduce.claims import METRICS, Claim, Comparison, Number, Statistic, Unit
+from alexnet.reproduce.statistics import (
+    Direction,
+    Effect,
+    Source,
+    Summary,
+    Verdict,
+    bootstrap_images,
+    holm,
+    paired_difference,
+    summarise,
+    tested_p,
+    time_ratio,
+    time_to,
+    verdict,
+)
+
+WIDTH = 100  # columns of the plain table
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one finished run says.
+
+    `results`: {metric: value} as in run.json, `curves`: {metric: [(epoch, value), ...]} from metrics.csv,
+    `classes`: of its data set, for thresholds given as a fraction of ln(classes).
+    """
+
+    results: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Of one claim: {arm: {seed: evidence}}, and for within_net {test: {metric: (images,) or (nets, images)}}."""
+
+    arms: Mapping[str, Mapping[int, Evidence]] = field(default_factory=dict)
+    tests: Mapping[str, Mapping[str, ArrayLike]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison in one metric. `effect` is None when there is nothing to compare yet; `note` says why."""
+
+    claim: str
+    section: str
+    comparison: Comparison
+    metric: str
+    unit: Unit
+    paper: Number | None = None
+    notes_2012: Number | None = None
+    treatment: Summary | None = None
+    control: Summary | None = None
+    effect: Effect | None = None
+    p_holm: float | None = None
+    verdict: Verdict | None = None
+    note: str = ""
+
+    @property
+    def main(self) -> bool:
+        """The metric the claim is decided by; the others stand beside it."""
+        return self.metric == self.comparison.metric
+
+
+# From runs to numbers -----------------------------------------------------------------------------------------------
+
+
+def measure(claim: Claim, gathered: Gathered) -> list[Row]:
+    """The rows of one claim without verdicts, from whatever runs are finished."""
+    return [
+        _measured(_row(claim, c, metric), gathered)
+        for c in claim.comparisons
+        for metric in dict.fromkeys([c.metric, *c.also])
+    ]
+
+
+def judge(claims: Mapping[str, Claim], rows: Sequence[Row]) -> list[Row]:
+    """The verdicts of all rows; Holm's correction runs over every comparison that has an expectation."""
+    tested = [i for i, row in enumerate(rows) if row.effect is not None and _expects(row)]
+    p = {i: _p(rows[i]) for i in tested}
+    known = [i for i in tested if not math.isnan(p[i])]
+    adjusted = dict(zip(known, holm([p[i] for i in known]), strict=True)) if known else {}
+    return [_judged(row, claims[row.claim], adjusted.get(i)) for i, row in enumerate(rows)]
+
+
+def _row(claim: Claim, c: Comparison, metric: str) -> Row:
+    ratio = c.statistic is Statistic.time_ratio and metric == c.metric
+    return Row(
+        claim=claim.name,
+        section=claim.section,
+        comparison=c,
+        metric=metric,
+        unit=Unit.times if ratio else METRICS[metric],
+        paper=c.printed(c.paper, metric),
+        notes_2012=c.printed(c.notes_2012, metric),
+    )
+
+
+def _measured(row: Row, gathered: Gathered) -> Row:
+    if row.comparison.statistic is Statistic.within_net:
+        return _within_net(row, gathered.tests)
+    if row.unit is Unit.times:
+        return _times(row, gathered.arms)
+    return _differences(row, gathered.arms)
+
+
+def _differences(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
+    values = [
+        _values(arms.get(arm, {}), row.metric) for arm in (row.comparison.treatment, row.comparison.control)
+    ]
+    a, b, note = _pairs(row, *values)
+    if not a:
+        return dataclasses.replace(row, note=note)
+    effect = paired_difference(a, b)
+    return dataclasses.replace(row, treatment=summarise(a), control=summarise(b), effect=effect, note=note)
+
+
+def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
+    c = row.comparison
+    both = [_with_curve(arms.get(arm, {}), c.metric) for arm in (c.treatment, c.control)]
+    seeds = sorted(set(both[0]) & set(both[1]))
+    if not seeds:
+        return dataclasses.replace(row, note=_missing(row, *both))
+    times = [[time_to(arm[s].curves[c.metric], _threshold(c, arm[s])) for s in seeds] for arm in both]
+    budget = max(arm[s].curves[c.metric][-1][0] for arm in both for s in seeds)
+    late = [
+        f"{name} did not arrive in {column.count(None)} of {len(seeds)} runs"
+        for name, column in zip((c.treatment, c.control), times, strict=True)
+        if None in column
+    ]
+    filled = [[budget if t is None else t for t in column] for column in times]
+    return dataclasses.replace(
+        row,
+        treatment=summarise(filled[0]),
+        control=summarise(filled[1]),
+        effect=time_ratio(times[0], times[1], budget),
+        note="; ".join(late),
+    )
+
+
+def _with_curve(runs: Mapping[int, Evidence], metric: str) -> dict[int, Evidence]:
+    return {seed: run for seed, run in runs.items() if run.curves.get(metric)}
+
+
+def _within_net(row: Row, tests: Mapping[str, Mapping[str, ArrayLike]]) -> Row:
+    c = row.comparison
+    missing = [name for name in (c.treatment, c.control) if row.metric not in tests.get(name, {})]
+    if missing:
+        return dataclasses.replace(row, note=f"no results of {', '.join(missing)} yet")
+    a, b = tests[c.treatment][row.metric], tests[c.control][row.metric]
+    return dataclasses.replace(
+        row,
+        treatment=_over_nets(a),
+        control=_over_nets(b),
+        effect=bootstrap_images(a, b),
+        note=str(Source.IMAGES),
+    )
+
+
+def _over_nets(values: ArrayLike) -> Summary:
+    return summarise(np.atleast_2d(np.asarray(values)).mean(1))
+
+
+def _values(runs: Mapping[int, Evidence], metric: str) -> dict[int, float]:
+    """{seed: value}; `gap` is the difference of two other metrics. A run without the metric counts as not there."""
+    return {seed: _value(run.results, metric) for seed, run in runs.items() if _has(run.results, metric)}
+
+
+def _parts(metric: str) -> tuple[str, ...]:
+    split, _, quantity = metric.partition("/")
+    return (f"val/{quantity}", f"train_eval/{quantity}") if split == "gap" else (metric,)
+
+
+def _has(results: Mapping[str, float], metric: str) -> bool:
+    return all(part in results for part in _parts(metric))
+
+
+def _value(results: Mapping[str, float], metric: str) -> float:
+    first, *rest = (results[part] for part in _parts(metric))
+    return first - sum(rest)
+
+
+def _pairs(row: Row, a: dict[int, float], b: dict[int, float]) -> tuple[list[float], list[float], str]:
+    """The seeds both arms have, in order, without those in which a run diverged; and what was left out."""
+    seeds = sorted(set(a) & set(b))
+    good = [s for s in seeds if math.isfinite(a[s]) and math.isfinite(b[s])]
+    note = f"{len(seeds) - len(good)} of {len(seeds)} pairs diverged" if len(good) < len(seeds) else ""
+    return [a[s] for s in good], [b[s] for s in good], note or ("" if seeds else _missing(row, a, b))
+
+
+def _missing(row: Row, a: Mapping[int, Any], b: Mapping[int, Any]) -> str:
+    names = [
+        n
+        for n, there in zip((row.comparison.treatment, row.comparison.control), (a, b), strict=True)
+        if not there
+    ]
+    return f"no finished runs of {', '.join(names)} yet" if names else "no seed that both arms have"
+
+
+def _threshold(c: Comparison, run: Evidence) -> float:
+    assert c.threshold is not None  # claims.py refuses a time_ratio without one
+    return c.threshold * math.log(run.classes) if c.threshold_of_chance else c.threshold
+
+
+def _expects(row: Row) -> bool:
+    return row.main and row.comparison.direction is not Direction.REPORT
+
+
+def _p(row: Row) -> float:
+    assert row.effect is not None
+    return tested_p(row.effect, row.comparison.direction, row.comparison.margin or 0.0)
+
+
+def _judged(row: Row, claim: Claim, p_holm: float | None) -> Row:
+    if row.effect is None or not row.main:
+        return row
+    said = verdict(
+        row.effect,
+        row.comparison.direction,
+        margin=row.comparison.margin or 0.0,
+        paper=None if row.paper is None else row.paper.value / _scale(row.unit),
+        min_n=claim.min_seeds,
+        p_holm=p_holm,
+    )
+    return dataclasses.replace(row, p_holm=p_holm, verdict=said)
+
+
+# From numbers to tables ---------------------------------------------------------------------------------------------
+
+
+def as_text(claims: Mapping[str, Claim], rows: Iterable[Row]) -> str:
+    """One block per claim, at most 100 columns."""
+    blocks = []
+    for name, group in _by_claim(rows).items():
+        claim = claims[name]
+        lines = [f"{name}  {claim.title} (section {claim.section})", _columns(*TEXT_HEAD)]
+        for row in group:
+            lines += _text_row(row)
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def as_markdown(claims: Mapping[str, Claim], rows: Iterable[Row]) -> str:
+    """One table: a line per comparison and metric."""
+    head = ("Claim", "Comparison", "Metric", "Paper", "2012 notes", "Ours", "95 % interval", "n", "Verdict")
+    lines = [_pipes(head), _pipes(["---"] * len(head))]
+    for row in rows:
+        cells = _cells(row)
+        said = row.verdict.sentence if row.verdict else ""
+        verdict_cell = "; ".join(part for part in (said, row.note) if part)
+        lines.append(_pipes((claims[row.claim].title, row.comparison.name, *cells, verdict_cell)))
+    return "\n".join(lines) + "\n"
+
+
+def as_json(claims: Mapping[str, Claim], rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Plain data, fractions and nats; numbers that are not finite become None."""
+    return [_plain(row, claims[row.claim]) for row in rows]
+
+
+TEXT_HEAD = ("comparison", "metric", "paper", "2012", "ours, mean ± sd", "95 % interval", "n")
+_TEXT_WIDTHS = (21, 20, 7, 7, 16, 17, 6)
+
+
+def _columns(*cells: str) -> str:
+    return " ".join(cell.ljust(w) for cell, w in zip(cells, _TEXT_WIDTHS, strict=True)).rstrip()
+
+
+def _pipes(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _text_row(row: Row) -> list[str]:
+    names = textwrap.wrap(row.comparison.name, _TEXT_WIDTHS[0]) if row.main else [""]
+    lines = [_columns(names[0], *_cells(row)), *names[1:]]
+    c = row.comparison
+    if row.treatment and row.control:
+        arms = f"{c.treatment} {_summary(row, row.treatment)}, {c.control} {_summary(row, row.control)}"
+        lines += _wrapped(arms)
+    said = row.verdict.sentence if row.verdict else ""
+    if row.verdict and row.effect:
+        said += _fine_print(row, row.effect)
+    return lines + [line for text in (said, row.note) if text for line in _wrapped(text, "-> ")]
+
+
+def _wrapped(text: str, mark: str = "   ") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=f"    {mark}", subsequent_indent="       ")
+
+
+def _fine_print(row: Row, effect: Effect) -> str:
+    """p values and what this n could have found."""
+    parts = [] if math.isnan(effect.p) else [f"p {_p_text(effect.p)}"]
+    if effect.p_sign_flip is not None:
+        parts.append(f"sign flips {_p_text(effect.p_sign_flip)}")
+    if row.p_holm is not None:
+        parts.append(f"Holm {_p_text(row.p_holm)}")
+    if effect.detectable is not None:
+        parts.append(
+            f"detectable at this n: {_number(effect.detectable * _scale(row.unit), row.unit, False)}"
+        )
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    metric = _label(row)
+    printed = [_printed(n) for n in (row.paper, row.notes_2012)]
+    if row.effect is None:
+        return (metric, *printed, "-", "-", "0")
+    e, scale = row.effect, _scale(row.unit)
+    spread = "" if math.isnan(e.sd) or e.source is Source.IMAGES else f" ± {_spread(row, e)}"
+    ours = f"{e.bound}{_number(e.estimate * scale, row.unit)}{spread}"
+    interval = f"[{_number(e.low * scale, row.unit)}, {_number(e.high * scale, row.unit)}]"
+    return (metric, *printed, ours, "-" if e.n < 2 else interval, f"{e.n}")
+
+
+_LABELS = {
+    "top1_error": "top-1",
+    "top5_error": "top-5",
+    "cross_entropy": "nats",
+    "loss": "nats",
+    "precision_at_6": "precision@6",
+    "chroma_split": "chroma split",
+}
+
+
+def _label(row: Row) -> str:
+    """Errors are in percent, their differences in points; train_eval: training images in evaluation mode."""
+    split, _, quantity = row.metric.partition("/")
+    c = row.comparison
+    if row.unit is not Unit.times:
+        return f"{split} {_LABELS[quantity]}"
+    return f"time to {c.threshold:g}" + (" ln(classes)" if c.threshold_of_chance else f" {_LABELS[quantity]}")
+
+
+def _spread(row: Row, e: Effect) -> str:
+    """sd of the differences; of log ratios as the factor exp(sd)."""
+    return f"x{math.exp(e.sd):.2f}" if e.ratio else _number(e.sd * _scale(row.unit), row.unit, False)
+
+
+def _printed(n: Number | None) -> str:
+    if n is None:
+        return "-"
+    sign = "" if n.unit is Unit.times else "+" if n.value > 0 else ""
+    return f"{sign}{n.value:g}"
+
+
+def _number(value: float, unit: Unit, signed: bool = True) -> str:
+    digits = 2 if unit in (Unit.points, Unit.times) else 3
+    sign = "+" if signed and unit is not Unit.times else ""
+    return f"{value:{sign}.{digits}f}"
+
+
+def _p_text(p: float) -> str:
+    return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
+
+
+def _summary(row: Row, s: Summary) -> str:
+    """An arm: percent, nats, or epochs."""
+    scale = _scale(row.unit)
+    unit = {Unit.points: " %", Unit.nats: " nats", Unit.times: " epochs", Unit.number: ""}[row.unit]
+    spread = "" if math.isnan(s.sd) else f" ± {_number(s.sd * scale, row.unit, False)}"
+    return f"{_number(s.mean * scale, row.unit, False)}{spread}{unit}"
+
+
+def _scale(unit: Unit) -> float:
+    return 100.0 if unit is Unit.points else 1.0
+
+
+def _by_claim(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.claim, []).append(row)
+    return groups
+
+
+def _plain(row: Row, claim: Claim) -> dict[str, Any]:
+    c = row.comparison
+    return _without_nan(
+        {
+            "claim": row.claim,
+            "title": claim.title,
+            "section": row.section,
+            "treatment": c.treatment,
+            "control": c.control,
+            "metric": row.metric,
+            "unit": str(row.unit),
+            "statistic": str(c.statistic),
+            "expected": str(c.direction) if row.main else None,
+            "paper": row.paper and dataclasses.asdict(row.paper),
+            "notes_2012": row.notes_2012 and dataclasses.asdict(row.notes_2012),
+            "arms": {
+                name: s and dataclasses.asdict(s)
+                for name, s in ((c.treatment, row.treatment), (c.control, row.control))
+            },
+            "effect": row.effect and dataclasses.asdict(row.effect),
+            "p_holm": row.p_holm,
+            "verdict": row.verdict and str(row.verdict.word),
+            "sentence": row.verdict and row.verdict.sentence,
+            "note": row.note,
+        }
+    )
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
