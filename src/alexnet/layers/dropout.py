@@ -31,9 +31,9 @@ Here it is a function of (key, row, unit), a hash of 32-bit words (constants in 
     m      = [bits >= p 2^32]
 
 The multiplications and shifts of `mix` are the `lowbias32` finaliser of the hash-prospector project; the addition
-keeps 0 from being mapped to 0. The unit is mixed on its own first, because rows whose words differ in
-low bits only would otherwise carry the same mask in another order. Any slice of rows can be computed alone (`first_row`), so
-processes that share a batch agree, and a resumed run repeats its masks.
+keeps 0 from being mapped to 0. The unit is mixed on its own first, because rows whose words differ in low bits
+only would otherwise carry the same mask in another order. Any slice of rows can be computed alone (`first_row`),
+so processes that share a batch agree, and a resumed run repeats its masks.
 
 Torch has no unsigned 32-bit arithmetic everywhere, so words travel in int64, cut to 32 bits after each step; the
 second multiplier is written as 846CA68B - 2^32, which keeps products inside int64 and the low 32 bits the same.
