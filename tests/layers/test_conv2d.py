@@ -372,7 +372,8 @@ def test_an_empty_batch_passes():
     ("arguments", "message"),
     [
         ({"dilation": 2}, "dilation 1 only, not"),
-        ({"padding": "same"}, "padding='same': give numbers"),
+        ({"padding": "same"}, "padding='same': give p"),
+        ({"padding": (1, 2, 3)}, r"padding=\(1, 2, 3\): give p"),
         ({"padding": -1}, "needs padding >= 0"),
         ({"stride": 0}, "stride >= 1"),
         ({"groups": 1}, "do not fit with groups=1"),

@@ -70,6 +70,7 @@ from alexnet.errors import UserError
 from alexnet.layers.backend import PAIRS, Backend, Pair, no_autocast, pair_for, to_autocast, wide
 
 Two = int | tuple[int, int]
+Padding = int | tuple[int, ...]  # one number, (rows, columns), or Sides
 Sides = tuple[int, int, int, int]  # (left, right, top, bottom), the order of F.pad
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -207,7 +208,7 @@ def conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Two = 1,
-    padding: Two | Sides = 0,
+    padding: Padding = 0,
     dilation: Two = 1,
     groups: int = 1,
     *,
@@ -240,19 +241,18 @@ def _two(value: Two) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _sides(padding: Two | Sides) -> Sides:
+def _sides(padding: Padding | str) -> Sides:
     """Any spelling of the padding -> (left, right, top, bottom)."""
-    if isinstance(padding, str):
-        raise UserError(
-            f"padding={padding!r}: give numbers: p, (rows, columns) or (left, right, top, bottom)"
-        )
-    if isinstance(padding, int):
-        return (padding,) * 4
-    if len(padding) == 2:
-        rows, columns = padding
-        return columns, columns, rows, rows
-    left, right, top, bottom = padding
-    return left, right, top, bottom
+    match padding:
+        case int():
+            return padding, padding, padding, padding
+        case (rows, columns):
+            return columns, columns, rows, rows
+        case (left, right, top, bottom):
+            return left, right, top, bottom
+    raise UserError(
+        f"padding={padding!r}: give p, (rows, columns) or (left, right, top, bottom), numbers all"
+    )
 
 
 def _check(
@@ -289,7 +289,7 @@ class Conv2d(nn.Conv2d):
         out_channels: int,
         kernel_size: Two,
         stride: Two = 1,
-        padding: Two | Sides = 0,
+        padding: Padding = 0,
         dilation: Two = 1,
         groups: int = 1,
         bias: bool = True,
