@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,7 +25,13 @@ from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from alexnet.build import device_type_of
+from alexnet.checkpoint import find, load
+from alexnet.classifier import Classifier
+from alexnet.config import Evaluate
+from alexnet.data.store import Store, open_store
 from alexnet.errors import UserError
+from alexnet.run_record import command_line, environment, write_json
 
 LEVEL = 0.95  # of every interval
 TOP5_CLASSES = 6  # with five classes or fewer, the top five are never wrong
@@ -70,6 +77,16 @@ class Result:
             else:
                 plain[key] = value
         return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Result":
+        """The inverse of `as_dict`."""
+        values = {key: value for key, value in plain.items() if not key.endswith("_interval")}
+        for key, interval in plain.items():
+            if key.endswith("_interval"):
+                name = key.removesuffix("_interval")
+                values[name] = Estimate(plain[name], *interval)
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -253,3 +270,80 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     left = [c.ljust(w) for c, w in zip(cells, widths, strict=True)]
     left[2:4] = [c.rjust(w) for c, w in zip(cells[2:4], widths[2:4], strict=True)]
     return "  ".join(left).rstrip()
+
+
+# The verb: checkpoints in, a table and a JSON file out ----------------------------------------------------
+
+
+def evaluate(config: Evaluate) -> list[Result]:
+    """Each checkpoint on the split, then their average if there are several.
+
+    Raises UserError if a checkpoint is missing, if their classes differ from each other's or from the store's.
+    """
+    paths = [find(path) for path in config.checkpoints]
+    device = torch.device(device_type_of(config.device))
+    backend = config.backend.resolve(device.type)
+    classifiers = [load(path, backend) for path in paths]
+    store = _store(config, classifiers[0])
+    for path, classifier in zip(paths, classifiers, strict=True):
+        _same_classes(path, classifier, store)
+    index = None if config.split == "val" else store.holdout()[config.split == "holdout"]
+    labels = store.labels if index is None else store.labels[index]
+    outputs = [
+        log_probabilities(c.net, c.augment, store.images, config.views, config.batch_size, device, index)
+        for c in classifiers
+    ]
+    protocol: dict[str, Any] = {"split": config.split, "views": config.views}
+    results = [score(p, labels, name=str(path), **protocol) for p, path in zip(outputs, paths, strict=True)]
+    if len(outputs) > 1:
+        results.append(score(average(outputs), labels, networks=len(outputs), **protocol))
+    references = paper_rows([c["wnid"] for c in store.classes], len(outputs), config.views)
+    print(f"{table(results, references)}\n\nrecord {_write(config, paths, store, results, references)}")
+    return results
+
+
+def _store(config: Evaluate, classifier: Classifier) -> Store:
+    split = "val" if config.split == "val" else "train"
+    if config.store is not None:
+        return open_store(config.store)
+    return open_store(Path(config.data_dir) / classifier.hparams["data"] / split)
+
+
+def _same_classes(path: Path, classifier: Classifier, store: Store) -> None:
+    ours, theirs = ([c["wnid"] for c in classes] for classes in (classifier.classes, store.classes))
+    if ours != theirs:
+        raise UserError(
+            f"checkpoint={path} knows {len(ours)} classes ({', '.join(ours[:3])}, ...), {store.path} holds "
+            f"{len(theirs)} ({', '.join(theirs[:3])}, ...): give the store it was trained for, store=<directory>"
+        )
+    if store.px != classifier.hparams["px"]:
+        raise UserError(
+            f"checkpoint={path} was trained on {classifier.hparams['px']}-pixel images, {store.path} holds "
+            f"{store.px}-pixel ones: prepare a store with px={classifier.hparams['px']}"
+        )
+
+
+def _write(
+    config: Evaluate,
+    paths: Sequence[Path],
+    store: Store,
+    results: Sequence[Result],
+    references: Sequence[PaperRow],
+) -> Path:
+    """The JSON beside run.json if one network of a run was evaluated, else under output_dir, or where `json` says."""
+    name = f"evaluate-{config.split}-{config.views}view.json"
+    directory = paths[0].parent.parent
+    if len(paths) > 1 or not (directory / "run.json").exists():
+        directory = Path(config.output_dir) / "evaluate"
+    path = Path(config.json) if config.json else directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": command_line(),
+        "store": str(store.path),
+        "store_sha256": store.manifest["sha256"],
+        "results": [r.as_dict() for r in results],
+        "paper": [r.as_dict() for r in references],
+        **environment(),
+    }
+    write_json(path, content)
+    return path

@@ -108,7 +108,8 @@ def _load(operation: str, backend: str) -> Pair:
 def _concrete(operation: str, choice: Backend, device_type: str) -> Backend:
     if choice not in (Backend.fast, Backend.fastest):
         return choice
-    return Backend(import_module("alexnet.layers.compiled").fastest_known(operation, str(choice), device_type))
+    compiled = import_module("alexnet.layers.compiled")
+    return Backend(compiled.fastest_known(operation, str(choice), device_type))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -122,7 +123,7 @@ def to_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(_cast(tensor, dtype) for tensor in tensors)
+    return tuple(None if tensor is None else _cast(tensor, dtype) for tensor in tensors)
 
 
 def to_float32(tensor: Tensor) -> Tensor:
@@ -132,11 +133,9 @@ def to_float32(tensor: Tensor) -> Tensor:
     return _cast(tensor, torch.float32)
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # float64 is asked for on purpose (checks, oracles); autocast leaves it alone, and so do we.
-    if tensor is None or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -1,0 +1,25 @@
+"""Make the stores of a data set: python scripts/prepare_data.py data=<name> [path=<archive or folder>].
+
+Again: nothing to do, or goes on where it was killed. verify=true checks the hash of every array.
+"""
+
+from alexnet.config import PrepareData, command
+from alexnet.data.prepare import prepare, verify
+
+
+@command("prepare_data")
+def main(config: PrepareData) -> None:
+    if config.verify:
+        for store in verify(config):
+            print(f"{store.path}: {len(store):,} images, every hash as written")
+        return
+    for split in prepare(config):
+        store, rate = split.store, f"{split.images_per_second:,.0f} images/s, {split.seconds:.1f} s"
+        state = rate if split.written else "already there, nothing done"
+        print(
+            f"{store.path}: {len(store):,} images of {store.px} pixels, {len(store.classes)} classes ({state})"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Train one network: python scripts/train.py [experiment=...] [group=choice] [key=value]. Again: resume.
+
+`--help` lists every choice; conf/train.yaml is where they start.
+"""
+
+from alexnet.config import Train, command
+from alexnet.train import train
+
+
+@command("train")
+def main(config: Train) -> float | None:
+    return train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Dataclasses -> objects: what stands between a configuration and a run. The only caller of hydra's instantiate."""
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from alexnet.callbacks import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    LastCheckpoint,
+    MetricsFile,
+    Progress,
+    Watchdog,
+)
+from alexnet.classifier import Classifier, plain
+from alexnet.config import Train
+from alexnet.data.module import ImageData
+from alexnet.data.prepare import PrepareConfig, prepare
+from alexnet.errors import UserError
+from alexnet.run_record import RunRecord, open_record
+
+# Keys that do not change what a run computes: a run may be moved, and resumed with another bar or logger.
+NOT_IDENTITY = (
+    "output_dir",
+    "data_dir",
+    "probe",
+    "overwrite",
+    "logger",
+    "watchdog",
+    "watchdog_steps",
+    "evaluate",
+)
+
+
+@dataclass
+class Training:
+    """Everything of one run, ready to start."""
+
+    classifier: Classifier
+    data: ImageData
+    trainer: pl.Trainer
+    record: RunRecord
+    directory: Path
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        path = self.directory / "checkpoints" / "last.ckpt"
+        return path if path.exists() else None
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.directory / "checkpoints" / "best.ckpt"
+
+    def fit(self) -> None:
+        """Trains, from the last checkpoint if there is one."""
+        checkpoint = self.last_checkpoint
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*exists and is not empty.*")
+            self.trainer.fit(
+                self.classifier,
+                self.data,
+                ckpt_path=None if checkpoint is None else str(checkpoint),
+                weights_only=True,
+            )
+
+
+def run_directory(config: Train) -> Path:
+    """<output_dir>/train/<name>/seed<k>: named by what is run, never by the clock."""
+    return Path(config.output_dir) / "train" / str(config.name) / f"seed{config.seed}"
+
+
+def training(config: Train) -> Training:
+    """Opens the data, the run's directory and the network. Raises UserError before anything is written."""
+    torch.set_float32_matmul_precision("highest")
+    data = image_data(config)
+    config.model.num_classes = checked_classes(config.model.num_classes, data)
+    device_type = device_type_of(config.trainer["accelerator"])
+    precision = precision_for(config.trainer["precision"], device_type)
+    backend = config.backend.resolve(device_type)
+    directory = run_directory(config)
+    rank_zero = is_rank_zero()
+    if config.overwrite and rank_zero:
+        shutil.rmtree(directory, ignore_errors=True)
+    resolved = {"backend": backend, "precision": precision, "device": device_type}
+    record = open_record(directory, identity(config), resolved, write=rank_zero and not config.probe)
+    classifier = Classifier(
+        model=plain(config.model),
+        augment=plain(config.augment),
+        optim=plain(config.optim),
+        backend=backend,
+        classes=data.classes,
+        px=data.px,
+        seed=config.seed,
+        data=config.data.name,
+        statistics=data.statistics,
+    )
+    return Training(classifier, data, trainer(config, directory, precision), record, directory)
+
+
+def identity(config: Train) -> dict[str, Any]:
+    """What decides whether two runs are the same."""
+    content = plain(config)
+    for key in NOT_IDENTITY:
+        del content[key]
+    del content["data"]["root"], content["trainer"]["enable_progress_bar"]
+    return content
+
+
+def image_data(config: Train) -> ImageData:
+    """The data module; the synthetic set is made where it is missing."""
+    root = Path(config.data.root)
+    if config.data.name == "synthetic" and not (root / "val" / "manifest.json").exists():
+        prepare(PrepareConfig(name="synthetic", root=str(root)))
+    data = ImageData(config.data, config.augment, config.seed)
+    data.setup("fit")
+    return data
+
+
+def checked_classes(asked: int | None, data: ImageData) -> int:
+    there = len(data.classes)
+    if asked not in (None, there):
+        raise UserError(
+            f"model.num_classes={asked}, but {data.config.root} holds {there} classes: leave model.num_classes out"
+        )
+    return there
+
+
+def trainer(config: Train, directory: Path, precision: str) -> pl.Trainer:
+    """lightning.Trainer from conf/trainer/*.yaml, with our callbacks and those of conf/callbacks and conf/logger."""
+    arguments = dict(config.trainer)
+    bar = arguments.pop("enable_progress_bar")
+    checkpoints = directory / "checkpoints"
+    callbacks: list[Callback] = [
+        MetricsFile(directory / "metrics.csv", config.log_every),
+        Watchdog(config.watchdog, config.watchdog_steps),
+        *([Progress()] if bar else []),
+        *([EMAWeightAveraging(decay=config.optim.ema_decay)] if config.optim.ema_decay else []),
+        *(instantiate(callback) for callback in config.callbacks.values()),
+        BestCheckpoint(checkpoints),
+        LastCheckpoint(checkpoints, config.checkpoint_every),
+    ]
+    loggers = [instantiate(logger) for logger in config.logger.values()]
+    arguments.update(precision=precision, default_root_dir=str(directory), enable_progress_bar=bar)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        return instantiate(
+            arguments,
+            callbacks=callbacks,
+            logger=loggers or False,
+            plugins=[AtomicCheckpointIO()],
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            _convert_="all",
+        )
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of a run: the one that writes and prints."""
+    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
+
+
+def device_type_of(accelerator: str) -> str:
+    """'cuda' or 'cpu': where a run with this accelerator takes place."""
+    if accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator in ("gpu", "cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"trainer.accelerator={accelerator}: there is no GPU that torch can use. Set trainer=cpu"
+            )
+        return "cuda"
+    return accelerator
+
+
+def precision_for(asked: str, device_type: str) -> str:
+    """`auto` is bf16 where the hardware multiplies it natively, else float32."""
+    if asked != "auto":
+        return str(asked)
+    return "bf16-mixed" if has_native_bf16(device_type) else "32-true"
+
+
+def has_native_bf16(device_type: str) -> bool:
+    """Whether matrix products of bfloat16 are done by the hardware rather than by widening."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    flags = _cpu_flags()
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def _cpu_flags() -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    return next((line.split() for line in lines if line.startswith("flags")), [])

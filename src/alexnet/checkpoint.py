@@ -1,0 +1,83 @@
+"""Checkpoints: tensors and plain data, never executed; and weights of torchvision's network for `owt`.
+
+A checkpoint carries what evaluation needs beside the weights: the configuration of the network, the mean image, the
+crop rule and the class names. It is opened with `weights_only=True`, which refuses anything that would run code.
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alexnet.classifier import Classifier
+from alexnet.errors import UserError
+
+# Layers of ours under torchvision's names (torchvision.models.alexnet): the "one weird trick" network.
+TORCHVISION_LAYERS = {
+    "features.0": "conv1",
+    "features.3": "conv2",
+    "features.6": "conv3",
+    "features.8": "conv4",
+    "features.10": "conv5",
+    "classifier.1": "fc6",
+    "classifier.4": "fc7",
+    "classifier.6": "fc8",
+}
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint as plain data. Raises UserError if it is missing, or no checkpoint, or would execute code."""
+    path = find(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint={path} is refused: it holds more than tensors and plain data, and loading it would run "
+            "code. Use a checkpoint written by scripts/train.py"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"checkpoint={path} cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict) or "hyper_parameters" not in content:
+        raise UserError(f"checkpoint={path} is no checkpoint of scripts/train.py: it has no hyper_parameters")
+    return content
+
+
+def find(path: str | Path) -> Path:
+    """A checkpoint file, or the best one of a run directory."""
+    path = Path(path)
+    candidates = [
+        path,
+        path / "checkpoints" / "best.ckpt",
+        path / "checkpoints" / "last.ckpt",
+        path / "best.ckpt",
+    ]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"checkpoint={path} does not exist. Train one: python scripts/train.py")
+
+
+def load(path: str | Path, backend: Mapping[str, str] | None = None) -> Classifier:
+    """The trained Classifier, in evaluation mode, under any backend (default: the one it was trained with)."""
+    content = read(path)
+    arguments = dict(content["hyper_parameters"])
+    if backend is not None:
+        arguments["backend"] = dict(backend)
+    classifier = Classifier(**arguments)
+    classifier.load_state_dict(content["state_dict"])
+    return classifier.eval()
+
+
+def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's alexnet state dict under our names, for AlexNet with the `owt` preset."""
+    return {_rename(name): value for name, value in state.items()}
+
+
+def _rename(name: str) -> str:
+    layer, _, parameter = name.rpartition(".")
+    if layer not in TORCHVISION_LAYERS:
+        raise UserError(f"{name!r} is no parameter of torchvision's alexnet")
+    return f"{TORCHVISION_LAYERS[layer]}.{parameter}"

@@ -1,0 +1,138 @@
+"""The network with its loss, its update rule and its views of an image, as a LightningModule.
+
+Everything drawn at random in a step is drawn by rule: crops, flips and colour from (seed, epoch, image), dropout
+masks from (seed, step, layer, row of the global batch, unit), initial weights from (seed, name). So a step
+depends neither on the number of devices or workers nor on where a run was resumed.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from alexnet.data.augment import Augment, AugmentConfig
+from alexnet.data.module import Batch
+from alexnet.layers import cross_entropy, dropout_key
+from alexnet.model import AlexNet, ModelConfig
+from alexnet.optim import OptimConfig, build_optimizer, build_scheduler, conv1_scale
+
+
+class Classifier(pl.LightningModule):
+    """One network in training or evaluation.
+
+    `classes` are the wnid and words of each label, `px` the side of the stored images, `data` the name of their set.
+    All arguments are plain dicts, lists and numbers, so that a checkpoint is tensors and plain data and loads with
+    `weights_only=True`. `statistics` (mean image, colour eigenvectors) become buffers of `self.augment`; they are
+    None when a checkpoint brings them.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        augment: dict[str, Any],
+        optim: dict[str, Any],
+        backend: dict[str, str],
+        classes: list[dict[str, str]],
+        px: int,
+        seed: int,
+        data: str = "",
+        statistics: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["statistics"])
+        self.optim_config = typed(OptimConfig, optim)
+        augment_config = typed(AugmentConfig, augment)
+        self.net = AlexNet(typed(ModelConfig, model), backend, seed)
+        self.augment = Augment(augment_config, px, statistics)
+        self.colour_until = augment_config.colour_until
+        self.loss_backend = backend["cross_entropy"]
+        self.classes = classes
+        self.seed = seed
+        self.colour_on = True
+        self.plateau: ReduceLROnPlateau | None = None
+        self.plateau_state: dict[str, Any] | None = None
+        self.holdout_top1 = MulticlassAccuracy(len(classes), top_k=1, average="micro")
+        self.holdout_top5 = MulticlassAccuracy(len(classes), top_k=min(5, len(classes)), average="micro")
+        self.holdout_loss = MeanMetric()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, crop, crop) as `augment` makes it -> logits (N, classes)."""
+        return self.net(x)
+
+    def on_train_epoch_start(self) -> None:
+        """Freezing conv1 and switching colour noise off go by epochs, as in 2012."""
+        progress = self.current_epoch / self.optim_config.epochs
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
+            if group["name"].startswith("conv1."):
+                group["scale"] = conv1_scale(self.optim_config, progress)
+        self.colour_on = progress < self.colour_until
+
+    def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
+        x = self.augment(batch.images, batch.draws, self.colour_on)
+        key = dropout_key(self.seed, self.global_step, 0)
+        logits = self.net(x, key, batch.first_row)
+        smoothing = self.optim_config.label_smoothing
+        loss = cross_entropy(logits, batch.labels, label_smoothing=smoothing, backend=self.loss_backend)
+        wrong = (logits.detach().argmax(1) != batch.labels).sum()
+        return {"loss": loss, "wrong": wrong}
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        logits = self.net(self.augment.centre(batch.images)).float()
+        self.holdout_top1.update(logits, batch.labels)
+        self.holdout_top5.update(logits, batch.labels)
+        loss = cross_entropy(logits, batch.labels, backend=self.loss_backend)
+        self.holdout_loss.update(loss, weight=len(batch.labels))
+
+    def on_validation_epoch_end(self) -> None:
+        """Errors on the holdout: the only images the plateau rule and the choice of a checkpoint see."""
+        values = {
+            "holdout/loss": self.holdout_loss.compute(),
+            "holdout/top1_error": 1 - self.holdout_top1.compute(),
+            "holdout/top5_error": 1 - self.holdout_top5.compute(),
+        }
+        self.log_dict(values, rank_zero_only=False)
+        self.log("holdout_error", values["holdout/top1_error"], prog_bar=True, logger=False)
+        for metric in (self.holdout_loss, self.holdout_top1, self.holdout_top5):
+            metric.reset()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = build_optimizer(self.net, self.optim_config)
+        scheduler = build_scheduler(
+            optimizer, self.optim_config, int(self.trainer.estimated_stepping_batches)
+        )
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self.plateau = scheduler
+        if self.plateau_state is not None:
+            scheduler.load_state_dict(self.plateau_state)
+        return optimizer
+
+    # Lightning would step the plateau rule after the epoch's checkpoint and not at all when resumed from it, so the
+    # rule is stepped here, before the checkpoint, and its state travels with the module.
+
+    def on_train_epoch_end(self) -> None:
+        if self.plateau is not None:
+            self.plateau.step(float(self.trainer.callback_metrics["holdout/top1_error"]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["plateau"] = None if self.plateau is None else self.plateau.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.plateau_state = checkpoint["plateau"]
+
+
+def typed(schema: type[Any], values: dict[str, Any]) -> Any:
+    """A configuration dataclass from plain data; unknown keys and wrong types raise, `__post_init__` checks."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain data, enums by name: what a checkpoint may hold."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}

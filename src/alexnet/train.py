@@ -1,0 +1,148 @@
+"""The verb `train`: fit, evaluate val once, draw the picture, close the record."""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet import build
+from alexnet.checkpoint import load
+from alexnet.config import Train
+from alexnet.data.module import ImageData
+from alexnet.evaluate import Result, log_probabilities, score, table
+from alexnet.probe import probe
+from alexnet.run_record import RunRecord
+
+PROBE_IMAGES = 64
+
+
+def train(config: Train) -> float | None:
+    """Runs `config` to its end and returns the holdout's top-1 error, for sweepers; None after `probe=true`.
+
+    The same configuration again resumes where it stopped, or only shows what a finished run left.
+    """
+    run = build.training(config)
+    if config.probe:
+        _probe(run)
+        return None
+    if build.is_rank_zero():
+        print(_headline(run))
+    if run.record.finished:
+        print(f"This run is finished; overwrite=true starts it anew.\n\n{_summary(run.record)}")
+        return float(run.record.content["results"]["holdout"]["top1_error"])
+    started = time.monotonic()
+    before = run.record.seconds
+    run.fit()
+    if run.trainer.interrupted:  # Ctrl-C: the next start goes on from the last checkpoint
+        run.record.update(seconds=before + time.monotonic() - started)
+        return None
+    if not build.is_rank_zero():
+        return None
+    return finish(run, config, before + time.monotonic() - started)
+
+
+def finish(run: build.Training, config: Train, seconds: float) -> float:
+    """Results of the checkpoint with the lowest holdout error, into run.json, a picture and a table."""
+    rows = read_metrics(run.directory / "metrics.csv")
+    splits = ("holdout", "val") if config.evaluate else ("holdout",)
+    results = {split: _evaluated(run, split) for split in splits}
+    trained = [float(row["train/loss"]) for row in rows if row["holdout/loss"]]
+    run.record.update(
+        state="finished",
+        seconds=round(seconds, 1),
+        images_per_second=_median(
+            [float(row["images_per_second"]) for row in rows if row["images_per_second"]]
+        ),
+        train={"loss": trained[-1], "top1_error": _last(rows, "train/top1_error"), "epochs": len(trained)},
+        results={split: result.as_dict() for split, result in results.items()},
+        checkpoint=str(run.best_checkpoint.relative_to(run.directory)),
+        picture=_picture(run, config, rows),
+    )
+    print(f"\n{_summary(run.record)}")
+    return results["holdout"].top1_error.value
+
+
+def _picture(run: build.Training, config: Train, rows: list[dict[str, str]]) -> str:
+    try:
+        from alexnet.figures import training_figure
+    except ModuleNotFoundError as error:
+        return f"not drawn ({error}; pip install -e '.[plots]')"
+    weight = run.classifier.net.conv1.weight.detach().float().cpu()
+    title = f"{config.name}, seed {config.seed}"
+    path = run.directory / "training.png"
+    return training_figure(rows, weight, path, config.model.towers, title).name
+
+
+def _evaluated(run: build.Training, split: str) -> Result:
+    classifier = load(run.best_checkpoint, run.record.content["resolved"]["backend"])
+    return evaluate_split(
+        classifier, run.data, split, views=1, device=run.classifier.device, name="best epoch"
+    )
+
+
+def evaluate_split(
+    classifier: Any, data: ImageData, split: str, views: int, device: torch.device, name: str = ""
+) -> Result:
+    """One network on one split of its own data."""
+    store = data.val_store if split == "val" else data.train_store
+    index = None if split == "val" else data.split[split == "holdout"].numpy()
+    labels = store.labels if index is None else store.labels[index]
+    log_probs = log_probabilities(
+        classifier.net, classifier.augment, store.images, views, data.config.eval_batch_size, device, index
+    )
+    return score(log_probs, labels, split=split, views=views, name=name)
+
+
+def _probe(run: build.Training) -> None:
+    loader = run.data.eval_loader("train")
+    batch = next(iter(loader))
+    images = run.classifier.augment.centre(batch.images[:PROBE_IMAGES])
+    found = probe(run.classifier.net, images, batch.labels[:PROBE_IMAGES])
+    print(f"{found.table()}\n\n{found.verdict()}")
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, empty cells as empty strings."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _headline(run: build.Training) -> str:
+    resolved = run.record.content["resolved"]
+    parameters = sum(p.numel() for p in run.classifier.net.parameters())
+    backends = sorted(set(resolved["backend"].values()))
+    resuming = (
+        f", resuming from {run.last_checkpoint}" if run.last_checkpoint and not run.record.finished else ""
+    )
+    return (
+        f"{run.directory}: {parameters:,} parameters, {len(run.data.classes)} classes, "
+        f"{len(run.data.split[0]):,} train and {len(run.data.split[1]):,} holdout images\n"
+        f"device {resolved['device']}, precision {resolved['precision']}, backend {', '.join(backends)}{resuming}"
+    )
+
+
+def _summary(record: RunRecord) -> str:
+    content = record.content
+    results = [Result.from_dict(values) for values in content["results"].values()]
+    errors = ", ".join(f"{r.split} {100 * r.top1_error.value:.2f} %" for r in results)
+    return "\n".join(
+        [
+            table(results),
+            "",
+            f"top-1 error {errors}; one centre view, the epoch with the lowest holdout error",
+            f"{content['seconds'] / 60:.1f} minutes, {content['images_per_second']:.0f} images/s",
+            f"picture     {record.directory / content['picture']}",
+            f"checkpoint  {record.directory / content['checkpoint']}",
+            f"record      {record.directory / 'run.json'}",
+        ]
+    )
+
+
+def _last(rows: list[dict[str, str]], column: str) -> float:
+    return float([row[column] for row in rows if row["holdout/loss"]][-1])
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else 0.0
