@@ -1,0 +1,217 @@
+"""Claim files: the ones we ship say what they should, and a wrong one is refused in one line."""
+
+import itertools
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from alexnet.config import CONF, Train, register
+from alexnet.errors import UserError
+from alexnet.model import layer_table
+from alexnet.reproduce.claims import SCALES, Claim, Statistic, load_claim, load_claims, select
+from alexnet.reproduce.statistics import Direction
+
+CLAIMS = load_claims(CONF / "claim")
+ARMS = [(claim, arm) for claim in CLAIMS.values() if claim.uses is None for arm in claim.arms]
+
+GOOD = {
+    "title": "Norms",
+    "section": "3.3",
+    "quote": "reduces our error rates",
+    "arms": {"all": [], "none": ["model.norm1=false"]},
+    "comparisons": [
+        {
+            "treatment": "all",
+            "control": "none",
+            "metric": "val/top1_error",
+            "direction": "lower",
+            "paper": [{"value": -1.4, "unit": "points", "metric": "val/top1_error", "source": "section 3.3"}],
+        }
+    ],
+}
+
+
+def written(tmp_path: Path, change=None, **keys) -> Path:
+    content = yaml.safe_load(yaml.safe_dump({**GOOD, **keys}))
+    if change:
+        change(content)
+    path = tmp_path / "s3_3_norms.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def composed(overrides: tuple[str, ...], experiment: str = "quickstart") -> Train:
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("train", [f"experiment={experiment}", *overrides])
+    return OmegaConf.to_object(config)
+
+
+def test_the_claims_are_those_of_the_paper():
+    assert list(CLAIMS) == [
+        *("s3_1_relu", "s3_2_towers", "s3_3_lrn", "s3_4_overlap", "s4_1_colour", "s4_1_crops"),
+        *("s4_1_ten_views", "s4_2_dropout", "s5_bias", "s5_decay", "s5_init", "s6_ensemble", "s7_depth"),
+        *("figure1", "figure3", "figure4"),
+    ]
+    for claim in CLAIMS.values():
+        assert len(claim.quote.split()) <= 25, f"{claim.name}: keep the quote short"
+        assert claim.confounds
+        assert claim.comparisons or claim.figure
+
+
+@pytest.mark.parametrize(("claim", "arm"), ARMS, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_every_arm_is_a_valid_configuration(claim: Claim, arm: str):
+    config = composed(claim.arm_overrides("cpu", arm))
+    assert layer_table(config.model)
+
+
+@pytest.mark.parametrize("claim", [c for c in CLAIMS.values() if len(c.arms) > 1], ids=lambda c: c.name)
+def test_no_two_arms_of_a_claim_are_the_same_network_and_training(claim: Claim):
+    configs = {arm: composed(claim.arm_overrides("cpu", arm)) for arm in claim.arms}
+    for a, b in itertools.combinations(configs, 2):
+        assert configs[a] != configs[b], f"{a} and {b}"
+
+
+@pytest.mark.parametrize("preset", ["tiny", "mini", "paper"])
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_the_dense_control_costs_what_the_towers_cost(preset, width):
+    def macs(arm: str) -> int:
+        overrides = CLAIMS["s3_2_towers"].arm_overrides("cpu", arm)
+        config = composed((f"model={preset}", f"model.width={width}", *overrides)).model
+        return sum(row.macs for row in layer_table(config))
+
+    assert macs("dense_equal_macs") == pytest.approx(macs("two_towers"), rel=0.06)
+    assert macs("half_column") < 0.65 * macs("two_towers")
+
+
+def test_the_clean_pooling_pair_keeps_every_shape_and_that_of_2012_does_not():
+    def shapes(arm: str) -> list[int]:
+        overrides = CLAIMS["s3_4_overlap"].arm_overrides("gpu", arm)
+        return [row.px for row in layer_table(composed(("model=tiny", *overrides)).model)][:8]
+
+    assert shapes("separate_clean") == shapes("overlapping") == [55, 27, 27, 13, 13, 13, 13, 6]
+    assert shapes("separate_2012") == [55, 28, 26, 13, 13, 13, 11, 6]
+
+
+def test_an_unknown_override_is_found_by_composing():
+    with pytest.raises(hydra.errors.ConfigCompositionException):
+        composed(("model.nrom1=false",))
+
+
+def test_runs_are_ordinary_runs_named_by_scale_claim_and_arm(tmp_path):
+    runs = load_claim(written(tmp_path, overrides=["watchdog=warn"])).runs("cpu", 2)
+    assert [(r.name, r.seed) for r in runs] == [
+        ("cpu/s3_3_norms/all", 0),
+        ("cpu/s3_3_norms/none", 0),
+        ("cpu/s3_3_norms/all", 1),
+        ("cpu/s3_3_norms/none", 1),
+    ]
+    assert runs[1].arguments == [
+        "experiment=claims_cpu",
+        "name=cpu/s3_3_norms/none",
+        "seed=0",
+        "watchdog=warn",
+        "model.norm1=false",
+    ]
+
+
+def test_arms_without_overrides_share_the_runs_of_the_recipe():
+    assert {r.name for r in CLAIMS["s4_1_ten_views"].runs("gpu", 3)} == {"gpu/base"}
+    assert CLAIMS["s3_3_lrn"].runs("gpu", 1)[0].name == "gpu/base"
+    assert len(CLAIMS["s6_ensemble"].runs("gpu", 3)) == 5
+
+
+def test_a_tuned_claim_searches_on_a_seed_of_its_own_and_a_figure_borrows_its_runs():
+    relu, figure = CLAIMS["s3_1_relu"], CLAIMS["figure1"]
+    tuning = relu.tuning_runs("cpu")
+    assert len(tuning) == 12
+    arm, value, run = tuning[0]
+    assert (arm, value, run.name) == ("relu", 0.001, "cpu/s3_1_relu/relu_tune_0.001")
+    assert run.overrides[-1] == "optim.lr=0.001"
+    assert run.seed not in range(100)
+    assert figure.runs("cpu", 3) == relu.runs("cpu", 3)
+    assert figure.tuning_runs("cpu") == tuning
+
+
+def test_a_run_of_its_own_is_needed_where_the_rate_is_tuned(tmp_path):
+    tune = {"key": "optim.lr", "values": {"cpu": [0.1]}}
+    assert load_claim(written(tmp_path, tune=tune)).runs("cpu", 1)[0].name == "cpu/s3_3_norms/all"
+
+
+def comparison(**keys):
+    return lambda content: content["comparisons"][0].update(keys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(qoute="x"), r"unknown key qoute \(did you mean quote\?\)"),
+        (lambda c: c.pop("quote"), "quote is missing"),
+        (lambda c: c.update(arms={}), "arms is empty"),
+        (lambda c: c.update(arms=["all"]), "arms=.* give a dict"),
+        (lambda c: c.update(seeds="3"), "seeds='3' is a str: give a int"),
+        (lambda c: c["arms"].update(none=["model.norm1"]), "is no override: write key=value"),
+        (lambda c: c["arms"].update(none=["seed=3"]), "seed=3 is set by the runner"),
+        (lambda c: c.update(recipe={"cpu": "x"}), "recipe names cpu: name one per scale"),
+        (lambda c: c.update(scale_overrides={"cup": []}), r"scale cup is unknown \(did you mean cpu\?\)"),
+        (comparison(control="nnone"), r"arm nnone is unknown \(did you mean none\?\)"),
+        (comparison(metric="val/top1"), r"metric val/top1 is unknown \(did you mean val/top1_error\?\)"),
+        (comparison(also=["val/loss"]), "metric val/loss is unknown"),
+        (comparison(direction="down"), "direction=down is not one of lower, higher, same, report"),
+        (comparison(direction="same"), "margin belongs to direction=same"),
+        (comparison(threshold=0.25), "threshold belongs to statistic=time_ratio"),
+        (comparison(statistic="time_ratio"), "threshold belongs to statistic=time_ratio"),
+        (comparison(statistic="within_net"), "arm all is unknown"),
+        (lambda c: c["comparisons"][0]["paper"][0].update(unit="nats"), "should be in points"),
+        (lambda c: c["comparisons"][0]["paper"][0].pop("source"), "source is missing"),
+    ],
+)
+def test_a_wrong_claim_file_is_refused_in_one_line_that_names_the_file(tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_claim(written(tmp_path, change))
+    assert str(caught.value).startswith("s3_3_norms.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_no_claim_is_refused(tmp_path):
+    path = tmp_path / "s1.yaml"
+    for text in ("[", "- a\n- b\n", ""):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"s1\.yaml: "):
+            load_claim(path)
+    with pytest.raises(UserError, match="no claim files"):
+        load_claims(tmp_path / "nowhere")
+
+
+def test_a_figure_can_only_use_a_claim_that_has_runs(tmp_path):
+    written(tmp_path)
+    figure = {"title": "F", "section": "1", "quote": "q", "uses": "s3_3_lrm"}
+    (tmp_path / "figure9.yaml").write_text(yaml.safe_dump(figure))
+    with pytest.raises(UserError, match="uses=s3_3_lrm is no claim"):
+        load_claims(tmp_path)
+
+
+def test_claims_are_chosen_by_name():
+    assert select(CLAIMS, "all") == list(CLAIMS.values())
+    assert [c.name for c in select(CLAIMS, "s7_depth, s5_init")] == ["s7_depth", "s5_init"]
+    with pytest.raises(UserError, match=r"claim=s3_3_lnr is unknown \(did you mean s3_3_lrn\?\)"):
+        select(CLAIMS, "s3_3_lnr")
+
+
+def test_a_printed_number_is_found_by_its_quantity():
+    c = CLAIMS["s3_3_lrn"].comparisons[0]
+    assert c.printed(c.paper, "val/top1_error").value == -1.4
+    assert c.printed(c.notes_2012, "holdout/cross_entropy").value == -0.081
+    assert c.printed(c.paper, "val/cross_entropy") is None
+
+
+def test_every_expectation_is_fixed_or_reported_and_every_scale_has_a_recipe():
+    for claim in CLAIMS.values():
+        assert set(claim.recipe) == set(SCALES)
+        for c in claim.comparisons:
+            assert isinstance(c.direction, Direction)
+            if c.statistic is Statistic.within_net:
+                assert {c.treatment, c.control} <= set(claim.tests)

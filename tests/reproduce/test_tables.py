@@ -1,0 +1,212 @@
+"""Canned runs in, rows out."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from alexnet.config import CONF
+from alexnet.reproduce.claims import Claim, Comparison, Number, Statistic, Test, Unit, load_claims
+from alexnet.reproduce.statistics import Direction, Word
+from alexnet.reproduce.tables import (
+    WIDTH,
+    Evidence,
+    Gathered,
+    Row,
+    as_json,
+    as_markdown,
+    as_text,
+    judge,
+    measure,
+)
+
+PAPER = [Number(-1.4, Unit.points, "val/top1_error", "section 3.3")]
+NOTES = [Number(-0.081, Unit.nats, "val/cross_entropy", "layer-params-148.cfg:148")]
+NORMS = Comparison(
+    treatment="with",
+    control="without",
+    metric="val/top1_error",
+    direction=Direction.LOWER,
+    also=["val/cross_entropy"],
+    paper=PAPER,
+    notes_2012=NOTES,
+)
+
+
+def claim(*comparisons: Comparison, **keys) -> Claim:
+    arms = {c: [] for comparison in comparisons for c in (comparison.treatment, comparison.control)}
+    return Claim("s3_3_norms", "Norms", "3.3", "reduces our error", arms, list(comparisons), ["x"], **keys)
+
+
+def runs(errors: list[float], losses: list[float] | None = None) -> dict[int, Evidence]:
+    losses = losses or [1.0] * len(errors)
+    return {
+        seed: Evidence({"val/top1_error": e, "val/cross_entropy": loss})
+        for seed, (e, loss) in enumerate(zip(errors, losses, strict=True))
+    }
+
+
+def judged(claim: Claim, gathered: Gathered) -> list[Row]:
+    return judge({claim.name: claim}, measure(claim, gathered))
+
+
+RUNS = Gathered(
+    {"with": runs([0.400, 0.410, 0.420], [1.5, 1.6, 1.7]), "without": runs([0.415, 0.424, 0.436])}
+)
+
+
+def test_a_row_has_the_papers_number_ours_and_a_verdict():
+    main, beside = judged(claim(NORMS), RUNS)
+    assert main.paper.value == -1.4
+    assert main.notes_2012 is None
+    assert main.effect.estimate == pytest.approx(-0.015)
+    assert main.effect.n == 3
+    assert main.treatment.mean == pytest.approx(0.41)
+    assert main.verdict.word is Word.HOLDS
+    assert beside.metric == "val/cross_entropy"
+    assert beside.notes_2012.value == -0.081
+    assert beside.verdict is None
+
+
+def test_only_seeds_that_both_arms_have_are_paired():
+    with_gap = {0: RUNS.arms["with"][0], 2: RUNS.arms["with"][2], 7: Evidence({"val/top1_error": 0.9})}
+    row = judged(claim(NORMS), Gathered({"with": with_gap, "without": RUNS.arms["without"]}))[0]
+    assert row.effect.n == 2
+    assert row.effect.estimate == pytest.approx((-0.015 - 0.016) / 2)
+
+
+def test_what_is_missing_or_diverged_is_said():
+    row = judged(claim(NORMS), Gathered({"with": RUNS.arms["with"]}))[0]
+    assert row.effect is None
+    assert row.note == "no finished runs of without yet"
+    diverged = {**RUNS.arms["without"], 1: Evidence({"val/top1_error": math.nan})}
+    row = judged(claim(NORMS), Gathered({"with": RUNS.arms["with"], "without": diverged}))[0]
+    assert row.effect.n == 2
+    assert row.note == "1 of 3 pairs diverged"
+
+
+def test_the_gap_is_val_minus_training_images_in_evaluation_mode():
+    def arm(gap: float) -> dict[int, Evidence]:
+        return {
+            s: Evidence(
+                {"val/top1_error": 0.5 + s / 100, "train_eval/top1_error": 0.5 + s / 100 - gap - s / 1000}
+            )
+            for s in range(3)
+        }
+
+    c = Comparison("with", "without", "gap/top1_error", Direction.LOWER)
+    row = judged(claim(c), Gathered({"with": arm(0.1), "without": arm(0.3)}))[0]
+    assert row.effect.estimate == pytest.approx(-0.2)
+
+
+def curves(times: list[float | None], classes: int = 10) -> dict[int, Evidence]:
+    """Training losses that fall below half of ln(classes) at these epochs, within 8."""
+    low, high = 0.4 * math.log(classes), 0.6 * math.log(classes)
+    return {
+        seed: Evidence(
+            curves={
+                "train/loss": [(e, high if t is None or e < t else low) for e in np.arange(0.5, 8.5, 0.5)]
+            },
+            classes=classes,
+        )
+        for seed, t in enumerate(times)
+    }
+
+
+TIMES = Comparison(
+    "tanh",
+    "relu",
+    "train/loss",
+    Direction.HIGHER,
+    Statistic.time_ratio,
+    threshold=0.5,
+    threshold_of_chance=True,
+    paper=[Number(6.0, Unit.times, "train/loss", "Figure 1")],
+)
+
+
+def test_times_are_compared_by_their_ratio_and_a_fraction_of_chance_is_one_of_ln_classes():
+    row = judged(claim(TIMES), Gathered({"tanh": curves([6.0, 6.5, 6.0]), "relu": curves([1.5, 1.5, 1.0])}))[
+        0
+    ]
+    assert row.treatment.mean == pytest.approx(np.mean([6.0, 6.5, 6.0]) - 0.25)
+    assert 3.5 < row.effect.estimate < 6.5
+    assert row.verdict.word is Word.HOLDS
+
+
+def test_runs_that_never_arrive_give_a_bound_and_a_note():
+    row = judged(
+        claim(TIMES), Gathered({"tanh": curves([None, None, 7.0]), "relu": curves([1.0, 1.0, 1.5])})
+    )[0]
+    assert row.effect.bound == ">="
+    assert row.note == "tanh did not arrive in 2 of 3 runs"
+    assert ">=" in as_text({row.claim: claim(TIMES)}, [row])
+
+
+def test_a_net_compared_with_itself_is_bootstrapped_over_images():
+    c = Comparison("ten", "one", "val/top1_error", Direction.LOWER, Statistic.within_net)
+    one = np.zeros((2, 500))
+    one[:, :200] = 1
+    ten = one.copy()
+    ten[:, :25] = 0
+    tests = {"one": {"val/top1_error": one}, "ten": {"val/top1_error": ten}}
+    that = claim(c, tests={"one": Test(), "ten": Test(views=10)})
+    row = judged(that, Gathered(tests=tests))[0]
+    assert row.effect.estimate == pytest.approx(-0.05)
+    assert row.effect.n == 500
+    assert row.treatment.n == 2
+    assert "nets fixed" in row.note
+    assert row.verdict.word is Word.HOLDS
+    assert judged(that, Gathered())[0].note == "no results of ten, one yet"
+
+
+def test_holm_runs_over_expectations_and_leaves_what_is_only_reported_out():
+    reported = Comparison("with", "without", "val/cross_entropy", Direction.REPORT)
+    rows = judged(claim(NORMS, NORMS, NORMS, reported), RUNS)
+    main = [r for r in rows if r.main]
+    assert main[0].p_holm == pytest.approx(3 * main[0].effect.p)
+    assert main[3].p_holm is None
+    assert main[3].verdict.word is Word.REPORTED
+
+
+def test_the_claim_file_decides_how_many_seeds_are_enough():
+    row = judged(claim(NORMS, min_seeds=6), RUNS)[0]
+    assert row.verdict.sentence == "not resolved at this scale (would need 6 seeds, has 3)"
+
+
+def test_the_text_is_readable_and_fits_100_columns():
+    those = claim(NORMS)
+    text = as_text({those.name: those}, judged(those, RUNS))
+    assert max(map(len, text.splitlines())) <= WIDTH == 100
+    assert "-1.50 ± 0.10" in text  # points, from fractions
+    assert "with 41.00 ± 1.00 %, without 42.50 ± 1.05 %" in text
+    assert "-1.4 " in text
+    assert "-> holds (p .001; Holm .001; detectable at this n: 0.33)" in text
+
+
+def test_markdown_has_one_line_per_row_and_equal_columns():
+    those = claim(NORMS)
+    lines = as_markdown({those.name: those}, judged(those, RUNS)).splitlines()
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {10}
+    assert "| Norms | with - without | val top-1 | -1.4 | - | -1.50 ± 0.10 |" in lines[2]
+
+
+def test_json_keeps_fractions_and_has_no_nan():
+    those = claim(NORMS)
+    one_seed = Gathered({arm: {0: by_seed[0]} for arm, by_seed in RUNS.arms.items()})
+    content = as_json({those.name: those}, judged(those, one_seed))
+    text = json.dumps(content, allow_nan=False)
+    assert json.loads(text)[0]["effect"]["estimate"] == pytest.approx(-0.015)
+    assert content[0]["effect"]["sd"] is None
+    assert content[0]["expected"] == "lower"
+    assert content[0]["paper"]["source"] == "section 3.3"
+
+
+def test_every_shipped_claim_makes_rows_from_nothing_and_fits_the_table():
+    claims = load_claims(CONF / "claim")
+    rows = judge(claims, [row for c in claims.values() for row in measure(c, Gathered())])
+    assert all(row.effect is None and row.note for row in rows)
+    assert max(map(len, as_text(claims, rows).splitlines())) <= WIDTH
+    json.dumps(as_json(claims, rows), allow_nan=False)
