@@ -14,12 +14,15 @@ cent on top. For a layer's output y[n,u], image n, unit u:
 
 and the *logit signal*, mean_c std_n logits[n,c]: how much the answers differ from image to image.
 
-STALLS separates what was measured at initialisation, 48 images of ImageNet, 1000 classes, and the same for 56
-pixels and 200 classes. Signals of .0003 (paper's weights on normalised input), .013 (paper), .017 (Caffe's
-bias .1) are the recipes of the reports of losses stuck at 6.9 for thousands of steps; signals of .15 and more
-(the 2012 code's std .03 for conv3 to conv5; He on normalised input) start at once. Nothing known lies between
-.02 and .15. It predicts a *long* plateau, not certain failure: Caffe's net leaves it after one or two thousand
-steps, sometimes eight.
+Signals measured by this file (seed 0, 48 images of ImageNet, float32):
+
+    1000 classes, 224 px    raw pixels: paper .013, Caffe .006, code145 .18      normalised: torch .0004, He .51
+    200 classes, `mini`     raw pixels: paper .002, Caffe .001, code145 .03, code145 with init=fan_in .14
+
+STALLS stands in the gap between the starts of which people report losses stuck at 6.9 for thousands of steps
+(paper, Caffe, and any of these on normalised input, which is 30 to 40 times quieter) and those that start at
+once. It predicts a *long* plateau, not a failure: Caffe's net leaves after one or two thousand steps, sometimes
+eight.
 """
 
 import math
@@ -33,9 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet.errors import UserError
+from alexnet.layers.local_response_norm import window_sum
 
 STALLS = 0.05  # logit signal, see above
-TOO_LOUD = 3.0  # a first loss of this many ln(classes): confidently wrong about everything
+TOO_LOUD = 6.0  # first loss / ln(classes): 1.1 code145, 3 He with biases of 1, 18 He on raw pixels
 RAW_RMS = 10.0  # grey levels: raw pixels minus their mean have rms about 60, normalised ones about 1
 SILENT = ("Dropout", "Flatten", "Identity")  # in evaluation mode these say nothing new
 MANY_DEAD = 0.9  # share of a layer's units
@@ -96,7 +100,7 @@ class Probe:
         if self.loss > TOO_LOUD * math.log(self.classes):
             return (
                 f"Expect a burst or NaN: the first loss is {self.loss:.3g}, guessing gives {plateau}. "
-                "Lower model.init_std or optim.lr; model.init=he belongs to normalised input."
+                "Lower model.init_std or optim.lr; model.init=he belongs to augment.input=normalised."
             )
         return f"No plateau expected: from image to image the logits differ by {signal} (above {STALLS})."
 
@@ -107,11 +111,12 @@ class Probe:
         if self.input_rms < RAW_RMS:
             return (
                 f"The input has rms {self.input_rms:.2g}: these weights are meant for raw pixels. "
-                "Set model.init=he, or feed pixels of 0..255 minus their mean to model.init=fan_in."
+                "Set model.init=he with init_bias 0, or augment.input=mean_image and model.init=fan_in "
+                "with model=code145's weights."
             )
         return (
-            "Use the 2012 code's weights, scaled to this net: model.init=fan_in and an init_std of .03 "
-            "for conv3, conv4, conv5 (model=code145 has it); or normalised input with model.init=he."
+            "Use the 2012 code's weights, scaled to this net: model.init=fan_in, init_std .03 "
+            "for conv3, conv4, conv5 (as model=code145 has); or augment.input=normalised, model.init=he."
         )
 
     def table(self) -> str:
@@ -139,10 +144,11 @@ def _row(layer: Layer) -> str:
 
 
 def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Probe:
-    """One forward and one backward pass, dropout off. images (N, 3, c, c) as the network is fed; labels (N).
+    """One forward and one backward pass without dropout. images (N, 3, c, c) as the network is fed; labels (N).
 
     Without labels, the gradient is that of labels dealt out in turn. The network is left as it was: mode,
-    weights, and gradients too. N of 32 to 128 will do. Raises UserError for a single image.
+    weights, and gradients too. N of 32 to 128 will do. A compiled network hides its layers: probe it before
+    torch.compile. Raises UserError for a single image.
     """
     if len(images) < 2:
         raise UserError("The probe compares images and got one: give it at least two, better 32.")
@@ -172,16 +178,24 @@ def _with_gradient(layer: Layer, ratios: dict[str, float]) -> Layer:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and fresh gradients inside; mode and gradients of before afterwards."""
+    """Evaluation mode, no dropout and fresh gradients inside; mode, dropout and gradients of before afterwards.
+
+    p is 0 because evaluation alone would scale by 1 - p in the 2012 mode and not in torch's.
+    """
+    drops = {m: m.p for m in model.modules() if type(m).__name__.startswith("Dropout")}
     modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     model.eval()
+    for module in drops:
+        module.p = 0.0  # type: ignore[assignment]
     for parameter in gradients:
         parameter.grad = None
     try:
         with torch.enable_grad():
             yield
     finally:
+        for module, p in drops.items():
+            module.p = p
         for module, training in modes.items():
             module.training = training
         for parameter, gradient in gradients.items():
@@ -249,9 +263,8 @@ def _denominators(module: nn.Module, x: Tensor) -> Tensor | None:
         return 1 + alpha / k * F.avg_pool2d(x.square(), size, 1, size // 2)
     if str(getattr(module, "order", "")).startswith("relu"):
         x = x.relu()
-    towers = x.square().unflatten(1, (getattr(module, "groups", 1), -1)).flatten(3).flatten(0, 1)
-    padded = F.pad(towers.unsqueeze(1), (0, 0, size // 2, (size - 1) // 2))  # torch's window, also when even
-    return 1 + alpha / k * F.avg_pool2d(padded, (size, 1), 1)
+    towers = x.square().unflatten(1, (getattr(module, "groups", 1), -1))  # (N, towers, C / towers, H, W)
+    return 1 + alpha / (k * size) * window_sum(towers, 2, size // 2, (size - 1) // 2)
 
 
 def _quantiles(name: str, s: Tensor) -> Denominators:
@@ -262,19 +275,25 @@ def _quantiles(name: str, s: Tensor) -> Denominators:
 
 
 def _gradients(model: nn.Module) -> Iterator[tuple[str, float, float]]:
-    """(layer, |g|/|w|, share of units whose weights got no gradient at all) of all layers with a gradient."""
+    """(layer, |g|/|w|, share of units that got no gradient at all) of all layers with a gradient.
+
+    Silent inputs take the gradient from a unit's weights too, but not from its bias.
+    """
     for name, module in model.named_modules():
         w = _weight(module)
         if w is not None and w.grad is not None:
-            silent = (w.grad.flatten(1) == 0).all(1).float().mean() if w.dim() > 1 else torch.zeros(())
-            yield name, float(w.grad.norm() / w.detach().norm()), float(silent)
+            silent = (w.grad.flatten(1) == 0).all(1) if w.dim() > 1 else w.grad == 0
+            bias = getattr(module, "bias", None)
+            if bias is not None and bias.grad is not None:
+                silent = silent & (bias.grad == 0)
+            yield name, float(w.grad.norm() / w.detach().norm()), float(silent.float().mean())
 
 
 def explain_stall(model: nn.Module, loss: float, classes: int, step: int) -> str:
     """Why training stands still, from the gradients of the last step: several lines for the terminal.
 
-    `model` still holds the gradients of that step. A unit is called dead when no image of the batch gave its
-    weights any gradient.
+    `model` still holds the gradients of that step. A unit is called dead when no image of the batch gave
+    its weights or its bias any gradient.
     """
     rows = list(_gradients(model))
     lines = [_what(loss, classes, step), f"{'layer':<30}{'|g|/|w|':>12}{'dead':>8}"]
@@ -301,11 +320,12 @@ def _next_step(model: nn.Module, loss: float, rows: list[tuple[str, float, float
         )
     if not rows:
         return "Next: no layer has a gradient: is everything frozen?"
-    # A layer without gradient starves all layers before it, so the last one in the list is the culprit.
+    # A dead layer starves all layers before it, so the last one in the list is the culprit.
     culprit = next((name for name, _, dead in reversed(rows) if dead > MANY_DEAD), None)
     if culprit:
         return f"Next: {culprit} is dead; no step revives it. Start anew with a lower rate (optim.lr) or another seed."
     return (
-        "Next: look at the start with probe=true; its verdict names the remedy. Usually it is the initialisation: "
-        "\nmodel.init=fan_in with model=code145's weights on raw pixels, or model.init=he on normalised ones."
+        "Next: run the same command with probe=true; its verdict names the remedy. It is mostly the start: use\n"
+        "model=code145's weights with model.init=fan_in on raw pixels, or model.init=he on normalised ones.\n"
+        "Some starts leave the plateau after thousands of steps: a larger watchdog_steps waits for them."
     )
