@@ -32,10 +32,12 @@ import io
 import logging
 import multiprocessing
 import os
+import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +51,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from alexnet.data import sources
+from alexnet.data import sources, synthetic
 from alexnet.data.sources import Payload, Source, SourceKind
 from alexnet.data.store import Partial, Store, holdout_split, open_store, plan_hash
 from alexnet.errors import UserError
@@ -124,11 +126,25 @@ class PrepareConfig:
 
     def request(self) -> dict[str, Any]:
         """The fields that decide what a store holds; two stores with equal requests are the same store."""
-        left_out = {"name", "root", "path", "official", "words", "workers", "verify", "class_file"}
-        if self.source != SourceKind.synthetic:
-            left_out |= {"n_train", "n_val"}
+        left_out = {
+            "name",
+            "root",
+            "path",
+            "official",
+            "words",
+            "workers",
+            "verify",
+            "class_file",
+            "n_train",
+            "n_val",
+        }
         values = {key: value for key, value in vars(self).items() if key not in left_out}
-        return values | {"classes": wanted_classes(self)}
+        drawn = {"n_train": self.n_train, "n_val": self.n_val, "synthetic.VERSION": synthetic.VERSION}
+        return (
+            values
+            | {"classes": wanted_classes(self)}
+            | (drawn if self.source == SourceKind.synthetic else {})
+        )
 
 
 class Prepared(NamedTuple):
@@ -172,7 +188,8 @@ def prepare(config: PrepareConfig) -> list[Prepared]:
             return [Prepared(store, False, 0.0, 0.0) for store in finished]
         source = choose(config)
         splits = [split for split, items in source.splits.items() if items]
-        return [_prepare_split(config, source, split, splits) for split in splits]
+        with Crew(_workers(config, source)) as crew:
+            return [_prepare_split(config, source, split, splits, crew) for split in splits]
 
 
 def verify(config: PrepareConfig) -> list[Store]:
@@ -253,26 +270,90 @@ def choose(config: PrepareConfig) -> Source:
     return source
 
 
+# Processes -----------------------------------------------------------------------------------------------
+
+
+class Crew:
+    """The processes of one call of `prepare`; with 0 workers all is done in this one."""
+
+    def __init__(self, workers: int) -> None:
+        # spawn: the parent has threads (the progress bar, torch), and forking a process with threads can hang it
+        context = multiprocessing.get_context("spawn")
+        self.workers = workers
+        self.pool = ProcessPoolExecutor(workers, context, _end_with_parent) if workers else None
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def map(self, job: Callable[[Any], Any], chunks: Iterator[Any]) -> Iterator[Any]:
+        """`map(job, chunks)`, in any order, with few chunks under way (they hold the bytes of their images)."""
+        if self.pool is None:
+            yield from map(job, chunks)
+            return
+        try:
+            pending = {self.pool.submit(job, chunk) for chunk in islice(chunks, 2 * self.workers + 2)}
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                pending |= {self.pool.submit(job, chunk) for chunk in islice(chunks, len(finished))}
+                yield from (future.result() for future in finished)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a decoding process was killed (out of memory?): run again with workers={max(self.workers // 2, 1)}, "
+                "finished images are kept"
+            ) from error
+
+
+def _end_with_parent() -> None:
+    """In a decoding process: stop when the parent was killed; otherwise it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
 # One split ------------------------------------------------------------------------------------------------
 
 
-def _prepare_split(config: PrepareConfig, source: Source, split: str, splits: list[str]) -> Prepared:
+def _prepare_split(
+    config: PrepareConfig, source: Source, split: str, splits: list[str], crew: Crew
+) -> Prepared:
     path = Path(config.root) / split
     if path.is_dir():
         return Prepared(open_store(path), False, 0.0, 0.0)
     items = source.splits[split]
-    names, labels = [item.name for item in items], np.array([item.label for item in items], dtype=np.int64)
-    rule = {"short_side": config.px, "crop": "centre", "resample": str(config.resample)}
-    plan = plan_hash(config.px, rule, config.min_side, source.description, names=names, labels=labels)
+    names, labels = [item.name for item in items], np.array([item.label for item in items])
+    plan = plan_hash(_rule(config), config.min_side, source.description, names=names, labels=labels)
     building = Partial(path, len(items), config.px, plan)
-    started, already = time.perf_counter(), int(building.done.sum())
-    workers = _workers(config, source, len(items) - already)
-    enlarged, bad = _decode_all(config, source, names, building, workers)
+    started, already = time.perf_counter(), int(np.count_nonzero(building.done))
+    bad = _decode_all(config, source, names, building, crew)
     seconds = time.perf_counter() - started
     _report_bad(config, bad, path)
-    keep = np.array(building.done)
-    labels = _kept_labels(labels, keep, source, path)
+    store = _publish(config, source, split, splits, building, bad, crew)
+    return Prepared(store, True, seconds, (len(items) - already) / max(seconds, 1e-9))
+
+
+def _publish(
+    config: PrepareConfig,
+    source: Source,
+    split: str,
+    splits: list[str],
+    building: Partial,
+    bad: list[BadFile],
+    crew: Crew,
+) -> Store:
+    """Leave the bad rows out, add labels, statistics and manifest, and give the store its name."""
+    keep = building.done > 0
+    labels = _kept_labels(source, split, keep, building.path)
     building.close_up(keep)
+    mean, statistics = _statistics(config, building, labels, crew) if split == "train" else (None, {})
     manifest = {
         "name": config.name,
         "split": split,
@@ -282,70 +363,52 @@ def _prepare_split(config: PrepareConfig, source: Source, split: str, splits: li
         "classes": source.classes,
         "counts": np.bincount(labels, minlength=len(source.classes)).tolist(),
         "source": source.description,
-        "rule": rule,
+        "rule": _rule(config),
         "request": config.request(),
-        "enlarged": enlarged,
+        "enlarged": int((building.done == 2).sum()),
         "corrupt": [file.name for file in bad],
     }
-    mean = None
-    if split == "train":
-        mean, statistics = _statistics(config, building, labels, workers)
-        manifest |= statistics
-    store = building.publish(labels, manifest, mean)
-    return Prepared(store, True, seconds, (len(items) - already) / max(seconds, 1e-9))
+    return building.publish(labels, manifest | statistics, mean)
 
 
-def _workers(config: PrepareConfig, source: Source, n: int) -> int:
+def _rule(config: PrepareConfig) -> dict[str, Any]:
+    return {"short_side": config.px, "crop": "centre", "resample": str(config.resample)}
+
+
+def _workers(config: PrepareConfig, source: Source) -> int:
     if config.workers is not None:
         return config.workers
-    if n < FEW or config.source == SourceKind.synthetic:
+    if config.source == SourceKind.synthetic or max(map(len, source.splits.values())) < FEW:
         return 0
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode_all(
-    config: PrepareConfig, source: Source, names: list[str], building: Partial, workers: int
-) -> tuple[int, list[BadFile]]:
-    """Fill the rows that are not done; returns how many images were enlarged, and the bad files."""
-    row_of = {names[row]: row for row in np.flatnonzero(~building.done)}
+    config: PrepareConfig, source: Source, names: list[str], building: Partial, crew: Crew
+) -> list[BadFile]:
+    """Fill the rows that are not done; returns the bad files in store order."""
+    row_of = {names[row]: row for row in np.flatnonzero(building.done == 0)}
     job = partial(decode_chunk, building.images_path, config.px, config.resample, config.min_side)
     chunks = _chunks((row_of[name], name, payload) for name, payload in source.files.stream(set(row_of)))
-    enlarged, bad = 0, []
-    bar = tqdm(total=len(names), initial=len(names) - len(row_of), unit=" images", desc=building.path.name)
-    with bar:
-        for decoded in _run(job, chunks, workers):
-            building.done[decoded.rows] = True
-            enlarged += len(decoded.enlarged)
+    bad: list[BadFile] = []
+    with _bar(building.path.name, len(names), len(names) - len(row_of)) as bar:
+        for decoded in crew.map(job, chunks):
+            building.done[decoded.rows] = 1
+            building.done[decoded.enlarged] = 2
             bad += decoded.bad
             bar.update(len(decoded.rows) + len(decoded.bad))
-    return enlarged, sorted(bad)
+    return sorted(bad)
+
+
+def _bar(split: str, total: int, initial: int) -> tqdm:
+    # a batch job's log gets a line every half minute, a terminal five updates a second
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, initial=initial, unit=" images", desc=split, mininterval=interval)
 
 
 def _chunks(rows: Iterator[Any]) -> Iterator[list[Any]]:
     while chunk := list(islice(rows, CHUNK)):
         yield chunk
-
-
-def _run(job: Any, chunks: Iterator[Any], workers: int) -> Iterator[Any]:
-    """`map(job, chunks)` on so many processes, out of order, with few chunks under way (they hold the bytes)."""
-    if workers == 0:
-        yield from map(job, chunks)
-        return
-    # spawn: the parent has threads (the progress bar, torch), and forking a process with threads can hang it
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        pending: set[Future[Any]] = {pool.submit(job, chunk) for chunk in islice(chunks, 2 * workers + 2)}
-        while pending:
-            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-            pending |= {pool.submit(job, chunk) for chunk in islice(chunks, len(finished))}
-            yield from (future.result() for future in finished)
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a decoding process was killed (out of memory?): run again with workers={max(workers // 2, 1)}, "
-            "finished images are kept"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _report_bad(config: PrepareConfig, bad: list[BadFile], path: Path) -> None:
@@ -360,14 +423,13 @@ def _report_bad(config: PrepareConfig, bad: list[BadFile], path: Path) -> None:
         )
 
 
-def _kept_labels(labels: np.ndarray, keep: np.ndarray, source: Source, path: Path) -> np.ndarray:
-    kept = labels[keep]
-    lost = np.setdiff1d(labels, kept)
+def _kept_labels(source: Source, split: str, keep: np.ndarray, path: Path) -> np.ndarray:
+    labels = np.array([item.label for item in source.splits[split]], dtype=np.int64)
+    lost = np.setdiff1d(labels, labels[keep])
     if len(lost):
-        raise UserError(
-            f"{path}: class {source.classes[lost[0]]['wnid']} has no good image left; leave it out with classes"
-        )
-    return kept
+        wnid = source.classes[lost[0]]["wnid"]
+        raise UserError(f"{path}: class {wnid} has no good image left; leave it out with classes")
+    return labels[keep]
 
 
 # One image ------------------------------------------------------------------------------------------------
@@ -425,7 +487,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if picture.mode == "F":
         raise ValueError("floating-point picture")
-    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
+    if picture.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
@@ -448,7 +510,7 @@ def fit(picture: Image.Image, px: int, resample: Resample) -> Image.Image:
 
 
 def _statistics(
-    config: PrepareConfig, building: Partial, labels: np.ndarray, workers: int
+    config: PrepareConfig, building: Partial, labels: np.ndarray, crew: Crew
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Mean image (px, px, 3), and the manifest's channel mean and covariance in units of 0..255.
 
@@ -457,7 +519,7 @@ def _statistics(
     train, _ = holdout_split(labels, config.holdout_fraction, config.holdout_seed)
     starts = (train[at : at + STATISTICS_CHUNK] for at in range(0, len(train), STATISTICS_CHUNK))
     total, products = np.zeros((config.px, config.px, 3)), np.zeros((3, 3))
-    for sums, moments in _run(partial(_sums, building.images_path), starts, workers):
+    for sums, moments in crew.map(partial(_sums, building.images_path), starts):
         total, products = total + sums, products + moments
     mean = total / len(train)
     channel = mean.mean((0, 1))

@@ -30,7 +30,6 @@ from typing import NamedTuple, Protocol
 from zlib import crc32
 
 import numpy as np
-from torchvision.datasets.utils import download_url
 
 from alexnet.data import synthetic
 from alexnet.data.store import draw_order, holdout_split
@@ -38,7 +37,7 @@ from alexnet.errors import UserError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 VAL_NAMES = ("val", "valid", "validation")
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+TEXTS = ("words.txt", "LOC_synset_mapping.txt", "val_annotations.txt")
 
 
 class SourceKind(StrEnum):
@@ -163,21 +162,36 @@ class Tar:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.names = [_safe(member.name, path) for member in self._members()]
+        self.names: list[str] = []
+        self.texts: dict[str, bytes] = {}  # kept, so that a list at the far end costs no second pass
+        for name, archive, member in self._members():
+            self.names.append(_safe(name, path))
+            if name.endswith(TEXTS):
+                self.texts[name] = _content(archive, member)
 
     def stream(self, wanted: set[str]) -> Iterator[tuple[str, Payload]]:
-        with self._open() as archive:
+        if wanted <= self.texts.keys():
+            yield from ((name, self.texts[name]) for name in sorted(wanted))
+            return
+        remaining = set(wanted)
+        for name, archive, member in self._members():
+            if name in remaining:
+                remaining.remove(name)
+                yield name, _content(archive, member)
+            if not remaining:
+                return
+
+    def _members(self) -> Iterator[tuple[str, tarfile.TarFile, tarfile.TarInfo]]:
+        with tarfile.open(self.path, "r|*") as archive:  # a stream: a compressed file cannot be sought in
             for member in archive:
-                name = str(PurePosixPath(member.name))
-                if member.isfile() and name in wanted:
-                    yield name, archive.extractfile(member).read()  # type: ignore[union-attr]
+                if member.isfile():
+                    yield str(PurePosixPath(member.name)), archive, member
+                archive.members = []  # type: ignore[attr-defined]  # else a million entries stay in memory
 
-    def _members(self) -> list[tarfile.TarInfo]:
-        with self._open() as archive:
-            return [member for member in archive if member.isfile()]
 
-    def _open(self) -> tarfile.TarFile:
-        return tarfile.open(self.path, "r|*")  # a stream: no seeking back and forth in a compressed file
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return b"" if file is None else file.read()
 
 
 class Zip:
@@ -286,21 +300,26 @@ class _Drawn:
 
 
 def _tree(files: Files) -> dict[str, str]:
-    """{name without the directories that all files share: name}. Hidden files are left out."""
+    """{name without the directories that all images share: name}. Hidden files are left out."""
     visible = [name for name in files.names if not re.search(r"(^|/)(\.|__MACOSX/)", name)]
-    shared = 0
-    folders = [name.split("/")[:-1] for name in visible]
-    while folders and all(len(parts) > shared for parts in folders):
-        if len({parts[shared] for parts in folders}) > 1 or folders[0][shared] in ("train", *VAL_NAMES):
+    folders = [name.split("/")[:-1] for name in visible if name.lower().endswith(IMAGE_SUFFIXES)]
+    shared: list[str] = []
+    while folders and all(len(parts) > len(shared) for parts in folders):
+        here = {parts[len(shared)] for parts in folders}
+        if len(here) > 1 or here <= {"train", *VAL_NAMES}:
             break
-        shared += 1
-    return {name.split("/", shared)[-1]: name for name in visible}
+        shared.append(here.pop())
+    prefix = "".join(f"{part}/" for part in shared)
+    return {name.removeprefix(prefix): name for name in visible}
 
 
 def _by_class(tree: dict[str, str], kind: SourceKind, path: Path) -> dict[str, dict[str, str]]:
     """{split: {name: class}} of <split>/<class>/** or, without train/, of <class>/**."""
     images = {short: name for short, name in tree.items() if short.lower().endswith(IMAGE_SUFFIXES)}
-    if not any(short.startswith("train/") for short in images):
+    tops = {short.split("/")[0] for short in images}
+    if "train" not in tops:
+        if tops & set(VAL_NAMES):
+            raise UserError(f"path={path} has val images but no train/: give the folder that holds both")
         images = {f"train/{short}": name for short, name in images.items()}
     splits: dict[str, dict[str, str]] = {"train": {}, "val": {}}
     for short, name in images.items():
@@ -428,6 +447,10 @@ def download(kind: SourceKind, px: int, directory: Path) -> Path:
     chosen = next((entry for entry in OFFICIAL[kind] if entry.side >= px), OFFICIAL[kind][-1])
     target = directory / chosen.url.rsplit("/", 1)[-1]
     if not target.is_file():
+        from torchvision.datasets.utils import (
+            download_url,  # not above: every decoding process would load torch
+        )
+
         try:
             download_url(chosen.url, str(directory), md5=chosen.md5)
         except Exception as error:  # urllib, ssl and torchvision each have their own

@@ -158,8 +158,8 @@ class Partial:
     """A store under construction: rows are written in any order, by any process, and survive a kill.
 
     `plan` says what every row will be. A directory left by a job with the same plan is continued: its
-    `done.npy` says which rows are there (a row is marked after its pixels are written). Anything else left
-    there is deleted.
+    `done.npy` (n,) uint8 says which rows are there: 0 to do, 1 done, 2 done and enlarged; a row is marked after
+    its pixels are written. Anything else left there is deleted.
     """
 
     def __init__(self, path: Path, n: int, px: int, plan: str) -> None:
@@ -185,7 +185,7 @@ class Partial:
         self.directory.mkdir(parents=True)
         size = self.n * self.px**2 * 3
         require_space(self.directory, size)
-        np.save(self.directory / "done.npy", np.zeros(self.n, dtype=bool))
+        np.save(self.directory / "done.npy", np.zeros(self.n, dtype=np.uint8))
         np.lib.format.open_memmap(self.images_path, "w+", np.uint8, (self.n, self.px, self.px, 3))
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no bus error at a later write
             with open(self.images_path, "r+b") as file:

@@ -2,9 +2,9 @@
 
 A class is a shape (disc, ring, square, triangle, cross) filled with a texture (stripes, checks); neither
 alone decides it. Everything else is nuisance, drawn anew for every image: position, size, rotation, the two
-colours of the texture and which is brighter, its period, phase and direction, a shaded background and
-pixel noise. So the mean colour says nothing, no pixel by itself says anything, and yet a person sees the
-class at once.
+colours of the texture and which is brighter, its period, phase and direction, the tint of the dark outline,
+a shaded background and pixel noise. So the mean colour says nothing, no pixel by itself says anything, and yet
+a person sees the class at once.
 
     label = 2 * shape + texture
 
@@ -21,7 +21,9 @@ import numpy as np
 SHAPES = ("disc", "ring", "square", "triangle", "cross")
 TEXTURES = ("striped", "checked")
 CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
+VERSION = 1  # of the pictures: to be raised with any change to them, so that a store of others is noticed
 BLOCK = 128  # images drawn at a time; part of the definition, because the noise is drawn by block
+OUTLINE = 0.04  # half the width of a shape's outline, in half image sides
 NOISE = 0.03  # standard deviation of the pixel noise, in units of the full range
 
 
@@ -36,6 +38,7 @@ class Scene:
     period: np.ndarray  # (n,) of the texture
     phase: np.ndarray  # (n, 2)
     paint: np.ndarray  # (n, 2, 3) the texture's two colours
+    ink: np.ndarray  # (n, 3) the outline's colour
     ground: np.ndarray  # (n, 2, 3) the background's two colours
     shading: np.ndarray  # (n,) direction in which one background colour becomes the other
 
@@ -67,19 +70,24 @@ def draw(labels: np.ndarray, px: int, random: np.random.Generator) -> np.ndarray
         distance[rows] = DISTANCE[name](u[rows], v[rows])
     coverage = np.clip(0.5 - distance * _column(scene.size) * px / 2, 0, 1)
     weight = _texture(scene, labels % 2, axis, px)
-    paint = _blend(scene.paint, weight)
-    picture = paint * coverage[..., None] + _background(scene, axis) * (1 - coverage[..., None])
+    picture = _over(_blend(scene.paint, weight), coverage, _background(scene, axis))
+    outline = np.clip(0.5 + (OUTLINE - np.abs(distance) * _column(scene.size)) * px / 2, 0, 1)
+    picture = _over(scene.ink[:, None, None], outline, picture)
     picture += random.standard_normal(picture.shape, dtype=np.float32) * NOISE
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+def _over(colour: np.ndarray, coverage: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return below + (colour - below) * coverage[..., None]
+
+
 def draw_scene(n: int, random: np.random.Generator) -> Scene:
-    """The nuisances. The texture's colours straddle the background in lightness: one darker, one brighter."""
+    """The nuisances. The texture's colours straddle the background in lightness, the outline is dark."""
     ground = random.uniform(0.35, 0.65, (n, 2, 3))
-    dark, bright = random.uniform(0.0, 0.3, (n, 3)), random.uniform(0.7, 1.0, (n, 3))
+    dark, bright = random.uniform(0.2, 0.4, (n, 3)), random.uniform(0.6, 0.9, (n, 3))
     swap = random.random(n) < 0.5
     paint = np.stack([np.where(swap[:, None], dark, bright), np.where(swap[:, None], bright, dark)], 1)
-    size = random.uniform(0.5, 0.8, n)
+    size = random.uniform(0.55, 0.85, n)
     return Scene(
         centre=_float(random.uniform(-1, 1, (n, 2)) * (0.95 - size)[:, None]),
         size=_float(size),
@@ -88,6 +96,7 @@ def draw_scene(n: int, random: np.random.Generator) -> Scene:
         period=_float(random.uniform(0.22, 0.32, n)),
         phase=_float(random.uniform(0, 2 * np.pi, (n, 2))),
         paint=_float(paint),
+        ink=_float(random.uniform(0, 0.12, (n, 3))),
         ground=_float(ground),
         shading=_float(random.uniform(0, 2 * np.pi, n)),
     )
