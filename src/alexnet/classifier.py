@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from alexnet.data.augment import Augment, AugmentConfig
-from alexnet.data.module import Batch
+from alexnet.data.module import Batch, ImageData
 from alexnet.layers import cross_entropy, dropout_key
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import OptimConfig, build_optimizer, build_scheduler, conv1_scale
@@ -53,7 +53,6 @@ class Classifier(pl.LightningModule):
         self.loss_backend = backend["cross_entropy"]
         self.classes = classes
         self.seed = seed
-        self.colour_on = True
         self.plateau: ReduceLROnPlateau | None = None
         self.plateau_state: dict[str, Any] | None = None
         self.holdout_top1 = MulticlassAccuracy(len(classes), top_k=1, average="micro")
@@ -64,16 +63,19 @@ class Classifier(pl.LightningModule):
         """(N, 3, crop, crop) as `augment` makes it -> logits (N, classes)."""
         return self.net(x)
 
+    @property
+    def progress(self) -> float:
+        """Fraction of the epochs that are over: what switches of 2012 went by."""
+        return self.current_epoch / self.optim_config.epochs
+
     def on_train_epoch_start(self) -> None:
-        """Freezing conv1 and switching colour noise off go by epochs, as in 2012."""
-        progress = self.current_epoch / self.optim_config.epochs
+        """conv1 is slowed down and frozen by epochs; not called again in a resumed epoch, whose checkpoint has it."""
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
             if group["name"].startswith("conv1."):
-                group["scale"] = conv1_scale(self.optim_config, progress)
-        self.colour_on = progress < self.colour_until
+                group["scale"] = conv1_scale(self.optim_config, self.progress)
 
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        x = self.augment(batch.images, batch.draws, self.colour_on)
+        x = self.augment(batch.images, batch.draws, self.progress < self.colour_until)
         key = dropout_key(self.seed, self.global_step, 0)
         logits = self.net(x, key, batch.first_row)
         smoothing = self.optim_config.label_smoothing
@@ -102,15 +104,22 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.net, self.optim_config)
-        scheduler = build_scheduler(
-            optimizer, self.optim_config, int(self.trainer.estimated_stepping_batches)
-        )
+        scheduler = build_scheduler(optimizer, self.optim_config, self._steps())
         if not isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         self.plateau = scheduler
         if self.plateau_state is not None:
             scheduler.load_state_dict(self.plateau_state)
         return optimizer
+
+    def _steps(self) -> int:
+        """Updates in the whole run. Not trainer.estimated_stepping_batches: asked for here, it sets the loaders up
+        before the checkpoint is read, and their positions in it are lost."""
+        assert isinstance(self.trainer.datamodule, ImageData)
+        batches = len(self.trainer.datamodule.train_dataloader())
+        limit = self.trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return batches * self.optim_config.epochs
 
     # Lightning would step the plateau rule after the epoch's checkpoint and not at all when resumed from it, so the
     # rule is stepped here, before the checkpoint, and its state travels with the module.
