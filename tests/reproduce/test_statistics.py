@@ -130,6 +130,8 @@ def test_time_to_interpolates_the_first_crossing_and_knows_never():
 def test_a_censored_run_makes_the_ratio_a_bound_that_only_speaks_for_its_side():
     never = st.time_ratio([None, None, 9.0], [2.0, 2.1, 1.9], budget=10.0)
     assert never.bound == ">="
+    assert never.high == float("inf")
+    assert 1 < never.low < never.estimate
     assert st.verdict(never, Direction.HIGHER).word is Word.HOLDS
     inverse = st.time_ratio([2.0, 2.1, 1.9], [None, None, 9.0], budget=10.0)
     assert inverse.bound == "<="
@@ -137,6 +139,9 @@ def test_a_censored_run_makes_the_ratio_a_bound_that_only_speaks_for_its_side():
     # The treatment never arrived, although all that did arrive later: nothing is known of "lower".
     slow = st.time_ratio([None, None, None], [30.0, 31.0, 29.0], budget=10.0)
     assert st.verdict(slow, Direction.LOWER).word is Word.OPEN
+    assert slow.p == 1.0
+    fast = st.time_ratio([30.0, 31.0, 29.0], [None, None, None], budget=10.0)
+    assert st.verdict(fast, Direction.HIGHER).word is Word.OPEN
     both = st.time_ratio([None, 1.0, 1.0], [5.0, None, 5.0], budget=10.0)
     assert both.bound == "?"
     assert "larger budget" in st.verdict(both, Direction.LOWER).sentence

@@ -8,7 +8,7 @@ import pytest
 
 from alexnet.config import CONF
 from alexnet.reproduce.claims import Claim, Comparison, Number, Statistic, Test, Unit, load_claims
-from alexnet.reproduce.statistics import Direction, Word
+from alexnet.reproduce.statistics import Direction, Word, seeds_needed
 from alexnet.reproduce.tables import (
     WIDTH,
     Evidence,
@@ -175,6 +175,14 @@ def test_the_claim_file_decides_how_many_seeds_are_enough():
     assert row.verdict.sentence == "not resolved at this scale (would need 6 seeds, has 3)"
 
 
+def test_the_papers_points_are_compared_with_our_fractions():
+    noisy = Gathered({"with": runs([0.40, 0.42, 0.41]), "without": runs([0.41, 0.40, 0.42])})
+    row = judged(claim(NORMS), noisy)[0]
+    needed = seeds_needed(0.014, row.effect.sd)
+    assert needed > 3
+    assert f"would need {needed} seeds for the paper's effect" in row.verdict.sentence
+
+
 def test_the_text_is_readable_and_fits_100_columns():
     those = claim(NORMS)
     text = as_text({those.name: those}, judged(those, RUNS))
@@ -189,8 +197,11 @@ def test_markdown_has_one_line_per_row_and_equal_columns():
     those = claim(NORMS)
     lines = as_markdown({those.name: those}, judged(those, RUNS)).splitlines()
     assert len(lines) == 4
-    assert {line.count("|") for line in lines} == {10}
-    assert "| Norms | with - without | val top-1 | -1.4 | - | -1.50 ± 0.10 |" in lines[2]
+    assert {line.count("|") for line in lines} == {11}
+    start = (
+        "| Norms | with - without | 41.00 ± 1.00 % / 42.50 ± 1.05 % | val top-1 | -1.4 | - | -1.50 ± 0.10 |"
+    )
+    assert lines[2].startswith(start)
 
 
 def test_json_keeps_fractions_and_has_no_nan():

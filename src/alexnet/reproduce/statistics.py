@@ -102,21 +102,23 @@ def paired_difference(treatment: ArrayLike, control: ArrayLike) -> Effect:
 def time_ratio(treatment: Sequence[float | None], control: Sequence[float | None], budget: float) -> Effect:
     """Times (n,), None for a run that did not arrive within `budget` -> the ratio treatment / control.
 
-    The geometric mean of the ratios with a t interval on the log scale. Censored runs count as `budget`.
+    The geometric mean of the ratios with a t interval on the log scale. Censored runs count as `budget`:
+    where only treatments are, each ratio is at least what enters, so the lower limit stands and the upper is open.
     """
     late_a, late_b = (any(t is None for t in times) for times in (treatment, control))
     logs = [np.log([budget if t is None else t for t in times]) for times in (treatment, control)]
     e = paired_difference(*logs)
     bound = {(False, False): "", (True, False): ">=", (False, True): "<=", (True, True): "?"}[late_a, late_b]
+    informative = bound == "" or (bound == ">=" and e.estimate > 0) or (bound == "<=" and e.estimate < 0)
     return Effect(
         estimate=float(np.exp(e.estimate)),
-        low=float(np.exp(e.low)),
-        high=float(np.exp(e.high)),
+        low=0.0 if late_b else float(np.exp(e.low)),
+        high=float("inf") if late_a else float(np.exp(e.high)),
         sd=e.sd,
         n=e.n,
-        p=e.p,
-        p_sign_flip=e.p_sign_flip,
-        detectable=None if e.detectable is None else float(np.exp(e.detectable)),
+        p=e.p if informative else 1.0,
+        p_sign_flip=e.p_sign_flip if informative else None,
+        detectable=None if bound or e.detectable is None else float(np.exp(e.detectable)),
         ratio=True,
         bound=bound,
     )
@@ -300,17 +302,14 @@ def tested_p(effect: Effect, direction: Direction, margin: float) -> float:
 
 
 def _outside(effect: Effect, margin: float) -> tuple[bool, bool]:
-    """Is the whole interval below, above null -+ margin? A bound only speaks for the side it bounds."""
+    """Is the whole interval below, above null -+ margin?"""
     low, high, _ = _linear(effect)
-    return (
-        high < -margin and effect.bound in ("", "<="),
-        low > margin and effect.bound in ("", ">="),
-    )
+    return high < -margin, low > margin
 
 
 def _inside(effect: Effect, margin: float) -> bool:
     low, high, _ = _linear(effect)
-    return -margin < low and high < margin and effect.bound == ""
+    return -margin < low and high < margin
 
 
 def _seen(effect: Effect) -> str:

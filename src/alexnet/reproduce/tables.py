@@ -260,13 +260,25 @@ def as_text(claims: Mapping[str, Claim], rows: Iterable[Row]) -> str:
 
 def as_markdown(claims: Mapping[str, Claim], rows: Iterable[Row]) -> str:
     """One table: a line per comparison and metric."""
-    head = ("Claim", "Comparison", "Metric", "Paper", "2012 notes", "Ours", "95 % interval", "n", "Verdict")
+    head = (
+        "Claim",
+        "Comparison",
+        "Arms",
+        "Metric",
+        "Paper",
+        "2012 notes",
+        "Difference",
+        "95 % interval",
+        "n",
+        "Verdict",
+    )
     lines = [_pipes(head), _pipes(["---"] * len(head))]
     for row in rows:
         cells = _cells(row)
         said = row.verdict.sentence if row.verdict else ""
         verdict_cell = "; ".join(part for part in (said, row.note) if part)
-        lines.append(_pipes((claims[row.claim].title, row.comparison.name, *cells, verdict_cell)))
+        arms = " / ".join(_summary(row, s) for s in (row.treatment, row.control) if s)
+        lines.append(_pipes((claims[row.claim].title, row.comparison.name, arms, *cells, verdict_cell)))
     return "\n".join(lines) + "\n"
 
 
