@@ -96,6 +96,12 @@ def test_denominators_stay_inside_their_tower():
     assert within == 1 < across
 
 
+def test_denominators_of_an_even_window_lean_as_torch_does():
+    x = torch.zeros(4, 5, 5, 5)
+    x[:, 0] = 1 + torch.rand(4, 5, 5)  # seen by maps 0, 1 and 2 of five: c - 2 <= 0 <= c + 1
+    assert probe(head(LocalResponseNorm(4, 0.3)), x).norms[0].median > 1
+
+
 def test_denominators_see_what_the_order_puts_before_them():
     x = -torch.rand(4, 8, 7, 7)
     for order, largest in (("relu_lrn_pool", 1.0), ("lrn_pool_relu", 1 + 0.3 / 5 * 5 / 2)):

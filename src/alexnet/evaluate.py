@@ -158,10 +158,10 @@ def log_probabilities(
 
 
 def _read(images: np.ndarray | Tensor, rows: np.ndarray) -> Tensor:
-    """The rows of a store as a tensor of their own: a read-only map must not be written through."""
+    """The rows of a store as a tensor of their own: indexing by an array copies, also from a read-only map."""
     if isinstance(images, Tensor):
         return images[torch.as_tensor(rows, device=images.device)]
-    return torch.from_numpy(np.ascontiguousarray(images[rows]))
+    return torch.from_numpy(images[rows])
 
 
 def _batch(model: nn.Module, augment: Views, images: Tensor, views: int) -> Tensor:
