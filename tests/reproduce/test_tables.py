@@ -69,6 +69,24 @@ def test_a_row_has_the_papers_number_ours_and_a_verdict():
     assert beside.verdict is None
 
 
+def test_evidence_is_read_from_the_runs_record_and_its_metrics():
+    record = {
+        "results": {
+            "val": {"split": "val", "n": 100, "top1_error": 0.4, "top5_error": None, "cross_entropy": 1.5},
+            "train": {"top1_error": 0.1},
+        }
+    }
+    columns = ("step", "epoch", "train/loss", "train/top1_error", "holdout/loss")
+    lines = ["10,0,2.2,0.8,", "20,0,2.0,0.7,", "20,0,2.1,0.75,2.05", "30,1,1.5,0.6,", "40,1,1.0,0.5,1.2"]
+    rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines]
+    evidence = Evidence.of_run(record, rows, classes=10)
+    assert evidence.results["val/top1_error"] == 0.4
+    assert evidence.results["train_eval/top1_error"] == 0.1
+    assert "val/top5_error" not in evidence.results
+    assert evidence.curves["train/loss"] == [(0.5, 2.2), (1.0, 2.0), (1.5, 1.5)]
+    assert Evidence.of_run({"state": "running"}, [], classes=10).curves == {}
+
+
 def test_only_seeds_that_both_arms_have_are_paired():
     with_gap = {0: RUNS.arms["with"][0], 2: RUNS.arms["with"][2], 7: Evidence({"val/top1_error": 0.9})}
     row = judged(claim(NORMS), Gathered({"with": with_gap, "without": RUNS.arms["without"]}))[0]

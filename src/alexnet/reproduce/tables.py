@@ -47,6 +47,32 @@ class Evidence:
     curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     classes: int = 0
 
+    @classmethod
+    def of_run(cls, record: Mapping[str, Any], rows: Sequence[Mapping[str, str]], classes: int) -> "Evidence":
+        """From the content of run.json and the rows of metrics.csv.
+
+        `results` there is {split: {quantity: value}}; the split `train` (evaluation mode) is `train_eval` here.
+        Curves are the means over the last few steps against epochs done, a fraction.
+        """
+        results = {
+            f"{'train_eval' if split == 'train' else split}/{quantity}": float(value)
+            for split, values in record.get("results", {}).items()
+            for quantity, value in values.items()
+            if isinstance(value, int | float)
+        }
+        curves = {metric: _curve(rows, metric) for metric in ("train/loss", "train/top1_error")}
+        return cls(results, {metric: curve for metric, curve in curves.items() if curve}, classes)
+
+
+def _curve(rows: Sequence[Mapping[str, str]], metric: str) -> list[tuple[float, float]]:
+    """A row with a holdout value ends its epoch (counted from 0); the others are means over a few steps."""
+    ends = [row for row in rows if row["holdout/loss"]]
+    if not ends:
+        return []
+    steps_per_epoch = float(ends[-1]["step"]) / (float(ends[-1]["epoch"]) + 1)
+    few = [row for row in rows if not row["holdout/loss"]] or ends
+    return [(float(row["step"]) / steps_per_epoch, float(row[metric])) for row in few]
+
 
 @dataclass(frozen=True)
 class Gathered:
