@@ -19,6 +19,7 @@ from alexnet.data.augment import (
     InputScale,
     draw_epoch,
     principal_colours,
+    stream,
 )
 from alexnet.errors import UserError
 
@@ -234,6 +235,11 @@ def test_draws_change_with_epoch_and_with_seed_and_repeat() -> None:
     assert all(map(torch.equal, first, draw_epoch(config, order, PX, seed=5, epoch=0)))
     for seed, epoch in ((5, 1), (6, 0), (0, 5)):
         assert not any(map(torch.equal, first, draw_epoch(config, order, PX, seed=seed, epoch=epoch)))
+
+
+def test_order_crop_flip_and_colour_are_streams_of_their_own() -> None:
+    streams = [torch.rand(4, generator=stream(5, 0, what)) for what in ("order", "crop", "flip", "colour")]
+    assert len(torch.stack(streams).unique()) == 16
 
 
 def test_switching_one_draw_off_keeps_the_others() -> None:
