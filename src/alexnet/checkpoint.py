@@ -5,6 +5,7 @@ crop rule and the class names. It is opened with `weights_only=True`, which refu
 """
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,18 @@ def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint as plain data. Raises UserError if it is missing, or no checkpoint, or would execute code."""
     path = find(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # what torch thinks of a file that is none of ours is said below
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"checkpoint={path} is refused: it holds more than tensors and plain data, and loading it would run "
             "code. Use a checkpoint written by scripts/train.py"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"checkpoint={path} cannot be read ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, EOFError, OSError, ValueError, AssertionError, KeyError) as error:
+        raise UserError(
+            f"checkpoint={path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint"
+        ) from error
     if not isinstance(content, dict) or "hyper_parameters" not in content:
         raise UserError(f"checkpoint={path} is no checkpoint of scripts/train.py: it has no hyper_parameters")
     return content

@@ -57,7 +57,7 @@ class Classifier(pl.LightningModule):
         self.plateau_state: dict[str, Any] | None = None
         self.holdout_top1 = MulticlassAccuracy(len(classes), top_k=1, average="micro")
         self.holdout_top5 = MulticlassAccuracy(len(classes), top_k=min(5, len(classes)), average="micro")
-        self.holdout_loss = MeanMetric()
+        self.holdout_loss = MeanMetric(nan_strategy="disable")  # a loss that is no number must show
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, crop, crop) as `augment` makes it -> logits (N, classes)."""

@@ -96,10 +96,11 @@ def evaluate_split(
 
 
 def _probe(run: build.Training) -> None:
-    loader = run.data.eval_loader("train")
-    batch = next(iter(loader))
-    images = run.classifier.augment.centre(batch.images[:PROBE_IMAGES])
-    found = probe(run.classifier.net, images, batch.labels[:PROBE_IMAGES])
+    trained = run.data.split[0].numpy()
+    rows = trained[:: max(1, len(trained) // PROBE_IMAGES)][:PROBE_IMAGES]  # from all over: stores go by class
+    store = run.data.train_store
+    images = run.classifier.augment.centre(torch.from_numpy(store.images[rows]))
+    found = probe(run.classifier.net, images, torch.from_numpy(store.labels[rows]))
     print(f"{found.table()}\n\n{found.verdict()}")
 
 

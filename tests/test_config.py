@@ -1,0 +1,154 @@
+"""Every file of conf/ composes and builds, and every mistake ends as one line that says what to do."""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from alexnet import build
+from alexnet.classifier import plain, typed
+from alexnet.config import CONF, load, one_line, register
+from alexnet.errors import UserError
+from alexnet.model import AlexNet, ModelConfig
+from alexnet.optim import build_optimizer, build_scheduler
+
+GROUPS = ("model", "backend", "data", "augment", "optim", "trainer", "callbacks", "logger", "experiment")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+def composed(name: str, *overrides: str) -> Any:
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_passes_its_checks(group: str, choice: str) -> None:
+    config = load(composed("train", f"{group}={choice}"))
+    model = AlexNet(typed(ModelConfig, plain(config.model) | {"width": 0.0625, "hidden": [4, 4]}), seed=0)
+    optimizer = build_optimizer(model, config.optim)
+    build_scheduler(optimizer, config.optim, 100)
+    assert config.augment.crop_px == config.model.image_px
+
+
+def test_every_data_set_can_be_prepared() -> None:
+    assert {p.stem for p in (CONF / "data").glob("*.yaml")} == {
+        p.stem for p in (CONF / "source").glob("*.yaml")
+    }
+    for path in (CONF / "data").glob("*.yaml"):
+        config = load(composed("prepare_data", f"data={path.stem}"))
+        assert str(config.source) == path.stem
+        assert config.root == f"data/{path.stem}"
+
+
+def test_bare_training_is_the_quickstart() -> None:
+    bare, named = composed("train"), composed("train", "experiment=quickstart")
+    assert bare == named
+
+
+def test_plain_data_comes_back_as_the_same_dataclass() -> None:
+    config = ModelConfig(width=0.5, init_std=[0.1] * 8)
+    there = plain(config)
+    assert all(type(value) in (int, float, bool, str, list, type(None)) for value in there.values())
+    assert typed(ModelConfig, there) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lrr=0.1"], "optim.lrr is no key of conf/train.yaml: did you mean optim.lr?"),
+        (
+            ["trainer.precison=3"],
+            "trainer.precison is no key of conf/train.yaml: did you mean trainer.precision?",
+        ),
+        (["sede=1"], "sede is no key of conf/train.yaml: did you mean seed?"),
+        (["optim.lr=fast"], "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
+        (
+            ["model.init=xavier"],
+            "model.init: Invalid value 'xavier', expected one of [normal, fan_in, he, torch]",
+        ),
+        (["model=papre"], "Could not find 'model/papre': did you mean paper?"),
+        (["experiment=quickstat"], "Could not find 'experiment/quickstat': did you mean quickstart?"),
+        (["optim.lr=-1"], "optim.lr=-1.0 must be positive"),
+        (["optim.momentum=1"], "optim.momentum=1.0 must be in [0, 1)"),
+        (["log_every=0"], "log_every=0"),
+        (["model.channels=[1]"], "model.channels=[1] has 1 entries: give 5"),
+    ],
+)
+def test_a_mistake_is_one_line_with_value_key_and_remedy(overrides: list[str], message: str) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (hydra's, omegaconf's and ours)
+        load(composed("train", *overrides))
+    line = one_line(caught.value, "train")
+    assert line is not None
+    assert message in line
+    assert "\n" not in line
+
+
+def test_an_error_of_ours_keeps_its_traceback() -> None:
+    assert one_line(RuntimeError("a bug"), "train") is None
+
+
+def test_no_space_left_is_one_line() -> None:
+    line = one_line(OSError(28, "No space left on device", "outputs/x"), "train")
+    assert line == "no space left for outputs/x: free some, or set output_dir=... or data_dir=... elsewhere"
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(CONF.parent / "scripts" / name), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_scripts_exit_with_2_and_one_line(tmp_path: Path) -> None:
+    for name, argument in {
+        "train.py": "optim.lrr=1",
+        "evaluate.py": "checkpoint=nowhere.ckpt",
+        "prepare_data.py": "data=tinyimagenet",
+    }.items():
+        ended = script(name, argument, f"data_dir={tmp_path}")
+        assert ended.returncode == 2, ended.stderr
+        assert ended.stderr.startswith("error: ")
+        assert ended.stderr.count("\n") == 1, ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_names_the_command_that_makes_them(compose: Callable[..., Any], tmp_path: Path) -> None:
+    config = compose("data=tiny_imagenet", f"data_dir={tmp_path}")
+    with pytest.raises(UserError, match=r"python scripts/prepare_data\.py data=tiny_imagenet"):
+        build.training(config)
+    assert not (tmp_path / "train").exists()
+
+
+def test_another_configuration_in_the_same_directory_is_refused(compose: Callable[..., Any]) -> None:
+    build.training(compose())
+    with pytest.raises(UserError, match=r"optim.lr: 0.01 there, 0.02 now.*overwrite=true"):
+        build.training(compose("optim.lr=0.02"))
+    build.training(compose("optim.lr=0.02", "overwrite=true"))
+    build.training(compose("optim.lr=0.02", "watchdog=warn"))  # not part of what a run is
+
+
+def test_classes_that_the_store_does_not_have_are_refused(compose: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"model.num_classes=7.* holds 10 classes"):
+        build.training(compose("model.num_classes=7"))
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="trainer=cpu"):
+        build.device_type_of("gpu")
+
+
+def test_run_record_holds_only_plain_data(compose: Callable[..., Any]) -> None:
+    identity = build.identity(compose())
+    assert pickle.loads(pickle.dumps(identity)) == identity
+    assert OmegaConf.create(identity)
+    assert "output_dir" not in identity

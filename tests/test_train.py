@@ -1,0 +1,244 @@
+"""A whole run in a second: what it leaves, what it refuses, what its checkpoint is good for."""
+
+import csv
+import json
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alexnet import build
+from alexnet.callbacks import Stalled, Watchdog
+from alexnet.checkpoint import load, read
+from alexnet.config import CONF, Evaluate
+from alexnet.data.prepare import PrepareConfig, prepare
+from alexnet.errors import UserError
+from alexnet.evaluate import evaluate
+from alexnet.layers import Backend, Backends
+from alexnet.train import train
+from tests.conftest import SMALL_NET
+
+
+@pytest.fixture(scope="module")
+def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run."""
+    import hydra
+
+    from alexnet.config import load as typed_config
+    from alexnet.config import register
+
+    register()
+    where = [f"data_dir={data_dir}", f"output_dir={tmp_path_factory.mktemp('runs')}", "name=done"]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = typed_config(hydra.compose("train", [*where, *SMALL_NET]))
+    train(config)
+    return build.run_directory(config)
+
+
+def test_a_run_leaves_its_record_metrics_checkpoints_and_picture(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    assert record["state"] == "finished"
+    assert record["results"].keys() == {"holdout", "val"}
+    assert record["results"]["val"]["n"] == 40
+    assert record["resolved"]["precision"] == "32-true"
+    assert set(record["resolved"]["backend"].values()) == {"reference"}
+    assert torch.__version__.startswith(record["versions"]["torch"])
+    assert record["seconds"] > 0
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (run / "training.png").read_bytes()[:4] == b"\x89PNG"
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["holdout/loss"]] == [7, 14]
+    assert [int(row["step"]) for row in rows if not row["holdout/loss"]] == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_epoch_rows_are_means_over_the_epoch_s_images(run: Path) -> None:
+    """Batches 1 to 6 hold 16 images, two to a window, and batch 7 holds 14: its loss is what is left of the mean."""
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    epoch = next(float(row["train/loss"]) for row in rows if row["holdout/loss"])
+    windows = [float(row["train/loss"]) for row in rows if not row["holdout/loss"]][:3]
+    last_batch = (epoch * 110 - sum(windows) * 32) / 14
+    assert 0 < last_batch < 2 * epoch
+
+
+def test_a_checkpoint_is_tensors_and_plain_data(run: Path) -> None:
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["model"]["width"] == 0.125
+    assert "augment.mean" in content["state_dict"]
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = tmp_path / "evil.ckpt"
+    torch.save({"hyper_parameters": Evil(), "state_dict": {}}, path)
+    with pytest.raises(UserError, match="is refused"):
+        read(path)
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError):
+        read(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), (b"nonsense", "cannot be read|is refused")]
+)
+def test_what_is_no_checkpoint_is_refused_in_one_line(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "x.ckpt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluation_needs_a_checkpoint_and_a_val_store_and_nothing_else(
+    run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(run / "checkpoints" / "best.ckpt", tmp_path / "moved.ckpt")
+    shutil.copytree(data_dir / "synthetic" / "val", tmp_path / "val")
+    config = Evaluate(str(tmp_path / "moved.ckpt"), store=str(tmp_path / "val"), output_dir=str(tmp_path))
+    (result,) = evaluate(config)
+    assert (
+        result.as_dict()["top1_error"]
+        == json.loads((run / "run.json").read_text())["results"]["val"]["top1_error"]
+    )
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines()[:3])) <= 100
+    assert (
+        json.loads((tmp_path / "evaluate" / "evaluate-val-1view.json").read_text())["results"][0]["n"] == 40
+    )
+
+
+def test_results_are_kept_in_the_run_s_directory(run: Path, data_dir: Path) -> None:
+    evaluate(Evaluate(str(run), views=10, split="holdout", data_dir=str(data_dir)))
+    assert json.loads((run / "evaluate-holdout-10view.json").read_text())["results"][0]["views"] == 10
+
+
+def test_several_checkpoints_are_averaged(run: Path, data_dir: Path, tmp_path: Path) -> None:
+    checkpoints = [str(run / "checkpoints" / name) for name in ("best.ckpt", "last.ckpt")]
+    results = evaluate(Evaluate(checkpoints, data_dir=str(data_dir), output_dir=str(tmp_path)))
+    assert [r.networks for r in results] == [1, 1, 2]
+
+
+def test_any_backend_loads_any_checkpoint(run: Path) -> None:
+    native = load(run, Backends(default=Backend.native).resolve("cpu"))
+    x = torch.randn(3, 3, 56, 56) * 50
+    with torch.no_grad():
+        torch.testing.assert_close(native(x), load(run)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_classes_that_do_not_match_the_checkpoint_are_refused(run: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for wnid in ("n01", "n02"):
+            (tmp_path / "raw" / split / wnid).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "raw" / split / wnid / f"{i}.png")
+    root = tmp_path / "other"
+    prepare(
+        PrepareConfig(name="other", root=str(root), source="folder", path=str(tmp_path / "raw"), workers=0)
+    )
+    with pytest.raises(UserError, match=r"knows 10 classes .* holds 2"):
+        evaluate(Evaluate(str(run), store=str(root / "val")))
+
+
+def test_a_finished_run_is_shown_not_repeated(run: Path, compose: Callable[..., Any]) -> None:
+    config = compose(f"output_dir={run.parents[2]}", "name=done")
+    before = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    assert train(config) == json.loads((run / "run.json").read_text())["results"]["holdout"]["top1_error"]
+    assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_conv1_is_slowed_and_frozen_by_epoch(compose: Callable[..., Any]) -> None:
+    config = compose(
+        "optim.epochs=3",
+        "optim.conv1_frozen_at=0.5",
+        "evaluate=false",
+        "overwrite=true",
+        "optim.schedule=constant",
+    )
+    run = build.training(config)
+    kernels: list[torch.Tensor] = []
+    run.classifier.on_train_epoch_end = lambda: kernels.append(
+        run.classifier.net.conv1.weight.detach().clone()
+    )
+    run.fit()
+    assert not torch.equal(kernels[0], kernels[1])  # epochs 0 and 1 train; 2 of 3 begins past one half
+    assert torch.equal(kernels[1], kernels[2])
+
+
+def test_watchdog_explains_a_plateau(compose: Callable[..., Any]) -> None:
+    """The paper's text at an eighth of the width stands at ln(10); the fan-in rule's weights do not."""
+    stalled = [
+        "model.init=normal",
+        "model.init_std=[1e-4,1e-4,1e-4,1e-4,1e-4,1e-4,1e-4,1e-4]",
+        "optim.lr=1e-4",
+    ]
+    config = compose(*stalled, "watchdog_steps=10", "evaluate=false")
+    with pytest.raises(Stalled, match=r"ln\(10\)") as caught:
+        train(config)
+    assert "conv1" in str(caught.value)
+    train(compose(*stalled, "watchdog_steps=10", "evaluate=false", "watchdog=off", "overwrite=true"))
+    train(compose(*stalled, "watchdog_steps=10", "evaluate=false", "watchdog=warn", "overwrite=true"))
+
+
+def test_watchdog_explains_nan(compose: Callable[..., Any]) -> None:
+    with pytest.raises(Stalled, match=r"is not a number|NaN|nan"):
+        train(compose("optim.lr=1e6", "evaluate=false", "optim.epochs=30"))
+
+
+def test_watchdog_refuses_an_unknown_mode() -> None:
+    with pytest.raises(UserError, match="choose stop, warn or off"):
+        Watchdog("bark")
+
+
+def test_probe_prints_its_verdict_and_leaves_nothing(
+    compose: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(compose("probe=true")) is None
+    assert "logit signal" in capsys.readouterr().out
+    assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_curve_of_one(data_dir: Path, tmp_path: Path) -> None:
+    """Same global batches, dropout masks sliced by rank: the curves differ by the order of float32 sums only.
+
+    A sum over 16 images in another order moves a loss of 2.3 by about 1e-6; 14 steps of a network this small
+    amplify that by less than a hundred.
+    """
+    script = str(CONF.parent / "scripts" / "train.py")
+    shared = [f"data_dir={data_dir}", f"output_dir={tmp_path}", *SMALL_NET, "evaluate=false"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    curves = []
+    for name, how in {
+        "one": ["trainer=cpu"],
+        "two": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"],
+    }.items():
+        ended = subprocess.run(
+            [sys.executable, script, *shared, f"name={name}", *how],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        with (tmp_path / "train" / name / "seed0" / "metrics.csv").open() as file:
+            curves.append([(int(r["step"]), float(r["train/loss"])) for r in csv.DictReader(file)])
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
+    for (step, one), (_, two) in zip(*curves, strict=True):
+        assert math.isclose(one, two, rel_tol=1e-4), step
