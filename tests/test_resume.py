@@ -67,7 +67,9 @@ def assert_equal_leaves(a: Any, b: Any, where: str) -> None:
 
 # Checkpoints are written after steps 4, 8, 12 and after each epoch (7, 14).
 @pytest.mark.parametrize("step", [2, 4, 5, 7, 8, 11, 13])
-def test_a_crash_changes_no_bit(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_a_crash_changes_no_bit(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
     overrides = ["optim.schedule=plateau", "optim.patience=0", "augment=code145", "evaluate=false"]
     straight = compose("name=straight", *overrides)
     train(straight)
@@ -102,7 +104,10 @@ def test_resume_with_a_schedule_per_step_and_the_sgd_rule(
 
 def test_two_seeds_differ(compose: Callable[..., Any]) -> None:
     """The comparison above can fail."""
-    a, b = compose("seed=0", "optim.epochs=1", "evaluate=false"), compose("seed=1", "optim.epochs=1", "evaluate=false")
+    a, b = (
+        compose("seed=0", "optim.epochs=1", "evaluate=false"),
+        compose("seed=1", "optim.epochs=1", "evaluate=false"),
+    )
     train(a)
     train(b)
     (x, _), (y, _) = (ended(build.run_directory(c)) for c in (a, b))

@@ -115,8 +115,8 @@ class Classifier(pl.LightningModule):
     def _steps(self) -> int:
         """Updates in the whole run. Not trainer.estimated_stepping_batches: asked for here, it sets the loaders up
         before the checkpoint is read, and their positions in it are lost."""
-        assert isinstance(self.trainer.datamodule, ImageData)
-        batches = len(self.trainer.datamodule.train_dataloader())
+        data: ImageData = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches = len(data.train_dataloader())
         limit = self.trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return batches * self.optim_config.epochs
