@@ -160,6 +160,7 @@ def test_an_unfinished_store_is_continued_only_under_the_same_plan(tmp_path: Pat
 def test_closing_up_keeps_the_good_rows_in_order(tmp_path: Path) -> None:
     building = Partial(tmp_path / "train", 5, PX, "plan")
     np.load(building.images_path, mmap_mode="r+")[:] = np.arange(5, dtype=np.uint8)[:, None, None, None]
+    building.done[:] = 1
     building.close_up(np.array([True, False, True, True, False]))
     images = np.load(building.images_path)
     assert images.shape == (3, PX, PX, 3)
