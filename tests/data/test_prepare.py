@@ -1,6 +1,7 @@
 """From files to stores: every kind of picture as decided, nothing lost by a kill, nothing done twice."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +248,16 @@ def test_another_configuration_in_the_same_place_is_refused(
     prepare(config_for(folder, tmp_path))
     with pytest.raises(UserError, match=f"{key}={value}.*choose another name"):
         prepare(config_for(folder, tmp_path, **{key: value}))
+
+
+def test_the_request_holds_plain_values_and_only_what_decides_the_pixels(tmp_path: Path) -> None:
+    @dataclass
+    class Script(PrepareConfig):
+        own: object = None
+
+    config = config_for(tmp_path, tmp_path)
+    script = Script(**{**vars(config), "own": object(), "workers": 3, "path": "elsewhere", "root": "x"})
+    assert json.loads(json.dumps(script.request())) == config.request()
 
 
 def test_a_missing_split_is_made_without_touching_the_other(folder: Path, tmp_path: Path) -> None:

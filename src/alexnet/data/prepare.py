@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import partial
 from itertools import islice
@@ -138,7 +138,8 @@ class PrepareConfig:
             "n_train",
             "n_val",
         }
-        values = {key: value for key, value in vars(self).items() if key not in left_out}
+        names = [entry.name for entry in fields(PrepareConfig)]  # a script's own fields decide nothing
+        values = {name: getattr(self, name) for name in names if name not in left_out}
         drawn = {"n_train": self.n_train, "n_val": self.n_val, "synthetic.VERSION": synthetic.VERSION}
         return (
             values
