@@ -110,15 +110,18 @@ class MetricsFile(Callback):
             logger.log_metrics({"train/loss": float(row["train/loss"])}, step=trainer.global_step)
         self.window, self.window_started = Sums(), now
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validation_started = time.monotonic()
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not self.epoch.images:
+        self.window_started += time.monotonic() - self.validation_started  # images/s are those of training
+        if not self.epoch.images:
             return
         row = self._row(trainer, self.epoch)
         for name in ("holdout/loss", "holdout/top1_error", "holdout/top5_error"):
             row[name] = repr(float(trainer.callback_metrics[name]))
         self._append_at_zero(trainer, row)
         self.epoch = Sums()
-        self.window_started = time.monotonic()
 
     def _row(self, trainer: pl.Trainer, sums: "Sums") -> dict[str, Any]:
         # The rate of the weights, which the schedule moves; biases may keep theirs.
