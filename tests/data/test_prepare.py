@@ -420,6 +420,19 @@ def _alive(process: int) -> bool:
         return False
 
 
+def test_decoding_processes_do_not_import_the_script(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from alexnet.data.prepare import Crew\n"
+        "print('imported', flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    with Crew(1) as crew:\n"
+        "        print(list(crew.map(abs, iter([-3]))))\n"
+    )
+    job = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert job.stdout.split() == ["imported", "[3]"]
+
+
 def test_a_killed_decoding_process_is_explained() -> None:
     with (
         Crew(1) as crew,

@@ -45,6 +45,7 @@ from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -296,7 +297,8 @@ class Crew:
             yield from map(job, chunks)
             return
         try:
-            pending = {self.pool.submit(job, chunk) for chunk in islice(chunks, 2 * self.workers + 2)}
+            with _without_script():
+                pending = {self.pool.submit(job, chunk) for chunk in islice(chunks, 2 * self.workers + 2)}
             while pending:
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                 pending |= {self.pool.submit(job, chunk) for chunk in islice(chunks, len(finished))}
@@ -306,6 +308,17 @@ class Crew:
                 f"a decoding process was killed (out of memory?): run again with workers={max(self.workers // 2, 1)}, "
                 "finished images are kept"
             ) from error
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """A spawned process imports the script that started it, and with it torch and lightning: seconds, for nothing."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _end_with_parent() -> None:
