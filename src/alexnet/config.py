@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -29,9 +30,11 @@ from alexnet.data.augment import AugmentConfig
 from alexnet.data.module import DataConfig
 from alexnet.data.prepare import PrepareConfig
 from alexnet.errors import UserError
+from alexnet.gradients import CheckGradients
 from alexnet.layers import Backends
 from alexnet.model import ModelConfig
 from alexnet.optim import OptimConfig
+from alexnet.reproduce import Reproduce
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -119,7 +122,13 @@ class PrepareData(PrepareConfig):
     data_dir: str = "data"
 
 
-SCHEMAS: dict[str, type[Any]] = {"train": Train, "evaluate": Evaluate, "prepare_data": PrepareData}
+SCHEMAS: dict[str, type[Any]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "prepare_data": PrepareData,
+    "check_gradients": CheckGradients,
+    "reproduce": Reproduce,
+}
 
 
 def register() -> None:
@@ -190,6 +199,23 @@ def load(config: DictConfig) -> Any:
         choices = HydraConfig.get().runtime.choices
         config.name = choices.get("experiment") or f"{choices['model']}-{choices['data']}"
     return OmegaConf.to_object(config)
+
+
+def compose(name: str, overrides: Sequence[str], config_dir: Path = CONF) -> Any:
+    """conf/<name>.yaml with these overrides, as its dataclass; also inside a script, whose own composition is over.
+
+    Raises UserError, one line, for what the user can put right.
+    """
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
+            return load(hydra.compose(name, list(overrides)))
+    except Exception as error:
+        line = one_line(error, name, config_dir)
+        if line is None:
+            raise
+        raise UserError(line) from error
 
 
 def one_line(error: Exception, name: str, config_dir: Path = CONF) -> str | None:

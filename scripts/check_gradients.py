@@ -1,0 +1,17 @@
+"""Prove every gradient: python scripts/check_gradients.py [backend=fast] [mutants=true] [full=true].
+
+Prints a table, writes results.json and report.html (the lesson), and exits with 1 if anything failed.
+"""
+
+from alexnet.config import CheckGradients, command
+from alexnet.gradients.run import prove
+
+
+@command("check_gradients")
+def main(config: CheckGradients) -> None:
+    if not prove(config).passed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

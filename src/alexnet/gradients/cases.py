@@ -1,0 +1,170 @@
+"""What an operation is checked on: how inputs are drawn, and how large its rounding errors can be.
+
+Points are chosen so that a mistake shows: constants are large enough for every term to count (with alpha = 1e-4
+and inputs of size 1 the response norm's whole second term is lost in float32), no two sizes of a shape are equal
+where a transposition could hide, and cotangents are random and not contiguous (`ones` hides permutations).
+
+Where a function has kinks (ReLU at 0, pooling at a tie), points keep away from them, or the case says
+`smooth=False` and is not differenced: at a kink there is no derivative, only a rule, and the native operation
+says which.
+
+The rounding bound. In floating point fl(a op b) = (a op b)(1 + e) with |e| <= u, u half the type's epsilon. A sum
+of products whose every term passes at most n such roundings is, in any order of summation,
+
+    |computed - exact|  <=  g(n) * (the same sum over absolute values),      g(n) = n u / (1 - n u)
+
+(Higham, Accuracy and Stability of Numerical Algorithms, lemma 3.1). So each operation states, for its output and
+each gradient: the *magnitude* (the formula with absolute values and plus signs), the number of *roundings* n (the
+reduction length and a few more), and how many times a result is *stored* in the input's type. Half types are
+computed in float32 and rounded when stored, so their bound is (g_float32(n) + stores * u_half) * magnitude. A
+library function (exp, log, tanh, a power) counts as FUNCTION roundings: 4 units in the last place.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FUNCTION = 8
+Options = dict[str, Any]
+Tensors = list[Tensor]
+Make = Callable[[torch.Generator], Tensors]
+
+
+class Rounding(NamedTuple):
+    """How far one computed tensor may lie from the exact one, see above."""
+
+    magnitude: Tensor
+    roundings: int
+    stores: int
+
+    def bound(self, dtype: torch.dtype) -> Tensor:
+        half = torch.finfo(dtype).bits == 16
+        u = torch.finfo(torch.float32 if half else dtype).eps / 2
+        relative = self.roundings * u / (1 - self.roundings * u)
+        stored = self.stores * torch.finfo(dtype).eps / 2 if half else 0.0
+        # What is too small for the type is flushed to zero; where nothing is rounded, nothing is flushed.
+        flushed = torch.finfo(dtype).tiny * (self.magnitude > 0)
+        return (relative + stored) * self.magnitude + flushed
+
+
+class Identity(NamedTuple):
+    """An equation the gradients satisfy, whatever the input: left = right up to rounding of size `scale`."""
+
+    name: str
+    left: Tensor
+    right: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of one operation. `make` draws the float64 arguments, `options` are the keywords."""
+
+    name: str
+    kind: str  # ordinary, awkward, paper; large: paper-sized, and left to full=true
+    make: Make
+    options: Options = field(default_factory=dict)
+    layout: str = "contiguous"  # gapped, channels_last: how the first argument lies in memory
+    smooth: bool = True  # False: the point lies on a kink or a tie
+
+    def inputs(self) -> Tensors:
+        """The same numbers every time, drawn from the case's name."""
+        return self.make(torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation with its cases, its rounding bounds and its identities.
+
+    `rounding(options, inputs, dy)` returns a Rounding for the output and each differentiable input;
+    `identities(options, inputs, dy, y, gradients)` the equations that must hold.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    curved: bool
+    cases: list[Case]
+    rounding: Callable[[Options, Tensors, Tensor], list[Rounding]]
+    identities: Callable[[Options, Tensors, Tensor, Tensor, Tensors], list[Identity]]
+    # What must not change along a difference: the open units, the winners of the windows.
+    pattern: Callable[[Options, Tensors], Tensors] | None = None
+
+
+def evaluate(
+    function: Callable[..., Tensor],
+    options: Options,
+    inputs: Sequence[Tensor],
+    dy: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensors]:
+    """The output, and the gradient of <dy, output> in every floating input; dy=None is `cotangent`."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    y = function(*leaves, **options, backend=backend)
+    y.backward(cotangent(y) if dy is None else dy)
+    return y.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def cotangent(y: Tensor) -> Tensor:
+    """Random, and neither contiguous nor dense; the same numbers on every device for a shape and type."""
+    generator = torch.Generator().manual_seed(y.numel())
+    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
+    return gapped(dy) if y.dim() else dy
+
+
+def arranged(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    return gapped(x) if layout == "gapped" else x
+
+
+def gapped(x: Tensor) -> Tensor:
+    """The same values as every second element of a larger tensor: neither contiguous nor dense."""
+    pairs = x.new_full((*x.shape, 2), float("nan"))
+    pairs[..., 0] = x
+    return pairs[..., 0]
+
+
+def normals(*shape: int, times: float = 1.0) -> Callable[[torch.Generator], Tensor]:
+    return lambda g: times * torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def drawn(*parts: Callable[[torch.Generator], Tensor]) -> Make:
+    return lambda g: [part(g) for part in parts]
+
+
+def off_zero(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    """Normals, moved away from 0 by 0.05: no ReLU changes its mind along a small step."""
+
+    def draw(g: torch.Generator) -> Tensor:
+        x = torch.randn(shape, generator=g, dtype=torch.float64)
+        return x + 0.05 * x.sign()
+
+    return draw
+
+
+def separated(*shape: int, window: int = 3, sign: float | None = None) -> Callable[[torch.Generator], Tensor]:
+    """Numbers (N, C, H, W) up to 2 whose sizes differ by a quarter inside any window, so that its winner is beyond
+    doubt in every type: pixels that share a window differ in (row, column) modulo its size, and each such class has
+    a level of its own. `sign` gives them all that sign, None a random one.
+    """
+
+    def draw(g: torch.Generator) -> Tensor:
+        n, _, h, w = shape
+        level = torch.stack([torch.randperm(window * window, generator=g) for _ in range(n)])
+        place = (torch.arange(h)[:, None] % window) * window + torch.arange(w) % window
+        size = 2.0 / 1.25 ** level.double()[:, place][:, None].expand(shape)
+        jitter = 1 + 0.01 * torch.rand(shape, generator=g, dtype=torch.float64)
+        random = torch.randint(0, 2, shape, generator=g) * 2.0 - 1.0
+        return size * jitter * (random if sign is None else sign)
+
+    return draw
+
+
+def few_integers(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    """-1, 0 or 1: zeros and ties everywhere."""
+    return lambda g: torch.randint(-1, 2, shape, generator=g).double()
