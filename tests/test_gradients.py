@@ -1,0 +1,222 @@
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from alexnet.errors import UserError
+from alexnet.gradients import CheckGradients, network, rules, run
+from alexnet.gradients.bugs import MUTANTS
+from alexnet.gradients.cases import Rounding, cotangent, gapped, separated
+from alexnet.gradients.checks import Result, results_of, slope, used
+from alexnet.gradients.mutants import hunt, pair
+from alexnet.gradients.operations import ALL, CONV2D, LOCAL_RESPONSE_NORM, RELU
+from alexnet.layers import Backends
+from alexnet.layers.backend import OPERATIONS, PAIRS
+
+GOLDEN = Path(__file__).parent / "golden" / "ten_steps.json"
+REFERENCE = Backends().resolve("cpu")
+TYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_no_operation_is_missing():
+    assert {operation.name for operation in ALL} == set(OPERATIONS)
+    for operation in ALL:
+        assert {"ordinary", "awkward", "paper"} <= {case.kind for case in operation.cases}
+        assert len({case.name for case in operation.cases}) == len(operation.cases)
+
+
+@pytest.mark.parametrize("operation", ALL, ids=lambda operation: operation.name)
+def test_every_check_of_the_ordinary_cases_holds(operation):
+    for case in operation.cases:
+        if case.kind == "ordinary":
+            results = list(results_of(operation, case, "reference", "cpu", TYPES))
+            assert {r.check for r in results} == {"autograd", "differences", "identity"}
+            assert [r for r in results if not r.passed] == []
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.where}: {mutant.name}")
+def test_planted_bug_is_noticed(mutant):
+    assert hunt(mutant).noticed_by
+
+
+def test_nothing_stays_planted():
+    assert PAIRS["conv2d", "reference"].backward.__module__ == "alexnet.layers.conv2d"
+    assert [r for r in rules.rule_results() if not r.passed] == []
+
+
+def test_there_are_bugs_in_every_operation():
+    assert {mutant.where for mutant in MUTANTS} == {*OPERATIONS, rules.UPDATE, rules.DATA}
+    assert len({(mutant.where, mutant.name) for mutant in MUTANTS}) == len(MUTANTS) >= 30
+
+
+def test_a_wrong_gradient_flattens_the_curve():
+    case = LOCAL_RESPONSE_NORM.cases[0]
+    right = PAIRS["local_response_norm", "reference"]
+    wrong = pair("local_response_norm", "", backward=lambda *a: right.backward(*a) * (1 + 1e-6))
+    with wrong.plant():
+        (found,) = [
+            r
+            for r in results_of(LOCAL_RESPONSE_NORM, case, "reference", "cpu", TYPES[:1])
+            if r.check == "differences"
+        ]
+    assert not found.passed
+    assert slope(found.curve) < 1.9
+
+
+def test_slope_of_a_square_is_two():
+    assert slope([(h, 3 * h**2) for h in (1e-1, 1e-2, 1e-3)]) == pytest.approx(2)
+
+
+def test_rounding_bound_is_tight_enough_to_notice_one_wrong_bit():
+    """A copy may not be rounded at all; a sum of 100 products in float32 may be off by 100 half-epsilons."""
+    one = torch.ones(1, dtype=torch.float64)
+    assert Rounding(one * 0, 0, 0).bound(torch.float32).item() == 0
+    assert Rounding(one, 100, 0).bound(torch.float32).item() == pytest.approx(100 * 2**-24, rel=1e-4)
+    assert Rounding(one, 0, 1).bound(torch.bfloat16).item() == pytest.approx(2**-8, rel=1e-4)
+    right = PAIRS["relu", "reference"]
+    nudged = pair("relu", "", backward=lambda dy, y: right.backward(dy, y) * (1 + 2**-23))
+    with nudged.plant():
+        failed = [r for r in results_of(RELU, RELU.cases[0], "reference", "cpu", TYPES) if not r.passed]
+    assert "float32" in {r.dtype for r in failed}
+
+
+def test_numbers_that_are_none_fail():
+    assert not Result("relu", "reference", "cpu", "float64", "", "", "autograd", float("nan"), 1.0).passed
+    nan = torch.tensor([float("nan"), 1.0])
+    assert not used(nan, torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)) <= 1
+
+
+def test_inputs_are_the_same_every_time_and_cotangents_never_contiguous():
+    for case in CONV2D.cases[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(case.inputs(), case.inputs(), strict=True))
+    dy = cotangent(torch.empty(3, 4))
+    assert not dy.is_contiguous()
+    assert dy.unique().numel() == 12
+    assert torch.equal(gapped(dy), dy)
+
+
+def test_separated_windows_have_one_clear_winner():
+    x = separated(2, 3, 9, 11)(torch.Generator().manual_seed(0))
+    top = x.abs().unfold(2, 3, 1).unfold(3, 3, 1).flatten(-2).sort(-1, descending=True).values
+    assert (top[..., 0] / top[..., 1]).min() > 1.2
+    assert x.min() < 0 < x.max()
+
+
+# ---- the network ----------------------------------------------------------------------------------------------
+
+
+def test_ten_steps_are_the_native_networks_and_the_stored_ones():
+    losses, weights, float32 = network.step_results("ten steps", network.STEPS_NET, REFERENCE, "cpu")
+    assert losses.passed
+    assert weights.passed
+    assert 0 < float32.value < 1e-5  # another type, and so another number
+    stored = json.loads(GOLDEN.read_text())["losses"]
+    torch.testing.assert_close([loss for _, loss in losses.curve], stored, rtol=1e-10, atol=0)
+
+
+def test_ten_steps_notice_a_wrong_layer_and_a_wrong_rule():
+    wrong = [m for m in MUTANTS if m.name in ("tower boundary ignored in the backward", "decay on biases")]
+    assert len(wrong) == 2
+    native = network.train_native(network.STEPS_NET, "cpu").losses
+    for mutant in wrong:
+        with mutant.plant():
+            ours = network.train_ours(network.STEPS_NET, REFERENCE, "cpu", torch.float64).losses
+        assert max(abs(a - b) / b for a, b in zip(ours, native, strict=True)) > 1e-8
+
+
+def test_the_ten_steps_use_every_switch():
+    net = network.network(network.STEPS_NET, REFERENCE, "cpu", torch.float64)
+    described = repr(net)
+    for part in (
+        "order=lrn_pool_relu, ",
+        "SameMapNorm",
+        "LocalResponseNorm",
+        "groups=2",
+        "ties=all",
+        "mask_only",
+    ):
+        assert part in described
+
+
+def test_whole_network_along_random_directions_and_every_parameter():
+    results = list(network.network_results("small", network.STEPS_NET, REFERENCE, "cpu"))
+    assert [r for r in results if not r.passed] == []
+    assert {r.what for r in results if r.check == "parameters"} > {"conv1.weight", "fc8.bias", "images"}
+    right = PAIRS["relu", "reference"]
+    with pair("relu", "", backward=lambda *a: right.backward(*a) * (1 + 1e-4)).plant():
+        failed = {
+            r.check
+            for r in network.network_results("small", network.STEPS_NET, REFERENCE, "cpu")
+            if not r.passed
+        }
+    assert failed == {"directions", "parameters"}
+
+
+# ---- the run --------------------------------------------------------------------------------------------------
+
+
+def proven(tmp_path, **options):
+    lines: list[str] = []
+    proof = run.prove(CheckGradients(output_dir=str(tmp_path), **options), lines.append)
+    return proof, "\n".join(lines)
+
+
+def test_one_operation_prints_a_narrow_table_and_writes_json(tmp_path):
+    proof, text = proven(tmp_path, operations=["relu", "tanh"], mutants=True)
+    assert proof.passed
+    assert max(map(len, text.splitlines())) <= 100
+    assert re.search(r"tanh +reference +cpu +5 +2\.000", text)
+    assert "bugs planted, 0 survived" in text
+    content = json.loads((tmp_path / "check_gradients" / "results.json").read_text())
+    assert content["passed"]
+    assert {row["operation"] for row in content["results"]} == {"relu", "tanh"}
+    assert all(row["share"] < 1 for row in content["results"])
+    assert all(kill["killed"] for kill in content["kills"])
+
+
+def test_a_failure_is_named_and_fails_the_run(tmp_path):
+    with next(m for m in MUTANTS if m.name == "a leak in the backward only").plant():
+        proof, text = proven(tmp_path, operations=["relu"])
+    assert not proof.passed
+    assert "FAILED   relu, reference on cpu, float64, maps: differences" in text
+
+
+def test_a_survivor_fails_the_run(tmp_path):
+    harmless = pair("relu", "nothing changed", backward=PAIRS["relu", "reference"].backward)
+    with mock.patch.object(run, "MUTANTS", (harmless,)):
+        proof, text = proven(tmp_path, operations=["relu"], mutants=True)
+    assert not proof.failures
+    assert not proof.passed
+    assert "IT SURVIVED" in text
+
+
+def test_what_cannot_be_checked_is_said_and_nothing_checked_is_no_proof(tmp_path):
+    proof, text = proven(tmp_path, operations=["relu"], backend=Backends(default="native"))
+    assert "skipped  relu, native" in text
+    assert not proof.passed
+
+
+def test_an_unknown_operation_is_refused():
+    with pytest.raises(UserError, match="foo is none"):
+        CheckGradients(operations=["foo"])
+
+
+def test_full_asks_for_every_pair(monkeypatch):
+    monkeypatch.setitem(PAIRS, ("relu", "compiled"), PAIRS["relu", "reference"])
+    skipped: list[str] = []
+    config = CheckGradients(full=True)
+    assert run.backends_for("relu", config, "cpu", skipped)[:2] == ["reference", "compiled"]
+    assert run.backends_for("relu", replace(config, full=False), "cpu", skipped) == ["reference"]
