@@ -157,6 +157,17 @@ def test_classes_that_do_not_match_the_checkpoint_are_refused(run: Path, tmp_pat
         evaluate(Evaluate(str(run), store=str(root / "val")))
 
 
+def test_one_image_per_class_leaves_no_holdout_and_trains_all_the_same(
+    compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    root = tmp_path / "few"
+    prepare(PrepareConfig(name="few", root=str(root), n_train=10, n_val=10, workers=0))
+    few = ["data.name=few", f"data.root={root}", "data.batch_size=4", "evaluate=false"]
+    assert train(compose(*few)) is None
+    with pytest.raises(UserError, match=r"optim\.schedule=plateau, but .* holds no holdout images"):
+        train(compose(*few, "optim.schedule=plateau", "name=plateau"))
+
+
 def test_a_finished_run_is_shown_not_repeated(run: Path, compose: Callable[..., Any]) -> None:
     config = compose(f"output_dir={run.parents[2]}", "name=done")
     before = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns

@@ -25,6 +25,7 @@ from alexnet.config import Train
 from alexnet.data.module import ImageData
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
+from alexnet.optim import Schedule
 from alexnet.run_record import RunRecord, open_record
 
 # Keys that do not change what a run computes: a run may be moved, and resumed with another bar or logger.
@@ -57,7 +58,12 @@ class Training:
 
     @property
     def best_checkpoint(self) -> Path:
-        return self.directory / "checkpoints" / "best.ckpt"
+        """The epoch with the lowest holdout error; the last one where there is no holdout."""
+        return self.directory / "checkpoints" / ("best.ckpt" if self.has_holdout else "last.ckpt")
+
+    @property
+    def has_holdout(self) -> bool:
+        return len(self.data.split[1]) > 0
 
     def fit(self) -> None:
         """Trains, from the last checkpoint if there is one."""
@@ -102,7 +108,8 @@ def training(config: Train) -> Training:
         data=config.data.name,
         statistics=data.statistics,
     )
-    return Training(classifier, data, trainer(config, directory, precision), record, directory)
+    has_holdout = len(data.split[1]) > 0
+    return Training(classifier, data, trainer(config, directory, precision, has_holdout), record, directory)
 
 
 def identity(config: Train) -> dict[str, Any]:
@@ -121,6 +128,11 @@ def image_data(config: Train) -> ImageData:
         prepare(PrepareConfig(name="synthetic", root=str(root)))
     data = ImageData(config.data, config.augment, config.seed)
     data.setup("fit")
+    if config.optim.schedule == Schedule.plateau and not len(data.split[1]):
+        raise UserError(
+            f"optim.schedule=plateau, but {root} holds no holdout images (one image per class leaves none): "
+            "set optim.schedule=steps, or prepare more images per class"
+        )
     return data
 
 
@@ -133,7 +145,7 @@ def checked_classes(asked: int | None, data: ImageData) -> int:
     return there
 
 
-def trainer(config: Train, directory: Path, precision: str) -> pl.Trainer:
+def trainer(config: Train, directory: Path, precision: str, has_holdout: bool) -> pl.Trainer:
     """lightning.Trainer from conf/trainer/*.yaml, with our callbacks and those of conf/callbacks and conf/logger."""
     arguments = dict(config.trainer)
     bar = arguments.pop("enable_progress_bar")
@@ -144,10 +156,12 @@ def trainer(config: Train, directory: Path, precision: str) -> pl.Trainer:
         *([Progress()] if bar else []),
         *([EMAWeightAveraging(decay=config.optim.ema_decay)] if config.optim.ema_decay else []),
         *(instantiate(callback) for callback in config.callbacks.values()),
-        BestCheckpoint(checkpoints),
+        *([BestCheckpoint(checkpoints)] if has_holdout else []),
         LastCheckpoint(checkpoints, config.checkpoint_every),
     ]
     loggers = [instantiate(logger) for logger in config.logger.values()]
+    if not has_holdout:
+        arguments["limit_val_batches"] = 0
     arguments.update(precision=precision, default_root_dir=str(directory), enable_progress_bar=bar)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")

@@ -31,7 +31,7 @@ def train(config: Train) -> float | None:
         print(_headline(run))
     if run.record.finished:
         print(f"This run is finished; overwrite=true starts it anew.\n\n{_summary(run.record)}")
-        return float(run.record.content["results"]["holdout"]["top1_error"])
+        return holdout_error(run.record)
     started = time.monotonic()
     before = run.record.seconds
     run.fit()
@@ -43,25 +43,30 @@ def train(config: Train) -> float | None:
     return finish(run, config, before + time.monotonic() - started)
 
 
-def finish(run: build.Training, config: Train, seconds: float) -> float:
+def finish(run: build.Training, config: Train, seconds: float) -> float | None:
     """Results of the checkpoint with the lowest holdout error, into run.json, a picture and a table."""
     rows = read_metrics(run.directory / "metrics.csv")
-    splits = ("holdout", "val") if config.evaluate else ("holdout",)
+    splits = ["holdout"] * run.has_holdout + ["val"] * config.evaluate
     results = {split: _evaluated(run, split) for split in splits}
-    trained = [float(row["train/loss"]) for row in rows if row["holdout/loss"]]
     run.record.update(
         state="finished",
         seconds=round(seconds, 1),
         images_per_second=_median(
             [float(row["images_per_second"]) for row in rows if row["images_per_second"]]
         ),
-        train={"loss": trained[-1], "top1_error": _last(rows, "train/top1_error"), "epochs": len(trained)},
+        train={name: float(rows[-1][f"train/{name}"]) for name in ("loss", "top1_error")} if rows else {},
         results={split: result.as_dict() for split, result in results.items()},
         checkpoint=str(run.best_checkpoint.relative_to(run.directory)),
         picture=_picture(run, config, rows),
     )
     print(f"\n{_summary(run.record)}")
-    return results["holdout"].top1_error.value
+    return holdout_error(run.record)
+
+
+def holdout_error(record: RunRecord) -> float | None:
+    """The top-1 error by which runs are compared; None for a data set without holdout images."""
+    results = record.content["results"]
+    return float(results["holdout"]["top1_error"]) if "holdout" in results else None
 
 
 def _picture(run: build.Training, config: Train, rows: list[dict[str, str]]) -> str:
@@ -97,7 +102,9 @@ def evaluate_split(
 
 def _probe(run: build.Training) -> None:
     trained = run.data.split[0].numpy()
-    rows = trained[:: max(1, len(trained) // PROBE_IMAGES)][:PROBE_IMAGES]  # from all over: stores go by class
+    rows = trained[:: max(1, len(trained) // PROBE_IMAGES)][
+        :PROBE_IMAGES
+    ]  # from all over: stores go by class
     store = run.data.train_store
     images = run.classifier.augment.centre(torch.from_numpy(store.images[rows]))
     found = probe(run.classifier.net, images, torch.from_numpy(store.labels[rows]))
@@ -130,19 +137,18 @@ def _summary(record: RunRecord) -> str:
     errors = ", ".join(f"{r.split} {100 * r.top1_error.value:.2f} %" for r in results)
     return "\n".join(
         [
-            table(results),
-            "",
-            f"top-1 error {errors}; one centre view, the epoch with the lowest holdout error",
+            *([table(results), ""] if results else []),
+            *(
+                [f"top-1 error {errors}; one centre view, the epoch with the lowest holdout error"]
+                if errors
+                else []
+            ),
             f"{content['seconds'] / 60:.1f} minutes, {content['images_per_second']:.0f} images/s",
             f"picture     {record.directory / content['picture']}",
             f"checkpoint  {record.directory / content['checkpoint']}",
             f"record      {record.directory / 'run.json'}",
         ]
     )
-
-
-def _last(rows: list[dict[str, str]], column: str) -> float:
-    return float([row[column] for row in rows if row["holdout/loss"]][-1])
 
 
 def _median(values: list[float]) -> float:
