@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -8,11 +9,11 @@ import pytest
 import torch
 
 from alexnet.errors import UserError
-from alexnet.gradients import CheckGradients, network, rules, run
+from alexnet.gradients import CheckGradients, lesson, network, rules, run
 from alexnet.gradients.bugs import MUTANTS
 from alexnet.gradients.cases import Rounding, cotangent, gapped, separated
 from alexnet.gradients.checks import Result, results_of, slope, used
-from alexnet.gradients.mutants import hunt, pair
+from alexnet.gradients.mutants import Kill, hunt, pair
 from alexnet.gradients.operations import ALL, CONV2D, LOCAL_RESPONSE_NORM, RELU
 from alexnet.layers import Backends
 from alexnet.layers.backend import OPERATIONS, PAIRS
@@ -169,8 +170,10 @@ def test_whole_network_along_random_directions_and_every_parameter():
 
 
 def proven(tmp_path, **options):
+    """What a run finds and prints, without its page: pictures take seconds."""
     lines: list[str] = []
-    proof = run.prove(CheckGradients(output_dir=str(tmp_path), **options), lines.append)
+    with mock.patch.dict(sys.modules, {"alexnet.gradients.lesson": None}):
+        proof = run.prove(CheckGradients(output_dir=str(tmp_path), **options), lines.append)
     return proof, "\n".join(lines)
 
 
@@ -220,3 +223,54 @@ def test_full_asks_for_every_pair(monkeypatch):
     config = CheckGradients(full=True)
     assert run.backends_for("relu", config, "cpu", skipped)[:2] == ["reference", "compiled"]
     assert run.backends_for("relu", replace(config, full=False), "cpu", skipped) == ["reference"]
+
+
+# ---- the lesson -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("lesson")
+    lines: list[str] = []
+    run.prove(
+        CheckGradients(operations=["relu", "tanh"], mutants=True, output_dir=str(directory)), lines.append
+    )
+    path = directory / "check_gradients" / "report.html"
+    assert lines[-1] == f"report   {path}"
+    return path.read_text()
+
+
+def test_lesson_has_every_operation_with_its_formulas_and_pictures(page):
+    for operation in OPERATIONS:
+        section = page.split(f'<h2 id="{operation}">')[1].split("<h2")[0]
+        assert "<math" in section
+        assert "Not checked in this run" in section or "checks on" in section
+    assert page.count("<svg") == 11
+    assert "$" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+
+
+def test_lesson_shows_what_was_measured_and_what_was_planted(page):
+    section = page.split('<h2 id="tanh">')[1].split("<h2")[0]
+    assert "slope 2.000" in section
+    assert "1 - y for 1 - y^2" in section
+    assert "0 survived" in page
+
+
+def test_lesson_needs_no_network(page):
+    assert not re.search(r"<(script|link|img|iframe)\b", page)
+    assert not re.search(r"(?:src|href)=\"(?!#|data:)", page)
+    assert not re.search(r"url\((?!#)", page)
+
+
+def test_a_failure_stands_in_the_lesson():
+    missed = Result("relu", "reference", "cpu", "float64", "maps", "ordinary", "autograd", 1.0, 1e-10)
+    assert not lesson._worst_rows([missed, replace(missed, value=0.0)])[0]["passed"]
+    survivor = Kill("relu", "nothing changed", [], "")
+    assert lesson._survivors([survivor]).endswith("0 noticed, 1 survived.")
+
+
+def test_checks_need_no_extras(tmp_path):
+    proof, text = proven(tmp_path, operations=["relu"])
+    assert proof.passed
+    assert "skipped  report.html" in text
+    assert not (tmp_path / "check_gradients" / "report.html").exists()

@@ -75,10 +75,23 @@ def prove(config: CheckGradients, say: Say = print) -> Proof:
     for line in (*proof.skipped, *map(failure_line, proof.failures[:20])):
         say(line)
     say(verdict(proof))
-    path = Path(config.output_dir) / "check_gradients" / "results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, proof.content())
+    _write(proof, Path(config.output_dir) / "check_gradients", say)
     return proof
+
+
+def _write(proof: Proof, directory: Path, say: Say) -> None:
+    """results.json, and the lesson where its tools are installed (they are extras: the checks need none)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = proof.content()
+    write_json(directory / "results.json", content)
+    say(f"results  {directory / 'results.json'}")
+    try:
+        from alexnet.gradients.lesson import write_lesson
+    except (ModuleNotFoundError, UserError) as error:
+        say(f"skipped  report.html: {error}")
+        return
+    write_lesson(directory / "report.html", proof.results, proof.kills, verdict_line(proof), content)
+    say(f"report   {directory / 'report.html'}")
 
 
 def devices() -> list[str]:
@@ -234,11 +247,13 @@ def failure_line(result: Result) -> str:
 
 
 def verdict(proof: Proof) -> str:
-    kinds = [r for r in proof.results if r.passed]
-    most = max((r for r in kinds), key=lambda r: r.share, default=None)
-    line = f"\n{len(proof.results):,} checks in {proof.seconds:.0f} s, {len(proof.failures)} failed"
-    if most is not None:
-        line += f"; the most that was used of a bound is {100 * most.share:.1f}%"
+    line = f"\n{verdict_line(proof)}"
     if proof.kills:
         line += f"\n{len(proof.kills)} bugs planted, {len(proof.survivors)} survived"
     return line
+
+
+def verdict_line(proof: Proof) -> str:
+    line = f"{len(proof.results):,} checks in {proof.seconds:.0f} s, {len(proof.failures)} failed"
+    most = max((r.share for r in proof.results if r.passed), default=None)
+    return line if most is None else f"{line}; the most that was used of a bound is {100 * most:.1f}%"
