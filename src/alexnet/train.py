@@ -121,28 +121,28 @@ def _headline(run: build.Training) -> str:
     resolved = run.record.content["resolved"]
     parameters = sum(p.numel() for p in run.classifier.net.parameters())
     backends = sorted(set(resolved["backend"].values()))
-    resuming = (
-        f", resuming from {run.last_checkpoint}" if run.last_checkpoint and not run.record.finished else ""
-    )
-    return (
-        f"{run.directory}: {parameters:,} parameters, {len(run.data.classes)} classes, "
-        f"{len(run.data.split[0]):,} train and {len(run.data.split[1]):,} holdout images\n"
-        f"device {resolved['device']}, precision {resolved['precision']}, backend {', '.join(backends)}{resuming}"
-    )
+    lines = [
+        str(run.directory),
+        f"  {parameters:,} parameters, {len(run.data.classes)} classes, "
+        f"{len(run.data.split[0]):,} train and {len(run.data.split[1]):,} holdout images",
+        f"  {resolved['device']}, precision {resolved['precision']}, backend {', '.join(backends)}",
+    ]
+    if run.last_checkpoint and not run.record.finished:
+        lines.append(f"  resuming from {run.last_checkpoint}")
+    return "\n".join(lines)
 
 
 def _summary(record: RunRecord) -> str:
     content = record.content
     results = [Result.from_dict(values) for values in content["results"].values()]
-    errors = ", ".join(f"{r.split} {100 * r.top1_error.value:.2f} %" for r in results)
+    lines = []
+    if results:
+        errors = ", ".join(f"{r.split} {100 * r.top1_error.value:.2f} %" for r in results)
+        protocol = "one centre view, the epoch with the lowest holdout error"
+        lines += [table(results), "", f"top-1 error {errors}; {protocol}"]
     return "\n".join(
         [
-            *([table(results), ""] if results else []),
-            *(
-                [f"top-1 error {errors}; one centre view, the epoch with the lowest holdout error"]
-                if errors
-                else []
-            ),
+            *lines,
             f"{content['seconds'] / 60:.1f} minutes, {content['images_per_second']:.0f} images/s",
             f"picture     {record.directory / content['picture']}",
             f"checkpoint  {record.directory / content['checkpoint']}",
