@@ -110,6 +110,19 @@ def curves_figure(
         return _save(figure, path)
 
 
+def arms_figure(panels: Mapping[str, Mapping[str, Curve]], path: str | Path, x_label: str = "epochs") -> Path:
+    """The arms of a claim, one panel per quantity (the key is its label), one legend for all."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+        cells = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (label, curves) in zip(cells, panels.items(), strict=True):
+            _curves(axes, curves, x_label, label, from_zero=False)
+            axes.get_legend().remove()
+        handles, names = cells[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 4))
+        return _save(figure, path)
+
+
 def kernels_figure(weight: Tensor, path: str | Path, towers: int = 2, title: str = "") -> Path:
     """Figure 3: the kernels of conv1, weight (O, 3, R, S), one block per tower."""
     with matplotlib.rc_context(STYLE):

@@ -165,7 +165,7 @@ def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
     seeds = sorted(set(both[0]) & set(both[1]))
     if not seeds:
         return dataclasses.replace(row, note=_missing(row, *both))
-    times = [[time_to(arm[s].curves[c.metric], _threshold(c, arm[s])) for s in seeds] for arm in both]
+    times = [[time_to(arm[s].curves[c.metric], threshold_of(c, arm[s])) for s in seeds] for arm in both]
     budget = max(arm[s].curves[c.metric][-1][0] for arm in both for s in seeds)
     late = [
         f"{name} did not arrive in {column.count(None)} of {len(seeds)} runs"
@@ -241,7 +241,8 @@ def _missing(row: Row, a: Mapping[int, Any], b: Mapping[int, Any]) -> str:
     return f"no finished runs of {', '.join(names)} yet" if names else "no seed that both arms have"
 
 
-def _threshold(c: Comparison, run: Evidence) -> float:
+def threshold_of(c: Comparison, run: Evidence) -> float:
+    """Where the curve of a time_ratio is cut, in units of its metric."""
     assert c.threshold is not None  # claims.py refuses a time_ratio without one
     return c.threshold * math.log(run.classes) if c.threshold_of_chance else c.threshold
 
@@ -300,12 +301,26 @@ def as_markdown(claims: Mapping[str, Claim], rows: Iterable[Row]) -> str:
     )
     lines = [_pipes(head), _pipes(["---"] * len(head))]
     for row in rows:
-        cells = _cells(row)
-        said = row.verdict.sentence if row.verdict else ""
-        verdict_cell = "; ".join(part for part in (said, row.note) if part)
-        arms = " / ".join(_summary(row, s) for s in (row.treatment, row.control) if s)
-        lines.append(_pipes((claims[row.claim].title, row.comparison.name, arms, *cells, verdict_cell)))
+        c = cells(row)
+        verdict_cell = "; ".join(part for part in (c["verdict"], c["note"]) if part)
+        lines.append(
+            _pipes((claims[row.claim].title, c["comparison"], c["arms"], *_cells(row), verdict_cell))
+        )
     return "\n".join(lines) + "\n"
+
+
+def cells(row: Row) -> dict[str, str]:
+    """What a table prints of a row, by column."""
+    names = ("metric", "paper", "notes_2012", "difference", "interval", "n")
+    return {
+        "comparison": row.comparison.name,
+        "arms": " / ".join(_summary(row, s) for s in (row.treatment, row.control) if s),
+        "named_arms": _named_arms(row),
+        **dict(zip(names, _cells(row), strict=True)),
+        "verdict": row.verdict.sentence if row.verdict else "",
+        "fine_print": _fine_print(row, row.effect).strip(" ()") if row.verdict and row.effect else "",
+        "note": row.note,
+    }
 
 
 def as_json(claims: Mapping[str, Claim], rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -328,14 +343,17 @@ def _pipes(cells: Iterable[str]) -> str:
 def _text_row(row: Row) -> list[str]:
     names = textwrap.wrap(row.comparison.name, _TEXT_WIDTHS[0]) if row.main else [""]
     lines = [_columns(names[0], *_cells(row)), *names[1:]]
-    c = row.comparison
     if row.treatment and row.control:
-        arms = f"{c.treatment} {_summary(row, row.treatment)}, {c.control} {_summary(row, row.control)}"
-        lines += _wrapped(arms)
+        lines += _wrapped(_named_arms(row))
     said = row.verdict.sentence if row.verdict else ""
     if row.verdict and row.effect:
         said += _fine_print(row, row.effect)
     return lines + [line for text in (said, row.note) if text for line in _wrapped(text, "-> ")]
+
+
+def _named_arms(row: Row) -> str:
+    named = ((row.comparison.treatment, row.treatment), (row.comparison.control, row.control))
+    return ", ".join(f"{name} {_summary(row, s)}" for name, s in named if s)
 
 
 def _wrapped(text: str, mark: str = "   ") -> list[str]:

@@ -1,0 +1,23 @@
+"""Test claims of the paper: python scripts/reproduce.py [claim=all|<name>|<name>,<name>] [scale=cpu] [seeds=3].
+
+Again: what is finished stays, what was interrupted goes on. print=true lists the commands instead; report=true only
+renders the report. conf/claim holds the claims, conf/experiment/claims_<scale>.yaml what all runs share.
+"""
+
+import re
+import sys
+
+from alexnet.config import command
+from alexnet.reproduce import Reproduce
+from alexnet.reproduce.runner import reproduce
+
+
+@command("reproduce")
+def main(config: Reproduce) -> None:
+    reproduce(config)
+
+
+if __name__ == "__main__":
+    # conf/claim is data and no configuration group, but Hydra would take claim=... for the choice of one.
+    sys.argv[1:] = [re.sub(r"^claim=\[?([^\]]*)\]?$", r"claims=[\1]", argument) for argument in sys.argv[1:]]
+    main()

@@ -1,0 +1,400 @@
+"""From finished runs to one page, <output_dir>/reproduce/<scale>/report.html, and the same numbers as results.json.
+
+    runs on disk -> Gathered, claim by claim -> measure() and judge() -> the page, its pictures, JSON, Markdown
+
+Nothing is computed from images or networks here: every number comes from the files that a run and its measures left,
+so that the page can be rendered again anywhere, from whatever is finished.
+"""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alexnet import figures
+from alexnet.figures import Curve
+from alexnet.report import picture, render
+from alexnet.reproduce import Reproduce
+from alexnet.reproduce.claims import Claim, Figure, Nets, Run
+from alexnet.reproduce.jobs import Chosen, Job, State, choose, command, jobs_of, own_command
+from alexnet.reproduce.measures import Want, evidence, per_image, want_of
+from alexnet.reproduce.statistics import Word
+from alexnet.reproduce.tables import (
+    Evidence,
+    Gathered,
+    Row,
+    as_json,
+    as_markdown,
+    as_text,
+    cells,
+    judge,
+    measure,
+)
+from alexnet.run_record import command_line, environment, write_json
+from alexnet.train import read_metrics
+
+COLOURS_ALIKE = 5  # figures.py has so many colours; later arms are dashed
+
+
+@dataclass(frozen=True)
+class Done:
+    """One run of a claim that is over, as its files tell it."""
+
+    run: Run
+    directory: Path
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        return dict(json.loads((self.directory / "run.json").read_text()))
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        found = evidence(self.directory)
+        assert found is not None  # it is over
+        return found
+
+    @cached_property
+    def rows(self) -> list[dict[str, str]]:
+        return read_metrics(self.directory / "metrics.csv")
+
+    def has(self, want: Want) -> bool:
+        return (self.directory / want).exists()
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one claim."""
+
+    claim: Claim
+    done: list[Done]
+    missing: list[Job]
+    rows: list[Row]
+    chosen: Chosen
+
+    @property
+    def by_arm(self) -> dict[str, list[Done]]:
+        return {arm: [d for d in self.done if d.run.arm == arm] for arm in self.claim.arms}
+
+
+def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
+    """Writes the page, its pictures, results.json and table.md; returns the tables as text, and where all that lies."""
+    directory = report_directory(settings)
+    directory.mkdir(parents=True, exist_ok=True)
+    sections = sections_of(claims, settings)
+    by_name = {claim.name: claim for claim in claims}
+    rows = [row for section in sections for row in section.rows]
+    write_json(directory / "results.json", results(sections, settings))
+    (directory / "table.md").write_text(as_markdown(by_name, rows), encoding="utf-8")
+    page = render("claims.html", **page_values(sections, directory, settings))
+    (directory / "report.html").write_text(page, encoding="utf-8")
+    missing = {(job.run.name, job.run.seed): job for section in sections for job in section.missing}
+    lines = [as_text(by_name, rows), "", *_missing_lines(list(missing.values()), settings)]
+    return "\n".join(
+        [*lines, f"results   {directory / 'results.json'}", f"report    {directory / 'report.html'}"]
+    )
+
+
+def report_directory(settings: Reproduce) -> Path:
+    """<output_dir>/reproduce/<scale>, and below it one for every choice of claims that is not all."""
+    directory = Path(settings.output_dir) / "reproduce" / settings.scale
+    return directory if settings.claims == ["all"] else directory / "+".join(settings.claims)
+
+
+def _missing_lines(missing: Sequence[Job], settings: Reproduce) -> list[str]:
+    if not missing:
+        return []
+    named = [command(job, settings) for job in missing if job.state in (State.new, State.interrupted)]
+    return [
+        f"{len(missing)} runs are missing:",
+        *named,
+        f"or all at once: {own_command(settings.claims, settings)}",
+        "",
+    ]
+
+
+def sections_of(claims: Sequence[Claim], settings: Reproduce) -> list[Section]:
+    """Every claim with its runs; the verdicts are made together, since Holm's correction runs over all of them."""
+    jobs = {(job.run.name, job.run.seed): job for job in jobs_of(claims, settings)}
+    chosen = choose(claims, settings)
+    runs = {claim.name: claim.runs(settings.scale, settings.seeds) for claim in claims}
+    done = {
+        name: [
+            Done(run, jobs[run.name, run.seed].directory)
+            for run in those
+            if is_over(jobs[run.name, run.seed])
+        ]
+        for name, those in runs.items()
+    }
+    rows = [row for claim in claims for row in measure(claim, gathered(claim, done[claim.name]))]
+    judged = judge({claim.name: claim for claim in claims}, rows)
+    return [
+        Section(
+            claim,
+            done[claim.name],
+            [
+                jobs[run.name, run.seed]
+                for run in runs[claim.name]
+                if jobs[run.name, run.seed].state is not State.finished
+            ],
+            [row for row in judged if row.claim == claim.name],
+            {key: value for key, value in chosen.items() if key[0] == (claim.uses or claim.name)},
+        )
+        for claim in claims
+    ]
+
+
+def is_over(job: Job) -> bool:
+    return not job.undecided and job.state in (State.finished, State.unmeasured)
+
+
+def gathered(claim: Claim, done: Sequence[Done]) -> Gathered:
+    """What the tables take: evidence per arm and seed; of the claim's tests the values per image.
+
+    An ensemble is of as many nets as the claim says (`seeds`), however many there are.
+    """
+    arms: dict[str, dict[int, Evidence]] = {}
+    for d in done:
+        arms.setdefault(d.run.arm, {})[d.run.seed] = d.evidence
+    together = any(test.nets is Nets.all for test in claim.tests.values())
+    tests = {}
+    for name, test in claim.tests.items():
+        directories = [d.directory for d in done if d.has(want_of(test))]
+        if len(directories) >= (claim.seeds if together else 1):
+            tests[name] = per_image(test, directories[: claim.seeds] if together else directories)
+    return Gathered(arms, tests)
+
+
+# Numbers as data ----------------------------------------------------------------------------------------------------
+
+
+def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
+    return {
+        "command": command_line(),
+        "scale": str(settings.scale),
+        "seeds": settings.seeds,
+        "overrides": settings.overrides,
+        "claims": {
+            s.claim.name: {
+                "title": s.claim.title,
+                "section": s.claim.section,
+                "quote": s.claim.quote,
+                "command": own_command([s.claim.name], settings),
+                "rows": as_json({s.claim.name: s.claim}, s.rows),
+                "tuned": {arm: value for (_, arm), value in s.chosen.items()},
+                "probe": probes(s),
+                "confounds": s.claim.confounds,
+                **provenance(s.done),
+                "runs_missing": len(s.missing),
+            }
+            for s in sections
+        },
+        "rendered_with": environment(),
+    }
+
+
+def provenance(done: Sequence[Done]) -> dict[str, Any]:
+    """Where the runs were made: everything that is the same for all is there once."""
+    records = [d.record for d in done]
+    hardware = {_machine(r["hardware"]) for r in records}
+    commits = {_commit(r["git"]) for r in records}
+    return {
+        "runs": len(records),
+        "minutes": round(sum(float(r.get("seconds", 0.0)) for r in records) / 60, 1),
+        "hardware": sorted(hardware),
+        "commits": sorted(commits),
+        "torch": sorted({r["versions"]["torch"] for r in records}),
+        "data": sorted({r["config"]["data"]["name"] for r in records}),
+        "device": sorted({f"{r['resolved']['device']}, {r['resolved']['precision']}" for r in records}),
+    }
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    cpu = f"{hardware['cpu']}, {hardware['threads']} threads"
+    return ", ".join([*hardware.get("gpus", []), cpu])
+
+
+def _commit(git: Mapping[str, Any] | None) -> str:
+    return "no checkout" if git is None else git["commit"][:10] + (" with changes" if git["changed"] else "")
+
+
+def probes(section: Section) -> dict[str, Any]:
+    """What the initialisation probe said, per arm: of the first seed."""
+    found = {}
+    for arm, done in section.by_arm.items():
+        files = [d.directory / Want.probe for d in done if d.has(Want.probe)] if section.claim.probe else []
+        if files:
+            content = json.loads(files[0].read_text())
+            found[arm] = {key: content[key] for key in ("logit_signal", "loss", "stalls", "verdict")}
+    return found
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+def page_values(sections: Sequence[Section], directory: Path, settings: Reproduce) -> dict[str, Any]:
+    done = {(d.run.name, d.run.seed): d for s in sections for d in s.done}
+    return {
+        "scale": str(settings.scale),
+        "seeds": settings.seeds,
+        "words": [str(word) for word in Word],
+        "summary": [_summary_line(s.claim, row) for s in sections for row in s.rows if row.main],
+        "sections": [section_values(s, directory, settings) for s in sections],
+        "provenance": provenance(list(done.values())),
+        "command": own_command(settings.claims, settings),
+    }
+
+
+def _summary_line(claim: Claim, row: Row) -> dict[str, Any]:
+    word = str(row.verdict.word) if row.verdict else "not measured yet"
+    return {"name": claim.name, "title": claim.title, "word": word, "kind": _kind(row), **cells(row)}
+
+
+def _kind(row: Row) -> str:
+    """The class of a verdict in the page's style."""
+    return row.verdict.word.name.lower() if row.verdict else "missing"
+
+
+def section_values(section: Section, directory: Path, settings: Reproduce) -> dict[str, Any]:
+    claim = section.claim
+    return {
+        "claim": claim,
+        "rows": [
+            {**cells(row), "main": row.main, "kind": _kind(row), "expected": row.comparison.direction}
+            for row in section.rows
+        ],
+        "figures": [*claim_figures(section, directory), *arms_figures(section, directory)],
+        "arms": {arm: list(claim.arm_overrides(settings.scale, arm)) for arm in claim.arms},
+        "tuned": _tuned(section, settings),
+        "probes": probes(section),
+        "provenance": provenance(section.done),
+        "command": own_command([claim.name], settings),
+        "missing": [command(job, settings) for job in section.missing],
+    }
+
+
+def _tuned(section: Section, settings: Reproduce) -> list[str]:
+    """The chosen rates; one at the end of its list might have been better beyond."""
+    if section.claim.tune is None:
+        return []
+    tried = section.claim.tune.values[settings.scale]
+    lines = []
+    for (_, arm), value in section.chosen.items():
+        edge = (
+            " (the largest tried)"
+            if value == max(tried)
+            else " (the smallest tried)"
+            if value == min(tried)
+            else ""
+        )
+        lines.append(f"{arm}: {section.claim.tune.key} = {value:g}{edge}, of {len(tried)}")
+    return lines
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------
+
+
+def arms_figures(section: Section, directory: Path) -> list[dict[str, Any]]:
+    """Loss and holdout error of every arm; the claim about one arm (ten views, say) has none."""
+    by_arm = {arm: done for arm, done in section.by_arm.items() if done}
+    if len(by_arm) < 2 or section.claim.figure is not None:
+        return []
+    panels = {
+        "training loss (nats)": {
+            arm: _band(done, "loss", "train", i) for i, (arm, done) in enumerate(by_arm.items())
+        },
+        "holdout top-1 error (%)": {
+            arm: _band(done, "top1_error", "holdout", i, 100.0)
+            for i, (arm, done) in enumerate(by_arm.items())
+        },
+    }
+    path = figures.arms_figure(panels, directory / f"{section.claim.name}.svg")
+    seeds = max(len(done) for done in by_arm.values())
+    return [
+        drawn(
+            path,
+            f"Mean over {seeds} seeds; the bands are one standard deviation." if seeds > 1 else "One seed.",
+        )
+    ]
+
+
+def _band(done: Sequence[Done], metric: str, split: str, place: int = 0, scale: float = 1.0) -> Curve:
+    """Mean and standard deviation over runs, as far as all of them go."""
+    curves = [figures.run_curves(d.rows, metric, scale)[split] for d in done]
+    shortest = min(len(curve.x) for curve in curves)
+    y = np.array([curve.y[:shortest] for curve in curves])
+    mean, sd = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else None
+    x = np.asarray(curves[0].x[:shortest])
+    style = "-" if place < COLOURS_ALIKE else "--"
+    return Curve(x, mean, style=style) if sd is None else Curve(x, mean, mean - sd, mean + sd, style)
+
+
+def claim_figures(section: Section, directory: Path) -> list[dict[str, Any]]:
+    """The paper's own figure, as PNG and as SVG."""
+    drawing = {Figure.curves: _figure1, Figure.kernels: _figure3, Figure.retrieval: _figure4}
+    if section.claim.figure is None or not section.done:
+        return []
+    return drawing[section.claim.figure](section, directory)
+
+
+def _figure1(section: Section, directory: Path) -> list[dict[str, Any]]:
+    curves = {}
+    for arm, style in (("relu", "-"), ("tanh", "--")):  # solid and dashed as in the paper
+        if section.by_arm.get(arm):
+            band = _band(section.by_arm[arm], "top1_error", "train", 0, 100.0)
+            name = {"relu": "ReLUs", "tanh": "tanh"}[arm]
+            curves[name] = Curve(band.x, band.y, band.low, band.high, style)
+    both = [
+        figures.curves_figure(curves, directory / f"figure1{kind}", level=25.0) for kind in (".png", ".svg")
+    ]
+    return [drawn(both[1], "The dashed level is the 25 % of the paper.")]
+
+
+def _figure3(section: Section, directory: Path) -> list[dict[str, Any]]:
+    found = []
+    for arm, towers in (("two_towers", 2), ("dense", 1)):
+        runs = [d for d in section.by_arm.get(arm, []) if d.has(Want.kernels)]
+        if runs:
+            weight = torch.from_numpy(np.load(runs[0].directory / Want.kernels))
+            for kind in (".svg", ".png"):
+                path = figures.kernels_figure(weight, directory / f"figure3_{arm}{kind}", towers)
+            splits = ", ".join(f"{d.evidence.results['conv1/chroma_split']:+.3f}" for d in runs)
+            found.append(
+                drawn(path, f"{arm}, seed {runs[0].run.seed}. Chroma split beyond chance, by seed: {splits}.")
+            )
+    return found
+
+
+def _figure4(section: Section, directory: Path) -> list[dict[str, Any]]:
+    files = [d.directory / Want.figure4 for d in section.done if d.has(Want.figure4)]
+    if not files:
+        return []
+    c = dict(np.load(files[0]))
+    names = [str(name) for name in c["names"]]
+    labels = [int(label) for label in c["labels"]]
+    for kind in (".svg", ".png"):
+        left = figures.predictions_figure(
+            c["images"], c["probabilities"], labels, names, directory / f"figure4_left{kind}"
+        )
+        right = figures.neighbours_figure(
+            c["queries"], c["neighbours"], directory / f"figure4_right{kind}", c["agree"]
+        )
+    return [
+        drawn(left, "Test images of eight classes, with the five classes the net finds most probable."),
+        drawn(
+            right,
+            "Framed green: of the test image's class. The pictures are chosen by their place in the store.",
+        ),
+    ]
+
+
+def drawn(path: Path, caption: str) -> dict[str, Any]:
+    """A picture as part of the page: SVG as it is, anything else as base64."""
+    if path.suffix == ".svg":
+        return {"svg": picture(path.read_text(encoding="utf-8")), "caption": caption}
+    return {"png": base64.b64encode(path.read_bytes()).decode(), "caption": caption}

@@ -1,0 +1,256 @@
+"""From claims to finished runs, one after another in this process, and to the report.
+
+    claims -> jobs -> checks -> estimate, from a few measured steps of every distinct network -> runs -> report
+
+What is there is never done again: finished runs are skipped, interrupted ones resume with the same bits, and a kill
+at any moment costs what was trained since the last checkpoint.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from alexnet import build
+from alexnet.callbacks import Stalled
+from alexnet.classifier import Classifier, plain
+from alexnet.config import Train
+from alexnet.data.module import Batch
+from alexnet.errors import UserError
+from alexnet.optim import build_optimizer
+from alexnet.reproduce import Reproduce
+from alexnet.reproduce.claims import Claim
+from alexnet.reproduce.jobs import Job, Sizes, State, check, claims_of, commands, is_tuning, jobs_of
+from alexnet.reproduce.measures import (
+    TRAIN_IMAGES,
+    Want,
+    evidence,
+    failure,
+    measure,
+    record_failure,
+)
+from alexnet.train import read_metrics, train
+
+WARM_UP, TIMED = 2, 3  # steps of the probe of speed
+
+
+# The verb -----------------------------------------------------------------------------------------------------------
+
+
+def reproduce(settings: Reproduce) -> None:
+    """Runs what is missing of the claims and renders the report; or only plans, prints or renders.
+
+    Raises UserError before any training for an unknown claim, override or store, for a directory that holds another
+    run, and when the estimate exceeds `budget_minutes`.
+    """
+    claims = claims_of(settings)
+    if not settings.report:
+        jobs = jobs_of(claims, settings)
+        sizes = check(jobs)
+        if settings.print:
+            print(commands(jobs, settings))
+            return
+        run_all(claims, jobs, sizes, settings)
+    print(_report(claims, settings))
+
+
+def _report(claims: Sequence[Claim], settings: Reproduce) -> str:
+    from alexnet.reproduce.report import write_report  # wants matplotlib and jinja2, which training does not
+
+    return write_report(claims, settings)
+
+
+def run_all(
+    claims: Sequence[Claim], jobs: Sequence[Job], sizes: Mapping[str, Sizes], settings: Reproduce
+) -> None:
+    """Trains and measures every job that is not finished, tuning runs first."""
+    estimates = estimate(jobs, sizes)
+    print(plan(claims, jobs, estimates, settings))
+    total = sum(estimates.values()) / 60
+    if settings.budget_minutes is not None and total > settings.budget_minutes:
+        raise UserError(
+            f"budget_minutes={settings.budget_minutes:g}, but these runs need about {total:.1f} minutes here: "
+            "raise it, or choose fewer claims or seeds"
+        )
+    progress = Progress(estimates)
+    for job in jobs:
+        if is_tuning(job) and job.state is not State.finished:
+            progress.report(job, run_job(job))
+    for job in jobs_of(claims, settings):  # the rates are chosen now
+        if job.state is not State.finished:
+            progress.report(job, run_job(job))
+
+
+def run_job(job: Job) -> str:
+    """Trains (from where it stopped) and measures; returns a line of what came out."""
+    if job.state in (State.new, State.interrupted):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                train(copy.deepcopy(job.config))
+        except UserError as error:
+            if not has_diverged(job.directory, error):
+                raise
+            record_failure(job.directory, str(error).splitlines()[0])
+            return f"diverged ({str(error).splitlines()[0]})"
+    if not failure(job.directory):
+        measure(job.directory, job.config, job.wants)
+    return outcome(job)
+
+
+def has_diverged(directory: Path, error: UserError) -> bool:
+    """Stopped by the watchdog, or with a loss that is no number: a result, and no mistake of the user's."""
+    if isinstance(error, Stalled):
+        return True
+    rows = read_metrics(directory / "metrics.csv") if (directory / "metrics.csv").exists() else []
+    return bool(rows) and not math.isfinite(float(rows[-1]["train/loss"]))
+
+
+def outcome(job: Job) -> str:
+    found = evidence(job.directory)
+    assert found is not None
+    split = "holdout" if is_tuning(job) else "val"
+    return f"{split} top-1 error {100 * found.results[f'{split}/top1_error']:.1f} %"
+
+
+# Time ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one network on this machine, in seconds."""
+
+    step: float
+    image: float  # of evaluation
+    start: float  # building everything
+
+
+def estimate(jobs: Iterable[Job], sizes: Mapping[str, Sizes]) -> dict[tuple[str, int], float]:
+    """Seconds left of every unfinished job, by (name, seed)."""
+    speeds: dict[str, Speed] = {}
+    found = {}
+    for job in jobs:
+        if job.state is State.finished:
+            continue
+        key = network_key(job.config)
+        if key not in speeds:
+            speeds[key] = measure_speed(job.config)
+        found[job.run.name, job.run.seed] = seconds_left(job, sizes[job.config.data.root], speeds[key])
+    return found
+
+
+def network_key(config: Train) -> str:
+    """What the time of a step depends on: everything but initial weights, rates and names."""
+    model = {k: v for k, v in plain(config.model).items() if not k.startswith("init")}
+    return json.dumps([model, plain(config.data), plain(config.augment), plain(config.backend)])
+
+
+def measure_speed(config: Train) -> Speed:
+    """A few steps of the untrained network on a real batch; nothing is written."""
+    started = time.monotonic()
+    run = build.training(replace(copy.deepcopy(config), name="speed", probe=True, overwrite=False))
+    resolved = run.record.content["resolved"]
+    classifier = run.classifier.to(resolved["device"])
+    optimizer = build_optimizer(classifier.net, config.optim)
+    batch = _to(next(iter(run.data.train_dataloader())), classifier.device)
+    start = time.monotonic() - started
+    with torch.autocast(resolved["device"], torch.bfloat16, enabled=resolved["precision"] == "bf16-mixed"):
+        steps = [_step_seconds(classifier, optimizer, batch) for _ in range(WARM_UP + TIMED)]
+    return Speed(min(steps[WARM_UP:]), _evaluation_seconds(classifier, batch.images), start)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return batch._replace(
+        images=batch.images.to(device), labels=batch.labels.to(device), draws=batch.draws.to(device)
+    )
+
+
+def _step_seconds(classifier: Classifier, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    started = time.monotonic()
+    loss = classifier.training_step(batch, 0)["loss"]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss.detach().item()  # waits for the device
+    return time.monotonic() - started
+
+
+@torch.no_grad()
+def _evaluation_seconds(classifier: Classifier, images: torch.Tensor) -> float:
+    """Of one image, in a batch of them."""
+    classifier.eval()
+    started = time.monotonic()
+    float(classifier(classifier.augment.centre(images)).sum())
+    return (time.monotonic() - started) / len(images)
+
+
+def steps_per_epoch(config: Train, train_images: int) -> int:
+    limit = config.trainer["limit_train_batches"]
+    batches = -(-train_images // config.data.batch_size)
+    return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+
+
+def seconds_left(job: Job, sizes: Sizes, speed: Speed) -> float:
+    """Training steps, the holdout after every epoch, val, and what else is wanted."""
+    batches = steps_per_epoch(job.config, sizes.train)
+    steps = max(0, job.config.optim.epochs * batches - job.steps_done)
+    images = 0.0
+    if job.state is State.unmeasured:
+        steps = 0
+    else:
+        images += steps / batches * sizes.holdout + sizes.holdout + sizes.val
+    costs = {
+        Want.basic: min(TRAIN_IMAGES, sizes.train),
+        Want.one_view: sizes.val,
+        Want.ten_views: 10 * sizes.val,
+        Want.hidden: sizes.train,
+        Want.pixels: sizes.train / 4,
+    }
+    images += sum(costs.get(want, 0) for want in job.wants if not (job.directory / want).exists())
+    return steps * speed.step + images * speed.image + speed.start
+
+
+def plan(
+    claims: Sequence[Claim],
+    jobs: Sequence[Job],
+    estimates: Mapping[tuple[str, int], float],
+    settings: Reproduce,
+) -> str:
+    """What is there, what is to be done, and how long it takes."""
+    states = [job.state for job in jobs]
+    parts = [f"{states.count(state)} {state}" for state in State if state in states]
+    tuning = sum(is_tuning(job) and job.state is not State.finished for job in jobs)
+    total = sum(estimates.values())
+    lines = [
+        f"claims    {', '.join(claim.name for claim in claims)}",
+        f"scale     {settings.scale}, {settings.seeds} seeds",
+        f"runs      {len(jobs)}: {', '.join(parts)}" + (f"; {tuning} of them tuning" if tuning else ""),
+        f"estimate  {total / 60:.1f} minutes, from {TIMED} measured steps of each network",
+    ]
+    return "\n".join(lines)
+
+
+class Progress:
+    """A line per run, with the time left: the estimate times how wrong it has been so far."""
+
+    def __init__(self, estimates: Mapping[tuple[str, int], float]) -> None:
+        self.estimates = dict(estimates)
+        self.total, self.done, self.predicted = len(estimates), 0, 0.0
+        self.started = time.monotonic()
+
+    def report(self, job: Job, text: str) -> None:
+        self.done += 1
+        self.predicted += self.estimates.pop((job.run.name, job.run.seed), 0.0)
+        spent = time.monotonic() - self.started
+        left = sum(self.estimates.values()) * spent / max(self.predicted, 1e-9)
+        print(
+            f"[{self.done:>{len(str(self.total))}}/{self.total}] {job.run.name} seed {job.run.seed}: {text}; "
+            f"{spent / 60:.1f} min, {left / 60:.1f} min left",
+            flush=True,
+        )
