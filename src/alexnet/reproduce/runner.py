@@ -71,9 +71,10 @@ def run_all(
     claims: Sequence[Claim], jobs: Sequence[Job], sizes: Mapping[str, Sizes], settings: Reproduce
 ) -> None:
     """Trains and measures every job that is not finished, tuning runs first."""
+    print(plan(claims, jobs, settings), flush=True)
     estimates = estimate(jobs, sizes)
-    print(plan(claims, jobs, estimates, settings))
     total = sum(estimates.values()) / 60
+    print(f"estimate  {total:.1f} minutes, from {TIMED} measured steps of each network", flush=True)
     if settings.budget_minutes is not None and total > settings.budget_minutes:
         raise UserError(
             f"budget_minutes={settings.budget_minutes:g}, but these runs need about {total:.1f} minutes here: "
@@ -216,24 +217,18 @@ def seconds_left(job: Job, sizes: Sizes, speed: Speed) -> float:
     return steps * speed.step + images * speed.image + speed.start
 
 
-def plan(
-    claims: Sequence[Claim],
-    jobs: Sequence[Job],
-    estimates: Mapping[tuple[str, int], float],
-    settings: Reproduce,
-) -> str:
-    """What is there, what is to be done, and how long it takes."""
+def plan(claims: Sequence[Claim], jobs: Sequence[Job], settings: Reproduce) -> str:
+    """What is there and what is to be done."""
     states = [job.state for job in jobs]
     parts = [f"{states.count(state)} {state}" for state in State if state in states]
     tuning = sum(is_tuning(job) and job.state is not State.finished for job in jobs)
-    total = sum(estimates.values())
-    lines = [
-        f"claims    {', '.join(claim.name for claim in claims)}",
-        f"scale     {settings.scale}, {settings.seeds} seeds",
-        f"runs      {len(jobs)}: {', '.join(parts)}" + (f"; {tuning} of them tuning" if tuning else ""),
-        f"estimate  {total / 60:.1f} minutes, from {TIMED} measured steps of each network",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"claims    {', '.join(claim.name for claim in claims)}",
+            f"scale     {settings.scale}, {settings.seeds} seeds",
+            f"runs      {len(jobs)}: {', '.join(parts)}" + (f"; {tuning} of them tuning" if tuning else ""),
+        ]
+    )
 
 
 class Progress:

@@ -1,0 +1,135 @@
+"""One page that shows everything and needs nothing."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.reproduce.conftest import reduced
+
+from alexnet.reproduce import Reproduce
+from alexnet.reproduce.claims import Nets, Test
+from alexnet.reproduce.jobs import claims_of
+from alexnet.reproduce.report import _band, gathered, report_directory, sections_of
+from alexnet.reproduce.runner import reproduce
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.text: list[str] = []
+        self.tags: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.references += [
+            v for k, v in attributes if k in ("src", "href", "xlink:href", "action", "srcset") and v
+        ]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(finished: Reproduce) -> Page:
+    return Page((report_directory(finished) / "report.html").read_text())
+
+
+def test_the_page_needs_no_network(page: Page):
+    assert page.references
+    assert all(r.startswith(("#", "data:image/png;base64,")) for r in page.references)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not re.search(r"url\((?!#)|@import", "".join(page.text))
+
+
+def test_the_page_says_what_is_claimed_found_and_doubted(page: Page):
+    text = " ".join(" ".join(page.text).split())
+    for claim in claims_of(Reproduce(claims=["s4_2_dropout", "s4_1_ten_views", "figure4"])):
+        assert claim.quote in text
+        assert all(confound in text for confound in claim.confounds)
+        assert f"conf/claim/{claim.name}.yaml" in text
+    for part in ("not resolved at this scale", "expected lower", "images, nets fixed", "minutes of training"):
+        assert part in text
+    assert "python scripts/reproduce.py claim=s4_2_dropout scale=smoke seeds=2" in text
+    assert "commit" in text
+
+
+def test_figures_are_pictures_and_files(finished: Reproduce, page: Page):
+    assert page.tags.count("figure") == 3  # curves of dropout, both halves of Figure 4
+    assert page.tags.count("img") + page.tags.count("svg") >= 3
+    for name in ("figure4_left", "figure4_right"):
+        for suffix in (".png", ".svg"):
+            assert (report_directory(finished) / f"{name}{suffix}").stat().st_size > 1000
+
+
+def test_the_numbers_are_written_as_data(finished: Reproduce):
+    content = json.loads((report_directory(finished) / "results.json").read_text())
+    assert list(content["claims"]) == ["s4_2_dropout", "s4_1_ten_views", "figure4"]
+    dropout = content["claims"]["s4_2_dropout"]
+    assert dropout["runs"] == 4
+    assert dropout["runs_missing"] == 0
+    assert dropout["rows"][0]["effect"]["n"] == 2
+    assert dropout["hardware"]
+    assert dropout["data"] == ["synthetic"]
+    views = content["claims"]["s4_1_ten_views"]["rows"][0]
+    assert views["effect"]["source"] == "images, nets fixed"
+    assert views["effect"]["n"] == 40
+
+
+def test_what_is_missing_is_listed_with_its_command(finished: Reproduce, capsys):
+    more = reduced(
+        Path(finished.data_dir),
+        Path(finished.output_dir),
+        "s4_2_dropout",
+        "s6_ensemble",
+        seeds=3,
+        report=True,
+    )
+    reproduce(more)
+    out = capsys.readouterr().out
+    assert "4 runs are missing:" in out  # base 2, 3, 4 and the arm without dropout, seed 2
+    assert out.count("python scripts/train.py") == 4
+    assert "name=smoke/s4_2_dropout/none seed=2" in out
+    assert "no results of ensemble, single yet" in out
+    text = (report_directory(more) / "report.html").read_text()
+    assert "1 runs are missing" not in text
+    assert "2 runs are missing" in text
+
+
+def test_a_report_of_nothing_is_a_list_of_commands(data_dir, tmp_path, capsys):
+    reproduce(reduced(data_dir, tmp_path, "s3_3_lrn", "s3_1_relu", "figure1", "figure3", report=True))
+    assert "runs are missing:" in capsys.readouterr().out
+    assert not (tmp_path / "train").exists()
+    assert len(list(tmp_path.rglob("report.html"))) == 1
+
+
+def test_an_ensemble_is_of_five_however_many_there_are(finished: Reproduce):
+    (views, _) = sections_of(claims_of(finished), finished)[1:]
+    one = gathered(views.claim, views.done)
+    assert one.tests["ten_views"]["val/top1_error"].shape == (2, 40)
+    pair = dataclasses.replace(
+        views.claim, tests={"single": Test(), "ensemble": Test(nets=Nets.all)}, seeds=1
+    )
+    first_only = gathered(pair, views.done).tests
+    assert first_only["single"]["val/top1_error"].shape == (1, 40)
+    np.testing.assert_array_equal(
+        first_only["single"]["val/top1_error"], first_only["ensemble"]["val/top1_error"]
+    )
+
+
+def test_bands_are_one_standard_deviation_around_the_mean(finished: Reproduce):
+    dropout = sections_of(claims_of(finished), finished)[0]
+    band = _band(dropout.by_arm["none"], "loss", "train")
+    values = np.array(
+        [[float(r["train/loss"]) for r in d.rows if not r["holdout/loss"]] for d in dropout.by_arm["none"]]
+    )
+    np.testing.assert_allclose(band.y, values.mean(0))
+    np.testing.assert_allclose(band.high - band.y, values.std(0, ddof=1))
+    assert _band(dropout.by_arm["none"][:1], "loss", "train").low is None

@@ -1,0 +1,346 @@
+"""Jobs, checks, estimates, resume: what happens around the training of a hundred runs."""
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from tests.reproduce.conftest import REDUCED, reduced
+
+from alexnet import build
+from alexnet.callbacks import CLOCK_COLUMNS
+from alexnet.config import CONF, compose
+from alexnet.errors import UserError
+from alexnet.reproduce import Reproduce, jobs, runner
+from alexnet.reproduce.jobs import State, check, choose, claims_of, commands, jobs_of
+from alexnet.reproduce.measures import Want
+from alexnet.reproduce.runner import Progress, Sizes, Speed, reproduce, seconds_left
+
+
+def directory(settings: Reproduce, name: str, seed: int = 0) -> Path:
+    return Path(settings.output_dir) / "train" / "smoke" / name / f"seed{seed}"
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("training started")
+
+    monkeypatch.setattr(runner, "train", refuse)
+
+
+# Jobs
+
+
+def test_a_run_that_several_claims_share_is_one_job(data_dir, tmp_path):
+    settings = reduced(data_dir, tmp_path, "s4_2_dropout", "s5_decay", "s4_1_ten_views", seeds=2)
+    those = jobs_of(claims_of(settings), settings)
+    assert [(job.run.name, job.run.seed) for job in those] == [
+        *(
+            ("smoke/base", 0),
+            ("smoke/s4_2_dropout/none", 0),
+            ("smoke/base", 1),
+            ("smoke/s4_2_dropout/none", 1),
+        ),
+        *(("smoke/s5_decay/none", 0), ("smoke/s5_decay/none", 1)),
+    ]
+    assert {Want.one_view, Want.ten_views} <= those[0].wants
+    assert Want.ten_views not in those[1].wants
+    assert those[1].config.model.dropout == 0
+    assert those[2].config.seed == 1
+
+
+def test_a_figure_draws_the_runs_of_its_claim(data_dir, tmp_path):
+    one, both = (
+        jobs_of(claims_of(settings), settings)
+        for settings in (
+            reduced(data_dir, tmp_path, "figure1"),
+            reduced(data_dir, tmp_path, "s3_1_relu", "figure1"),
+        )
+    )
+    assert [job.run.name for job in one] == [job.run.name for job in both]
+    assert len(one) == 4 + 2
+
+
+def test_the_full_smoke_scale_is_over_a_hundred_distinct_runs():
+    claims = claims_of(Reproduce())
+    runs = [run for c in claims for run in c.runs("smoke", 3)] + [
+        r for c in claims for *_, r in c.tuning_runs("smoke")
+    ]
+    distinct = {(run.name, run.seed): run.overrides for run in runs}
+    assert len(distinct) > 100
+    assert all(distinct[run.name, run.seed] == run.overrides for run in runs)  # one name, one configuration
+
+
+def canned_run(settings: Reproduce, name: str, errors: list[float]) -> None:
+    """A finished tuning run with these training errors, one step and epoch each."""
+    path = directory(settings, name, 1000)
+    path.mkdir(parents=True)
+    record = {"state": "finished", "results": {}, "config": {"model": {"num_classes": 10}}}
+    (path / "run.json").write_text(json.dumps(record))
+    with (path / "metrics.csv").open("w") as file:
+        rows = csv.writer(file)
+        rows.writerow(["step", "epoch", "train/loss", "train/top1_error", "holdout/loss"])
+        for i, error in enumerate(errors):
+            rows.writerow([i + 1, i, 1.0, error, ""])
+        rows.writerow([len(errors), len(errors) - 1, 1.0, errors[-1], 1.0])
+
+
+def test_the_rate_that_arrives_first_is_taken_and_else_the_one_that_ends_lowest(data_dir, tmp_path):
+    settings = reduced(data_dir, tmp_path, "s3_1_relu")
+    claims = claims_of(settings)
+    canned_run(settings, "s3_1_relu/relu_tune_0.003", [0.5, 0.3, 0.0])
+    assert choose(claims, settings) == {}
+    assert [job.undecided for job in jobs_of(claims, settings)] == [False] * 4 + [True] * 2
+    canned_run(settings, "s3_1_relu/relu_tune_0.01", [0.5, 0.2, 0.9])
+    canned_run(settings, "s3_1_relu/tanh_tune_0.003", [0.9, 0.7, 0.5])
+    canned_run(settings, "s3_1_relu/tanh_tune_0.01", [0.5, 0.4, float("nan")])
+    assert choose(claims, settings) == {("s3_1_relu", "relu"): 0.01, ("s3_1_relu", "tanh"): 0.003}
+    relu, tanh = jobs_of(claims, settings)[4:]
+    assert (relu.config.optim.lr, tanh.config.optim.lr) == (0.01, 0.003)
+    assert not relu.undecided
+
+
+def test_tuning_never_sees_val(data_dir, tmp_path):
+    settings = reduced(data_dir, tmp_path, "s3_1_relu")
+    those = jobs_of(claims_of(settings), settings)
+    assert [job.config.evaluate for job in those] == [False] * 4 + [True] * 2
+    assert {job.config.seed for job in those[:4]} == {1000}
+
+
+def test_printed_commands_are_the_jobs(data_dir, tmp_path, no_training, capsys):
+    settings = reduced(data_dir, tmp_path, "s5_init", "s3_1_relu", print=True)
+    reproduce(settings)
+    *lines, later, own = capsys.readouterr().out.splitlines()
+    assert "2 runs whose rate the tuning runs above decide" in later
+    assert "claim=s5_init,s3_1_relu" in own
+    those = [job for job in jobs_of(claims_of(settings), settings) if not job.undecided]
+    assert len(lines) == len(those) == 5 + 4
+    for line, job in zip(lines, those, strict=True):
+        python, script, *arguments = shlex.split(line)
+        assert (python, script) == ("python", "scripts/train.py")
+        assert compose("train", arguments) == job.config
+    assert not (tmp_path / "train").exists()
+
+
+# Runs
+
+
+def test_every_run_is_finished_measured_and_evaluated_once(finished):
+    settings = finished
+    those = jobs_of(claims_of(settings), settings)
+    assert [job.state for job in those] == [State.finished] * 4
+    for job in those:
+        record = json.loads((job.directory / "run.json").read_text())
+        assert record["results"].keys() == {"holdout", "val"}
+        assert job.steps_done == 3
+    assert (directory(settings, "base", 1) / Want.ten_views).exists()
+    assert not (directory(settings, "s4_2_dropout/none") / Want.ten_views).exists()
+
+
+def test_a_scheduler_s_run_is_only_measured(data_dir, tmp_path, monkeypatch, capsys):
+    settings = reduced(data_dir, tmp_path, "s5_decay")
+    those = jobs_of(claims_of(settings), settings)
+    for job in those:
+        runner.train(job.config)
+    assert [job.state for job in those] == [State.unmeasured] * 2
+    monkeypatch.setattr(runner, "train", None)
+    reproduce(settings)
+    assert [job.state for job in those] == [State.finished] * 2
+    capsys.readouterr()
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "train").rglob("*")}
+    reproduce(settings)
+    assert "runs      2: 2 finished" in capsys.readouterr().out
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "train").rglob("*")}
+
+
+def test_a_run_that_diverges_is_a_result_and_is_not_tried_again(data_dir, tmp_path, monkeypatch, capsys):
+    settings = reduced(data_dir, tmp_path, "s5_decay")
+    settings.overrides += ["optim.lr=1e12"]
+    reproduce(settings)
+    assert "diverged" in capsys.readouterr().out
+    monkeypatch.setattr(runner, "train", None)
+    reproduce(settings)
+    assert "1 of 1 pairs diverged" in capsys.readouterr().out
+
+
+def test_an_interruption_is_no_divergence(data_dir, tmp_path, monkeypatch):
+    settings = reduced(data_dir, tmp_path, "s5_decay")
+
+    def full_disk(config):
+        build.training(config)
+        raise UserError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "train", full_disk)
+        with pytest.raises(UserError, match="no space left"):
+            reproduce(settings)
+    assert jobs_of(claims_of(settings), settings)[0].state is State.interrupted
+
+
+FORKER = """
+import json, os, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from alexnet.reproduce import Reproduce
+from alexnet.reproduce.runner import reproduce
+
+keys, delays = json.loads(sys.argv[1])
+for output, delay in delays:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        reproduce(Reproduce(**{**keys, "output_dir": output}))
+        os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_three_kills_change_no_figure(data_dir, tmp_path):
+    """The delays are random but known; what they hit depends on the machine, which is the point."""
+    delays = np.random.default_rng(0).uniform(0.3, 3.0, 3).tolist()
+    plan = [(str(tmp_path / "straight"), None), *((str(tmp_path / "killed"), d) for d in [*delays, None])]
+    keys = {
+        "claims": ["s4_2_dropout", "s4_1_ten_views"],
+        "seeds": 1,
+        "data_dir": str(data_dir),
+        "overrides": [*REDUCED, "trainer.limit_train_batches=7", "optim.epochs=2"],
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKER, json.dumps([keys, plan])],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    codes = [int(line) for line in ended.stdout.splitlines()]
+    assert (codes[0], codes[-1]) == (0, 0), ended.stderr
+    assert -9 in codes
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    runs = sorted(p.parent.relative_to(straight) for p in straight.rglob("run.json"))
+    assert len(runs) == 2
+    for run in runs:
+        assert figures_of(straight / run) == figures_of(killed / run)
+        for file in (straight / run).glob("*.npz"):
+            for key, values in np.load(file).items():
+                np.testing.assert_array_equal(values, np.load(killed / run / file.name)[key])
+    one, other = (
+        json.loads(next(d.rglob("results.json")).read_text())["claims"]["s4_2_dropout"]["rows"]
+        for d in (straight, killed)
+    )
+    assert one == other
+
+
+def figures_of(run: Path) -> tuple:
+    """Everything a run says but minutes and images/s."""
+    with (run / "metrics.csv").open() as file:
+        rows = [{k: v for k, v in row.items() if k not in CLOCK_COLUMNS} for row in csv.DictReader(file)]
+    record, basic = (json.loads((run / name).read_text()) for name in ("run.json", "measures.json"))
+    return rows, record["results"], record["train"], basic["results"]
+
+
+# Refusals: before any training
+
+
+def claim_file(folder: Path, **change) -> None:
+    content = yaml.safe_load((CONF / "claim" / "s5_decay.yaml").read_text())
+    (folder / "mine.yaml").write_text(yaml.safe_dump({**content, **change}))
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "message"),
+    [
+        (
+            {"arms": {"decay": [], "none": ["optim.wieght_decay=0"]}},
+            {},
+            r"mine.yaml, arm none: optim.wieght_decay is no key .* did you mean optim.weight_decay",
+        ),
+        (
+            {"arms": {"decay": [], "none": ["model.image_px=9"]}},
+            {},
+            r"arm none: model.image_px=9 is too small",
+        ),
+        (
+            {"arms": {"decay": [], "none": ["data.name=nowhere"]}},
+            {},
+            r"arm none: the store .*nowhere.* does not exist",
+        ),
+        ({"recipe": {"smoke": "claims_smok", "cpu": "x", "gpu": "x"}}, {}, r"did you mean claims_smoke"),
+        ({}, {"budget_minutes": 1e-5}, r"budget_minutes=1e-05, but these runs need about \d+\.\d minutes"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_training(
+    data_dir, tmp_path, monkeypatch, no_training, change, keys, message
+):
+    claim_file(tmp_path, **change)
+    monkeypatch.setattr(jobs, "CLAIMS", tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        reproduce(reduced(data_dir, tmp_path, "mine", **keys))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "train").exists()
+
+
+def test_unknown_claims_and_senseless_settings_are_refused():
+    with pytest.raises(UserError, match=r"claim=s3_3_lrm is unknown \(did you mean s3_3_lrn"):
+        reproduce(Reproduce(claims=["s3_3_lrm"]))
+    with pytest.raises(UserError, match="seeds=0"):
+        Reproduce(seeds=0)
+    with pytest.raises(UserError, match="budget_minutes=0"):
+        Reproduce(budget_minutes=0)
+
+
+def test_a_directory_with_another_run_is_refused_before_any_training(finished, no_training):
+    changed = reduced(Path(finished.data_dir), Path(finished.output_dir), "s5_decay", "s4_2_dropout")
+    changed.overrides += ["optim.lr=0.5"]
+    with pytest.raises(
+        UserError, match=r"holds a run with another configuration \(optim.lr: 0.01 there, 0.5 now"
+    ):
+        reproduce(changed)
+
+
+@pytest.mark.slow
+def test_the_script_reads_its_claims_and_ends_in_one_line(tmp_path):
+    def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(CONF.parent / "scripts" / "reproduce.py"), f"output_dir={tmp_path}"]
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    refused = script("claim=s3_3_lrn,nothing")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "claim=nothing is unknown" in refused.stderr
+
+
+# Time
+
+
+def test_the_estimate_counts_steps_and_images(data_dir, tmp_path):
+    settings = reduced(data_dir, tmp_path, "s4_1_ten_views")
+    (job,) = jobs_of(claims_of(settings), settings)
+    sizes = check([job])[job.config.data.root]
+    assert sizes == Sizes(train=110, holdout=10, val=40)
+    # 3 steps; holdout after the epoch and at the end, val; 110 training images, val once more and ten times.
+    images = 10 + 10 + 40 + 110 + 40 + 400
+    assert seconds_left(job, sizes, Speed(100.0, 1.0, 0.0)) == 300 + images
+
+
+def test_the_time_left_follows_the_time_taken(monkeypatch, data_dir, tmp_path, capsys):
+    settings = reduced(data_dir, tmp_path, "s5_decay")
+    a, b = jobs_of(claims_of(settings), settings)
+    clock = [0.0]
+    monkeypatch.setattr("alexnet.reproduce.runner.time.monotonic", lambda: clock[0])
+    progress = Progress({(a.run.name, 0): 60.0, (b.run.name, 0): 180.0})
+    clock[0] = 120.0  # twice what was estimated
+    progress.report(a, "done")
+    assert capsys.readouterr().out == "[1/2] smoke/base seed 0: done; 2.0 min, 6.0 min left\n"
+
+
+def test_commands_of_finished_runs_are_not_printed(finished):
+    assert commands(jobs_of(claims_of(finished), finished), finished).count("scripts/train.py") == 0
