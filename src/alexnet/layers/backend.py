@@ -10,6 +10,7 @@ forward saved, so pairs are never mixed.
 
     reference   readable torch, derived in the layer's docstring; any device, float64 included
     compiled    the same mathematics through torch.compile
+    library     conv2d only: as compiled, with the library's gradient kernel for the weights
     triton      hand-written kernels, CUDA only
     native      no pair: torch.nn.functional under autograd; oracle, baseline and export path
     fast        a table by device of the fastest pairs whose gradients are all ours
@@ -35,6 +36,7 @@ from alexnet.errors import UserError
 class Backend(StrEnum):
     reference = "reference"
     compiled = "compiled"
+    library = "library"
     triton = "triton"
     native = "native"
     fast = "fast"
@@ -91,7 +93,7 @@ def pair_for(operation: str, backend: str) -> Pair | None:
 
 
 def _load(operation: str, backend: str) -> Pair:
-    if backend not in (Backend.compiled, Backend.triton):
+    if backend not in (Backend.compiled, Backend.library, Backend.triton):
         known = ", ".join(choice for choice in Backend if choice not in (Backend.fast, Backend.fastest))
         raise UserError(f"backend={backend!r} is no pair for {operation}: choose one of {known}")
     try:

@@ -1,0 +1,69 @@
+"""The pairs through `torch.compile`: the same mathematics in fewer passes over memory, on CPU and CUDA.
+
+    local_response_norm   the window as shifted views of flat memory; only x is kept
+    max_pool2d            one byte per output is kept (two for ties="all"); the gradient is gathered
+    relu_lrn_pool         both in one, for either order; kept are the convolution's output and the winners
+    conv2d                library forward convolutions and matrix products on operands we derive
+    pointwise             relu, tanh, dropout, cross_entropy: the reference formulas, compiled; linear as it is
+
+Every graph serves one layer, type and layout and any batch of two images or more (graph.py). Inductor keeps what
+it compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine waits.
+
+Layout: four-dimensional tensors are worked on and handed out channels-last.
+"""
+
+import shutil
+import sysconfig
+from importlib import import_module
+from pathlib import Path
+
+from alexnet.errors import UserError
+from alexnet.layers.backend import Pair
+
+MODULES = {
+    "local_response_norm": "local_response_norm",
+    "max_pool2d": "max_pool2d",
+    "relu_lrn_pool": "relu_lrn_pool",
+    "same_map_norm": "same_map_norm",
+    "conv2d": "conv2d",
+    "relu": "pointwise",
+    "tanh": "pointwise",
+    "dropout": "pointwise",
+    "cross_entropy": "pointwise",
+    "linear": "pointwise",
+}
+
+
+# Where the library's gradient kernel is faster than ours (conv2d.py has the figures), by kind of device.
+OURS_LOSES = {"cpu": ("conv2d",), "cuda": ("conv2d",)}
+
+
+def fastest_known(operation: str, choice: str, device_type: str) -> str:
+    """The backend that `fast` or `fastest` stands for. A triton kernel gets here with a measured row, not before."""
+    loses = operation in OURS_LOSES.get(device_type, ())
+    return "library" if choice == "fastest" and loses else "compiled"
+
+
+def load(operation: str) -> Pair:
+    """The compiled pair of an operation; compiling itself waits for the first call.
+
+    Raises UserError when this machine has no C++ compiler or no Python.h, which Inductor needs.
+    """
+    missing = missing_tool()
+    if missing:
+        raise UserError(
+            f"backend.{operation}=compiled cannot be used here: {missing}. Install it, or set backend=reference"
+        )
+    module = import_module(f"alexnet.layers.compiled.{MODULES[operation]}")
+    return Pair(getattr(module, f"{operation}_forward"), getattr(module, f"{operation}_backward"))
+
+
+def missing_tool() -> str | None:
+    """What Inductor would miss: a C++ compiler, or Python's own header."""
+    from torch._inductor import config
+
+    compilers = [name for name in config.cpp.cxx if name]
+    if not any(shutil.which(name) for name in compilers):
+        return f"there is no C++ compiler ({', '.join(compilers)})"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.exists() else f"there is no {header} (package python3-dev)"

@@ -1,0 +1,210 @@
+"""The convolution by library forward convolutions and matrix products; derivation in layers/conv2d.py.
+
+Forward: the library's convolution, channels-last.
+
+Input gradient: dx is the adjoint map applied to dy, the transposed convolution of dy with w, itself a forward
+operation of the library.
+
+Weight gradient. At stride 1, with tap (r,s) at the row r - top and the column s - left of its output,
+
+    dw[o,c,r,s] = sum_{n,p,q} dy[n,o,p,q] x[n, c, p + r - top, q + s - left]
+
+is for each tap one inner product over all positions of all images. Lay the images of a map one after another on
+one line, row by row, with enough zeros behind every row and every image that a tap outside the image meets a zero
+(the zeros after one row are those before the next). Lay dy on the same line with zeros in the same gaps. Then a
+tap is a shift: with the line position m of output (n,p,q) and W' columns from row to row,
+
+    dw[:,:,r,s] = D X(delta)',   D[o,m] = dy,   X(delta)[c,m] = x[c, m + delta],   delta = (r - top) W' + s - left
+
+a matrix product of two views: x is copied once, not R S times as in im2col. Both factors have the summed index
+contiguous, which is what the library multiplies fastest.
+
+Stride u: *space to depth*. The pixels of every u x v block become u v channels, and the kernel, filled up with
+zeros to a multiple of the stride, becomes one of ceil(R/u) x ceil(S/v) taps at stride 1. The same numbers are
+multiplied, plus those zeros: exact. In bf16 conv1 runs so in the forward too (3 channels fill no vector; 48 do).
+
+Measured on two AVX-512 cores without AMX, one thread, batch 16, share of the library's speed, bf16 / float32:
+
+                                    conv1     conv2     conv3     conv5
+    these shifted products         .75/.56   .77/.57   .83/.73   .80/.70
+    one im2col, one product        .61/.72   .67/.66   .90/.80   .84/.72
+    columns of a kernel row        .67/.66   .64/.56   .77/.80   .69/.62
+    batch and channels swapped     below .2
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet.layers.backend import wide
+from alexnet.layers.compiled.graph import batched, compiled
+from alexnet.layers.conv2d import Gradients, Sides, output_size
+
+Two = tuple[int, int]
+NO_SIDES = (0, 0, 0, 0)
+FEW_CHANNELS = 4  # the most for which space to depth pays in the forward
+
+
+def conv2d_forward(
+    x: Tensor, w: Tensor, b: Tensor | None, stride: Two, padding: Sides, groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (N, C, H, W), w (O, C/G, R, S), b (O) -> y (N, O, P, Q); keeps x, x as it was convolved, and w."""
+    if deepens(x, stride):
+        blocks = space_to_depth(x, w, stride, padding, groups)
+        y = F.conv2d(blocks, kernel_to_depth(w, stride), b, 1, 0, 1, groups)
+        return y, x, blocks, w
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _convolve(x, w, b, stride, padding, groups), x, x, w
+
+
+def deepens(x: Tensor, stride: Two) -> bool:
+    return max(stride) > 1 and x.shape[1] <= FEW_CHANNELS and x.dtype == torch.bfloat16
+
+
+def _convolve(x: Tensor, w: Tensor, b: Tensor | None, stride: Two, padding: Sides, groups: int) -> Tensor:
+    left, right, top, bottom = padding
+    if (left, top) == (right, bottom):
+        return F.conv2d(x, w, b, stride, (top, left), 1, groups)
+    return F.conv2d(F.pad(x, padding), w, b, stride, 0, 1, groups)
+
+
+def conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    convolved: Tensor,
+    w: Tensor,
+    stride: Two,
+    padding: Sides,
+    groups: int,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """dy (N, O, P, Q) -> dx, dw, db, all ours; None where `needs` says no."""
+    dx = input_gradient(dy, x, w, stride, padding, groups) if needs[0] else None
+    dw = None
+    if needs[1]:
+        if max(stride) > 1:
+            blocks = convolved if convolved is not x else space_to_depth(x, w, stride, padding, groups)
+            dw = kernel_from_depth(weight_gradient(dy, blocks, NO_SIDES, groups), w, stride)
+        else:
+            dw = weight_gradient(dy, x, padding, groups)
+    return dx, dw, bias_gradient(dy) if needs[2] else None
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """dy (N, O, P, Q) -> db (O), summed in float32 for half types."""
+    return dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1]).sum(0, dtype=wide(dy.dtype)).to(dy.dtype)
+
+
+def input_gradient(dy: Tensor, x: Tensor, w: Tensor, stride: Two, padding: Sides, groups: int) -> Tensor:
+    """dy (N, O, P, Q) -> dx, shape of x: the transposed convolution, less what lands on the padding."""
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    (H, W), (left, right, top, bottom) = x.shape[2:], padding
+    P, Q = output_size(x, w, stride, padding)
+    # Pixels on the right and at the bottom that no window reaches.
+    rest = (
+        H + top + bottom - (P - 1) * stride[0] - w.shape[2],
+        W + left + right - (Q - 1) * stride[1] - w.shape[3],
+    )
+    if (left, top) == (right, bottom):
+        return F.conv_transpose2d(dy, w, None, stride, (top, left), rest, groups)
+    padded = F.conv_transpose2d(dy, w, None, stride, 0, rest, groups)
+    return padded[:, :, top : top + H, left : left + W]
+
+
+def weight_gradient(dy: Tensor, x: Tensor, padding: Sides, groups: int) -> Tensor:
+    """At stride 1: dy (N, O, P, Q), x (N, C, H, W) -> dw (O, C/G, R, S), by R S shifted products per group."""
+    (H, W), (P, Q) = x.shape[2:], dy.shape[2:]
+    left, right, top, bottom = padding
+    R, S = H + top + bottom - P + 1, W + left + right - Q + 1
+    row, image = W + max(left, right), H + max(top, bottom)
+    before = top * row + left
+    x_CM = lines(x, image, row, before, (R - 1 - top) * row + S - 1 - left)
+    dy_OM = lines(dy, image, row, 0, 0)
+    M = dy_OM.shape[1]
+    x_GCM, dy_GOM = x_CM.unflatten(0, (groups, -1)), dy_OM.unflatten(0, (groups, -1))
+    dw = dy.new_empty((R, S, groups, dy.shape[1] // groups, x.shape[1] // groups))
+    for r in range(R):
+        for s in range(S):
+            shift = r * row + s
+            for g in range(groups):
+                torch.mm(dy_GOM[g], x_GCM[g, :, shift : shift + M].T, out=dw[r, s, g])
+    return dw.flatten(2, 3).permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def lines(x: Tensor, image: int, row: int, before: int, after: int) -> Tensor:
+    """x (N, C, H, W) -> (C, before + N*image*row + after): each map one line, zeros in the gaps and at the ends."""
+    x_NHWC = F.pad(x.detach().permute(0, 2, 3, 1), (0, 0, 0, row - x.shape[3], 0, image - x.shape[2]))
+    (pixels,) = batched(x_NHWC.reshape(-1, x.shape[1]))
+    line = x.new_empty((x.shape[1], before + len(pixels) + after))
+    line[:, :before] = 0
+    line[:, before + len(pixels) :] = 0
+    middle = line[:, before : before + len(pixels)].T
+    _copy(*batched(middle), pixels)
+    return line
+
+
+@compiled
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)  # a transposition, which the compiler does in registers, block by block
+
+
+def space_to_depth(x: Tensor, w: Tensor, stride: Two, padding: Sides, groups: int) -> Tensor:
+    """x (N, C, H, W) -> (N, G u v C/G, H', W') channels-last: the pixels of each u x v block as channels.
+
+    H' and W' are what the P x Q outputs of the kernel w read; the padding is in them.
+    """
+    (P, Q), (u, v) = output_size(x, w, stride, padding), stride
+    rows, columns = P - 1 - (-w.shape[2] // u), Q - 1 - (-w.shape[3] // v)
+    left, _, top, _ = padding
+    sides = (0, 0, left, columns * v - x.shape[3] - left, top, rows * u - x.shape[2] - top)
+    (x_NHWC,) = batched(x.permute(0, 2, 3, 1))
+    return _space_to_depth(x_NHWC, sides, rows, columns, u, v, groups).permute(0, 3, 1, 2)
+
+
+@compiled
+def _space_to_depth(
+    x: Tensor, sides: tuple[int, ...], rows: int, columns: int, u: int, v: int, groups: int
+) -> Tensor:
+    blocks = F.pad(x, sides).view(len(x), rows, u, columns, v, groups, -1)
+    return blocks.permute(0, 1, 3, 5, 2, 4, 6).flatten(3).contiguous()
+
+
+def kernel_to_depth(w: Tensor, stride: Two) -> Tensor:
+    """w (O, C/G, R, S) -> (O, u v C/G, R', S') with R' = ceil(R/u), S' = ceil(S/v)."""
+    u, v = stride
+    padded = F.pad(w, (0, -w.shape[3] % v, 0, -w.shape[2] % u))
+    blocks = padded.unflatten(3, (-1, v)).unflatten(2, (-1, u))  # O C/G R' u S' v
+    return blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3).contiguous(memory_format=torch.channels_last)
+
+
+def kernel_from_depth(dw: Tensor, w: Tensor, stride: Two) -> Tensor:
+    """(O, u v C/G, R', S') -> (O, C/G, R, S), shape of w: `kernel_to_depth` undone, the added taps dropped."""
+    blocks = dw.unflatten(1, (*stride, -1)).permute(0, 3, 4, 1, 5, 2)  # O C/G R' u S' v
+    return blocks.flatten(4, 5).flatten(2, 3)[:, :, : w.shape[2], : w.shape[3]]
+
+
+def library_backward(
+    dy: Tensor,
+    x: Tensor,
+    convolved: Tensor,
+    w: Tensor,
+    stride: Two,
+    padding: Sides,
+    groups: int,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """dy (N, O, P, Q) -> dx (ours), dw and db by the library's gradient kernel."""
+    dx = input_gradient(dy, x, w, stride, padding, groups) if needs[0] else None
+    if not needs[1]:
+        return dx, None, bias_gradient(dy) if needs[2] else None
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    deep = convolved is not x
+    operand, kernel = convolved, kernel_to_depth(w, stride) if deep else w
+    left, right, top, bottom = padding
+    step, sides = ([1, 1], [0, 0]) if deep else (list(stride), [top, left])
+    if not deep and (left, top) != (right, bottom):
+        operand, sides = F.pad(x, padding), [0, 0]
+    mask = [False, True, needs[2]]
+    operands = dy, operand, kernel, [len(w)], step, sides, [1, 1], False, [0, 0], groups, mask
+    _, dw, db = torch.ops.aten.convolution_backward(*operands)
+    return dx, kernel_from_depth(dw, w, stride) if deep else dw, db

@@ -1,0 +1,51 @@
+"""One compiled graph for every batch size.
+
+`torch.compile` specialises a function on the shapes of its inputs and compiles again for others; after a fixed
+number of variants of one function it refuses. Here the batch is declared variable and everything else constant:
+a layer (its shape, type, layout and constants) costs one graph, whatever the batch, and a ragged last batch costs
+nothing. A batch of one image is a graph of its own, since torch treats the size 1 as a constant.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Variants of one function: layers x types x layouts x (training, evaluating) x (batch of one, more). A network has
+# at most eight layers of a kind and four graphs per pool; torch's own limit is 8.
+VARIANTS = 512
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one graph per layer; an error, never a fallback, if torch cannot make it one."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * VARIANTS)
+    return torch.compile(function, fullgraph=True, dynamic=False)  # False: constant unless declared variable
+
+
+def batched(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, detached, their first dimension declared variable."""
+    views = tuple(tensor.detach() for tensor in tensors)
+    for view in views:
+        if view.shape[0] > 1:
+            torch._dynamo.mark_dynamic(view, 0)
+    return views
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x (N, C, H, W) -> its (N, H, W, C) contiguous form: a view where x is channels-last, else a copy."""
+    return x.detach().permute(0, 2, 3, 1).contiguous()
+
+
+def constant(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Caches a small tensor that depends on numbers only. Made outside inference mode, so it serves everywhere."""
+
+    @cache
+    def made(*arguments: Any) -> Any:
+        with torch.inference_mode(False):
+            return make(*arguments)
+
+    return made

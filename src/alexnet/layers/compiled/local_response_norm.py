@@ -1,0 +1,161 @@
+"""Response normalisation in one pass forward and two backward; derivation in layers/local_response_norm.py.
+
+The maps of one pixel lie together in memory, so a tensor is M rows of C numbers, one row a pixel, and the
+neighbour j maps away is the same tensor read j numbers further on. At the end of a row that would be the next
+pixel: those terms are multiplied by 0, from a table of C ones and zeros per neighbour that also ends every tower.
+Such reads run as fast as a copy; padding the last dimension instead is 2 to 4 times slower. Only the first and the
+last row would read outside the tensor, so these two are computed apart.
+
+Kept: x. The powers are computed again in the backward, which is cheaper than to write and read s.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet.layers.backend import wide
+from alexnet.layers.compiled.graph import batched, compiled, constant
+from alexnet.layers.local_response_norm import inverse_power
+
+Reach = tuple[int, int]  # neighbours (before, after)
+Norm = tuple[int, float, float, float]  # size, alpha, beta, k
+
+
+@constant
+def inside(C: int, groups: int, before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(before + 1 + after, C): 1 where map c has a neighbour j maps away in its own tower, else 0."""
+    c = torch.arange(C, device=device)
+    first = c // (C // groups) * (C // groups)
+    j = torch.arange(-before, after + 1, device=device)[:, None]
+    return ((c + j >= first) & (c + j < first + C // groups)).to(dtype)
+
+
+def reach(size: int, maps: int) -> Reach:
+    """Neighbours before and after in W(c), as many as a tower of `maps` can have."""
+    return min(size // 2, maps - 1), min((size - 1) // 2, maps - 1)
+
+
+def window_sums(rows: Tensor, term: Callable[[Tensor], Tensor], keep: Tensor, before: int) -> list[Tensor]:
+    """Of the first row, the rows between and the last row: the sum of term(x[j]) over the window of each map."""
+    M, C = rows.shape
+    after = len(keep) - 1 - before
+    flat = rows.reshape(-1)
+
+    def total(neighbours: list[Tensor]) -> Tensor:
+        return sum(term(x) * keep[i] for i, x in enumerate(neighbours))  # type: ignore[return-value]
+
+    def edge(row: Tensor) -> Tensor:
+        padded = F.pad(row, (before, after))
+        return total([padded[:, i : i + C] for i in range(len(keep))])
+
+    if M == 1:
+        return [edge(rows)]
+    shifts = range(-before, after + 1)
+    between = total([flat[C + j : (M - 1) * C + j].view(-1, C) for j in shifts])
+    return [edge(rows[:1]), between, edge(rows[-1:])]
+
+
+def pieces(rows: Tensor) -> list[Tensor]:
+    """The first row, the rows between, the last row: what `window_sums` belongs to."""
+    return [rows] if len(rows) == 1 else [rows[:1], rows[1:-1], rows[-1:]]
+
+
+def norm_rows(rows: Tensor, keep: Tensor, before: int, norm: Norm, relu: bool) -> Tensor:
+    """x (M, C) -> y, of x or of max(x, 0)."""
+    size, alpha, beta, k = norm
+    sums = window_sums(rows, lambda x: response(x, relu) ** 2, keep, before)
+    y = [
+        (response(x, relu) * inverse_power(k + alpha / size * total, beta)).to(rows.dtype)
+        for x, total in zip(pieces(rows), sums, strict=True)
+    ]
+    return torch.cat(y)
+
+
+def norm_rows_backward(
+    dy: Tensor, rows: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm, relu: bool
+) -> Tensor:
+    """dy, x (M, C) -> dx. `before` is that of the forward's window; the backward's is the reflected one."""
+    size, alpha, beta, k = norm
+    sums = window_sums(rows, lambda x: response(x, relu) ** 2, keep, before)
+    t, q = [], []
+    for d, x, total in zip(pieces(dy), pieces(rows), sums, strict=True):
+        gain, slope = gain_and_slope(k + alpha / size * total, beta)
+        t.append(d * gain)
+        q.append(d * response(x, relu) * slope)
+    # q gets a row of zeros at each end, so that no neighbour of the backward is outside it.
+    nothing = torch.zeros_like(q[0])
+    flat, C = torch.cat([nothing, *q, nothing]).reshape(-1), rows.shape[1]
+    after = len(keep) - 1 - before
+    dx, row = [], 1
+    for d, x in zip(t, pieces(rows), strict=True):
+        end = row + len(d)
+        shifts = enumerate(range(-after, before + 1))
+        competition = sum(flat[row * C + j : end * C + j].view(-1, C) * keep_reflected[i] for i, j in shifts)
+        a = response(x, relu)
+        piece = d - 2 * alpha * beta / size * a * competition
+        dx.append((torch.where(a <= 0, 0, piece) if relu else piece).to(rows.dtype))
+        row = end
+    return torch.cat(dx)
+
+
+def response(x: Tensor, relu: bool) -> Tensor:
+    """What the norm sees, in the type it computes in."""
+    x = x.to(wide(x.dtype))
+    return x.clamp(min=0) if relu else x
+
+
+def gain_and_slope(s: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """s^-beta and s^(-beta-1)."""
+    gain = inverse_power(s, beta)
+    if beta == 0.75:
+        root = s.rsqrt()
+        return gain, gain * (root * root)  # the same root as in the gain: no division
+    return gain, gain / s
+
+
+@compiled
+def _forward(rows: Tensor, keep: Tensor, before: int, norm: Norm) -> Tensor:
+    return norm_rows(rows.flatten(0, -2), keep, before, norm, relu=False).view(rows.shape)
+
+
+@compiled
+def _backward(
+    dy: Tensor, x: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm, relu: bool
+) -> Tensor:
+    rows, drows = x.flatten(0, -2), dy.flatten(0, -2)
+    return norm_rows_backward(drows, rows, keep, keep_reflected, before, norm, relu).view(x.shape)
+
+
+def local_response_norm_forward(
+    x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
+) -> tuple[Tensor, Tensor]:
+    """x (N, C, ...) -> y; keeps x."""
+    (rows,) = batched(x.movedim(1, -1).contiguous())
+    keep, _, before = neighbours(rows, size, groups)
+    return _forward(rows, keep, before, (size, alpha, beta, k)).movedim(-1, 1), x
+
+
+def local_response_norm_backward(
+    dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
+) -> Tensor:
+    """dy (N, C, ...) -> dx."""
+    return backward(dy.movedim(1, -1), x.movedim(1, -1), (size, alpha, beta, k), groups, relu=False).movedim(
+        -1, 1
+    )
+
+
+def backward(dy: Tensor, x: Tensor, norm: Norm, groups: int, relu: bool) -> Tensor:
+    """dy, x (N, ..., C) -> dx; with relu=True the ReLU in front of the norm included."""
+    dy, x = batched(dy.contiguous(), x.contiguous())
+    keep, keep_reflected, before = neighbours(x, norm[0], groups)
+    return _backward(dy, x, keep, keep_reflected, before, norm, relu)
+
+
+def neighbours(x: Tensor, size: int, groups: int) -> tuple[Tensor, Tensor, int]:
+    """x (..., C) -> the tables of W and of W reflected, and how many neighbours W has before its map."""
+    C = x.shape[-1]
+    before, after = reach(size, C // groups)
+    where = (wide(x.dtype), x.device)
+    return inside(C, groups, before, after, *where), inside(C, groups, after, before, *where), before

@@ -1,0 +1,69 @@
+"""ReLU, response norm and pool in one graph forward; derivation in layers/relu_lrn_pool.py.
+
+Kept are x, the convolution's output, and one byte of winners per output (two for ties="all"): nothing else. In the
+order of 2012 the ReLU stands last, and a window whose maximum it closes has no winner.
+
+Backward: the gather of max_pool2d.py, then the two passes of local_response_norm.py with the ReLU inside.
+Computing the gather inside those passes instead was measured slower: every gathered value is read five times.
+"""
+
+import torch
+from torch import Tensor
+
+from alexnet.layers.compiled.graph import batched, channels_last, compiled
+from alexnet.layers.compiled.local_response_norm import Norm, backward, neighbours, norm_rows
+from alexnet.layers.compiled.max_pool2d import NOBODY, gather, pooled
+from alexnet.layers.max_pool2d import Two, output_size
+
+UNPADDED = (0, 0)
+
+
+def relu_lrn_pool_forward(
+    x: Tensor,
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    kernel: Two,
+    stride: Two,
+    ceil_mode: bool,
+    order: str,
+    groups: int,
+    ties: str,
+) -> tuple[Tensor, ...]:
+    """x (N, C, H, W) -> y (N, C, P, Q); keeps x and the winners."""
+    (x_NHWC,) = batched(channels_last(x))
+    keep, _, before = neighbours(x_NHWC, size, groups)
+    windows = output_size(x.shape[-2:], kernel, stride, UNPADDED, ceil_mode)
+    y, *winners = _forward(x_NHWC, keep, before, (size, alpha, beta, k), windows, kernel, stride, order, ties)
+    return y.permute(0, 3, 1, 2), x, *winners
+
+
+@compiled
+def _forward(
+    x: Tensor,
+    keep: Tensor,
+    before: int,
+    norm: Norm,
+    windows: Two,
+    kernel: Two,
+    stride: Two,
+    order: str,
+    ties: str,
+) -> tuple[Tensor, ...]:
+    paper = order == "relu_lrn_pool"
+    b = norm_rows(x.flatten(0, 2), keep, before, norm, relu=paper).view(x.shape)
+    m, winners = pooled(b, None, windows, kernel, stride, UNPADDED, ties)
+    if not paper:
+        winners = [torch.where(m <= 0, float(NOBODY[ties]), w) for w in winners]
+        m = m.clamp(min=0)
+    return m.to(x.dtype), *(w.to(torch.int8) for w in winners)
+
+
+def relu_lrn_pool_backward(dy: Tensor, x: Tensor, *saved: Tensor | Two | float | str | bool) -> Tensor:
+    """dy (N, C, P, Q), x, the winners and the forward's constants -> dx (N, C, H, W)."""
+    *winners, size, alpha, beta, k, kernel, stride, _, order, groups, ties = saved
+    db = gather(channels_last(dy), winners, x.shape[-2:], kernel, stride, UNPADDED, ties)  # type: ignore[arg-type]
+    norm = (size, alpha, beta, k)
+    dx = backward(db, channels_last(x), norm, groups, relu=order == "relu_lrn_pool")  # type: ignore[arg-type]
+    return dx.permute(0, 3, 1, 2)

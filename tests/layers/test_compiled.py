@@ -1,0 +1,276 @@
+"""The compiled pairs: equal to the reference, one graph per layer, no gradient kernel of the library in `fast`."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import COMPILES, normals, outcome
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alexnet.errors import UserError
+from alexnet.layers import (
+    Backends,
+    Conv2d,
+    Linear,
+    ReLU,
+    ReluLrnPool,
+    compiled,
+    conv2d,
+    cross_entropy,
+    dropout,
+    linear,
+    local_response_norm,
+    max_pool2d,
+    relu,
+    relu_lrn_pool,
+    same_map_norm,
+    tanh,
+)
+from alexnet.layers.backend import OPERATIONS, PAIRS, pair_for
+from alexnet.model import AlexNet, ModelConfig
+
+pytestmark = COMPILES
+
+X = 2 * normals(2, 8, 9, 8)
+TARGET = torch.tensor([1, 3, 2])
+NORM = 5, 0.3, 0.75, 2.0  # alpha large enough that the second term matters
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def block(order, ties, **choices):
+    return lambda x, backend: relu_lrn_pool(x, *NORM, order=order, ties=ties, backend=backend, **choices)
+
+
+CASES = {
+    "the papers block": (block("relu_lrn_pool", "first", groups=2), [X]),
+    "the block of 2012, with ties": (block("lrn_pool_relu", "all", groups=2), [X.round()]),
+    "even window": (lambda x, backend: local_response_norm(x, 4, 0.3, 0.6, groups=2, backend=backend), [X]),
+    "one row": (lambda x, backend: local_response_norm(x, 5, 0.3, 0.75, backend=backend), [normals(1, 7)]),
+    "window over all maps": (
+        lambda x, backend: local_response_norm(x, 25, 0.3, 0.75, backend=backend),
+        [normals(3, 7, 4)],
+    ),
+    "same map": (lambda x, backend: same_map_norm(x, 5, 0.3, 0.75, 1.0, backend=backend), [X]),
+    "padded pool": (lambda x, backend: max_pool2d(x, 3, 2, 1, ceil_mode=True, backend=backend), [X]),
+    "pool with other sides and ties": (
+        lambda x, backend: max_pool2d(x, (3, 4), (2, 1), (1, 2), ties="all", backend=backend),
+        [X.round()],
+    ),
+    "one image without a batch": (lambda x, backend: max_pool2d(x, 2, backend=backend), [X[0]]),
+    "relu": (lambda x, backend: relu(x, backend=backend), [X]),
+    "tanh, channels-last": (
+        lambda x, backend: tanh(x, backend=backend),
+        [X.to(memory_format=torch.channels_last)],
+    ),
+    "dropout": (lambda x, backend: dropout(x, 0.4, key=77, first_row=3, backend=backend), [X]),
+    "loss": (
+        lambda x, backend: cross_entropy(x, TARGET, label_smoothing=0.1, backend=backend),
+        [normals(3, 5)],
+    ),
+    "loss of each image": (
+        lambda x, backend: cross_entropy(x, TARGET, reduction="none", backend=backend),
+        [normals(3, 5)],
+    ),
+    "linear": (
+        lambda x, w, b, backend: linear(x, w, b, backend=backend),
+        [normals(3, 5), normals(4, 5), normals(4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference(case):
+    function, inputs = CASES[case]
+    assert_equals_the_reference(function, *inputs)
+
+
+def assert_equals_the_reference(function, *inputs, backend="compiled", **tolerances):
+    expected = outcome(lambda *x: function(*x, backend="reference"), *inputs)
+    ours = outcome(lambda *x: function(*x, backend=backend), *inputs)
+    torch.testing.assert_close(ours, expected, **(tolerances or EXACT))
+
+
+# Towers and stride 1; conv1's geometry; every side and both strides different; no kernel row left over.
+GEOMETRIES = [(2, 1, 1), (1, 4, (0, 3, 0, 3)), (2, (2, 3), (1, 0, 2, 1)), (1, 1, (2, 1, 0, 3)), (2, 2, 0)]
+
+
+@pytest.mark.parametrize("backend", ["compiled", "library"])
+@pytest.mark.parametrize(("groups", "stride", "padding"), GEOMETRIES)
+def test_convolution_equals_the_reference(groups, stride, padding, backend):
+    def convolution(x, w, b, backend):
+        return conv2d(x, w, b, stride, padding, groups=groups, backend=backend)
+
+    operands = normals(3, 4, 13, 11), normals(6, 4 // groups, 3, 5), normals(6)
+    assert_equals_the_reference(convolution, *operands, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "library"])
+def test_space_to_depth_of_the_first_layer(backend):
+    def convolution(x, w, b, backend):
+        return conv2d(x, w, b, 4, (0, 3, 0, 3), backend=backend)
+
+    operands = [t.bfloat16() for t in (normals(2, 3, 20, 24), normals(6, 3, 11, 11) / 20, normals(6))]
+    # Both add K = 363 (forward) or N P Q = 60 (weights) rounded terms in float32 and round once: 2^-8 each.
+    assert_equals_the_reference(convolution, *operands, backend=backend, rtol=2**-7, atol=2**-6)
+
+
+def test_half_types_round_once():
+    def function(x, backend):
+        return local_response_norm(x, *NORM, groups=2, backend=backend)
+
+    assert_equals_the_reference(function, X.bfloat16(), rtol=2**-7, atol=2**-8)
+
+
+@pytest.mark.parametrize("order", ["relu_lrn_pool", "lrn_pool_relu"])
+def test_a_nan_shows_where_the_reference_shows_it(order):
+    x = X.clone()
+    x[1, 3, 4, 4] = float("nan")
+    y, _ = outcome(lambda x: block(order, "first")(x, "compiled"), x)
+    expected, _ = outcome(lambda x: block(order, "first")(x, "reference"), x)
+    assert torch.equal(y.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize(("ties", "bytes_per_output"), [("first", 1), ("all", 2)])
+def test_the_block_keeps_the_convolutions_output_and_the_winners(ties, bytes_per_output):
+    x = X.to(memory_format=torch.channels_last)
+    constants = (*NORM, (3, 3), (2, 2), True, "relu_lrn_pool", 2, ties)
+    y, kept, *winners = pair_for("relu_lrn_pool", "compiled").forward(x, *constants)
+    assert kept is x
+    assert sum(w.numel() * w.element_size() for w in winners) == bytes_per_output * y.numel()
+
+
+class Trace(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def gradient_operators(backend):
+    pair = pair_for("conv2d", backend)
+    x, w, b = normals(2, 3, 20, 20), normals(6, 3, 5, 5), normals(6)
+    geometry = (2, 2), (1, 1, 1, 1), 1
+    y, *saved = pair.forward(x, w, b, *geometry)
+    dy = torch.ones_like(y)
+    with torch.compiler.set_stance("force_eager"), Trace() as trace:  # what a graph is made of, one by one
+        pair.backward(dy, *saved, *geometry, (True, True, True))
+    return trace.names
+
+
+def test_no_gradient_kernel_of_the_library_in_fast():
+    assert "convolution_backward" not in gradient_operators("compiled")
+    assert "mm" in gradient_operators("compiled")
+    assert "convolution_backward" in gradient_operators("library")  # the trace can see one
+
+
+def small_net(backend="compiled", convolution="compiled"):
+    return nn.Sequential(
+        Conv2d(3, 8, 5, stride=2, backend=convolution),
+        ReluLrnPool(*NORM, groups=2, backend=backend),
+        Conv2d(8, 4, 3, groups=2, backend=convolution),
+        nn.Flatten(),
+        Linear(64, 5, backend=backend),
+        ReLU(backend=backend),
+    )
+
+
+def step(net, images, backend="compiled"):
+    x, labels = normals(images, 3, 29, 29, seed=images).float(), torch.arange(images) % 5
+    net.zero_grad()
+    cross_entropy(net(x), labels, backend=backend).backward()
+    return [p.grad.clone() for p in net.parameters()]
+
+
+def assert_one_graph_serves_every_batch(net, step):
+    torch._dynamo.reset()
+    counters.clear()
+    first = step(net, 6)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for images in (6, 5, 2, 6):  # an epoch with a ragged last batch, and the next one
+        again = step(net, images)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))  # bitwise, run for run
+
+
+def test_one_graph_serves_every_batch_and_nothing_falls_back():
+    net, reference = small_net(), small_net("reference", "reference")
+    reference.load_state_dict(net.state_dict())
+    assert_one_graph_serves_every_batch(net, step)
+    torch.testing.assert_close(step(net, 6), step(reference, 6, "reference"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_one_graph_serves_every_batch_of_the_network():
+    def step(net, images):
+        x, labels = 50 * normals(images, 3, 56, 56, seed=images).float(), torch.arange(images) % 5
+        net.zero_grad()
+        cross_entropy(net(x, 7), labels, backend="compiled").backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    config = ModelConfig(
+        5, 56, channels=[8] * 5, hidden=[16, 16], kernel_size=[7, 5, 3, 3, 3], stride=[2, 1, 1, 1, 1]
+    )
+    assert_one_graph_serves_every_batch(
+        AlexNet(config, Backends(default="fast").resolve("cpu"), seed=0), step
+    )
+
+
+@pytest.mark.slow
+def test_deterministic_mode_raises_nothing():
+    block = ReluLrnPool(*NORM, backend="compiled")
+    convolution = Conv2d(8, 4, 3, backend="library")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, again = (outcome(lambda x: convolution(block(x)), X.float()) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first[1][0], again[1][0])
+
+
+@pytest.mark.parametrize(
+    "module", [ReluLrnPool(*NORM, backend="compiled"), Conv2d(8, 4, 3, backend="compiled")]
+)
+def test_a_module_travels_after_use(module):
+    x = X.float()
+    expected = module(x)
+    assert "backend=compiled" in repr(module)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(copied(x), expected)
+
+
+def test_fast_is_ours_and_fastest_says_where_it_is_not():
+    fast, fastest = Backends(default="fast").resolve("cpu"), Backends(default="fastest").resolve("cpu")
+    assert set(fast) == set(OPERATIONS)
+    assert set(fast.values()) == {"compiled"}
+    assert {operation for operation, backend in fastest.items() if backend != "compiled"} == {"conv2d"}
+    assert "backend=library" in repr(Conv2d(3, 4, 3, backend=fastest["conv2d"]))
+
+
+def test_only_the_convolution_has_a_library_pair():
+    with pytest.raises(UserError, match=r"Set backend\.relu=compiled"):
+        pair_for("relu", "library")
+
+
+def test_a_missing_compiler_is_one_line_with_the_way_out(monkeypatch):
+    monkeypatch.delitem(PAIRS, ("relu", "compiled"), raising=False)
+    one_line = r"no C\+\+ compiler \(no-such-compiler\).* set backend=reference"
+    nowhere = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with nowhere, pytest.raises(UserError, match=one_line):
+        Backends(relu="compiled").resolve("cpu")
+
+
+def test_a_missing_header_is_one_line_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda name: "/nowhere")
+    monkeypatch.delitem(PAIRS, ("relu", "compiled"), raising=False)
+    with pytest.raises(UserError, match=r"no /nowhere/Python\.h.* set backend=reference"):
+        Backends(relu="fast").resolve("cpu")
