@@ -159,9 +159,10 @@ def _probe(net: Net, path: Path) -> None:
     """Of the network before training: its weights depend on the seed and their names alone."""
     untrained = Classifier(**dict(net.classifier.hparams))
     untrained.augment.load_state_dict(net.classifier.augment.state_dict())
+    untrained.to(net.device)
     rows = spread(net.data.split[0].numpy(), PROBE_IMAGES)
-    images = torch.from_numpy(net.data.train_store.images[rows])
-    labels = torch.from_numpy(net.data.train_store.labels[rows])
+    images = torch.from_numpy(net.data.train_store.images[rows]).to(net.device)
+    labels = torch.from_numpy(net.data.train_store.labels[rows]).to(net.device)
     write_json(path, probe(untrained.net, untrained.augment.centre(images), labels).as_dict())
 
 
