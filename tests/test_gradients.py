@@ -225,6 +225,23 @@ def test_full_asks_for_every_pair(monkeypatch):
     assert run.backends_for("relu", replace(config, full=False), "cpu", skipped) == ["reference"]
 
 
+def test_rows_of_networks_and_rules_fit_a_terminal():
+    mixed = REFERENCE | {"conv2d": "compiled"}
+    rows = [run.result_row(r) for r in network.step_results("ten steps", network.STEPS_NET, REFERENCE, "cpu")]
+    rows += [run.result_row(r) for r in rules.rule_results()]
+    rows.append(run.result_row(network._result("code145, 224 px", mixed, "cuda", "directions", 1e-3, 1e-6)))
+    assert max(map(len, rows)) <= 100 + len(" FAILED")
+    assert rows[-1].endswith("FAILED")
+
+
+def test_compiled_pairs_are_checked_in_every_type_where_it_matters_most():
+    by_kind = {case.kind: case for case in CONV2D.cases}
+    assert run._dtypes(by_kind["awkward"], "reference", False) == TYPES
+    assert run._dtypes(by_kind["ordinary"], "compiled", False) == TYPES
+    assert run._dtypes(by_kind["awkward"], "compiled", False) == TYPES[:1]
+    assert run._dtypes(by_kind["awkward"], "compiled", True) == TYPES
+
+
 # ---- the lesson -----------------------------------------------------------------------------------------------
 
 
