@@ -119,6 +119,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another type; x itself if that is its type.
+
+    x.to(its own type) is an alias of x, which torch 2.11 loses track of when it traces a Function: the gradient
+    compiles to zeros.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def to_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Operands of a matrix operation in the autocast type, when autocast is on for their device."""
     device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
@@ -137,7 +146,7 @@ def to_float32(tensor: Tensor) -> Tensor:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # float64 is asked for on purpose (checks, oracles); autocast leaves it alone, and so do we.
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+    return tensor if tensor.dtype == torch.float64 else cast(tensor, dtype)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, no_autocast, pair_for, to_float32, wide
+from alexnet.layers.backend import PAIRS, Backend, Pair, cast, no_autocast, pair_for, to_float32, wide
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -51,7 +51,7 @@ def cross_entropy_forward(
     x: Tensor, target: Tensor, label_smoothing: float, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (N, K), target (N) -> loss; keeps x, target and one number an image."""
-    x_wide = x.to(wide(x.dtype))
+    x_wide = cast(x, wide(x.dtype))
     top = x_wide.amax(1, keepdim=True)
     lse = top + (x_wide - top).exp().sum(1, keepdim=True).log()
     log_p = x_wide - lse
@@ -66,11 +66,11 @@ def cross_entropy_backward(
 ) -> Tensor:
     """dloss, a number or (N) -> dx (N, K)."""
     images, classes = x.shape
-    p = (x.to(lse.dtype) - lse).exp()
+    p = (cast(x, lse.dtype) - lse).exp()
     q = torch.full_like(p, label_smoothing / classes)
     q.scatter_(1, target[:, None], 1 - label_smoothing + label_smoothing / classes)
     dloss_N1 = dloss.reshape(-1, 1) / (images if reduction == "mean" else 1)
-    return (dloss_N1 * (p - q)).to(x.dtype)
+    return cast(dloss_N1 * (p - q), x.dtype)
 
 
 def _reduce(loss_N: Tensor, reduction: str) -> Tensor:
@@ -123,7 +123,7 @@ def cross_entropy(
     input, target = to_float32(input), target.long()
     if pair is None:
         # In the type of the sums, so that the loss of half-type logits has the type of the pairs' loss.
-        wide_input = input.to(wide(input.dtype))
+        wide_input = cast(input, wide(input.dtype))
         return F.cross_entropy(wide_input, target, reduction=reduction, label_smoothing=label_smoothing)
     return _CrossEntropy.apply(input, target, (label_smoothing, reduction), pair)
 

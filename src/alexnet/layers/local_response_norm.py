@@ -61,7 +61,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, no_autocast, pair_for, to_float32, wide
+from alexnet.layers.backend import PAIRS, Backend, Pair, cast, no_autocast, pair_for, to_float32, wide
 
 
 def window_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:
@@ -92,19 +92,19 @@ def local_response_norm_forward(
     x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, C, ...) -> y; keeps x, and s in the type it was computed in: one tensor more than x."""
-    x_wide = x.to(wide(x.dtype))
+    x_wide = cast(x, wide(x.dtype))
     s = k + alpha / size * map_window_sum(x_wide * x_wide, size // 2, (size - 1) // 2, groups)
-    return (x_wide * inverse_power(s, beta)).to(x.dtype), x, s
+    return cast(x_wide * inverse_power(s, beta), x.dtype), x, s
 
 
 def local_response_norm_backward(
     dy: Tensor, x: Tensor, s: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
 ) -> Tensor:
     """dy (N, C, ...) -> dx. (k is already in s; a pair that keeps no s needs it.)"""
-    x_wide = x.to(s.dtype)
+    x_wide = cast(x, s.dtype)
     t = dy * inverse_power(s, beta)
     competition = map_window_sum(t * x_wide / s, (size - 1) // 2, size // 2, groups)  # reflected: W*, not W
-    return (t - 2 * alpha * beta / size * x_wide * competition).to(x.dtype)
+    return cast(t - 2 * alpha * beta / size * x_wide * competition, x.dtype)
 
 
 PAIRS["local_response_norm", "reference"] = Pair(local_response_norm_forward, local_response_norm_backward)

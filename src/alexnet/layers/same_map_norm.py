@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, no_autocast, pair_for, to_float32, wide
+from alexnet.layers.backend import PAIRS, Backend, Pair, cast, no_autocast, pair_for, to_float32, wide
 from alexnet.layers.local_response_norm import check_norm, inverse_power, window_sum
 
 
@@ -55,19 +55,19 @@ def same_map_norm_forward(
     x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, C, H, W) -> y; keeps x, and s in the type it was computed in: one tensor more than x."""
-    x_wide = x.to(wide(x.dtype))
+    x_wide = cast(x, wide(x.dtype))
     s = k + alpha / size**2 * square_sum(x_wide * x_wide, size)
-    return (x_wide * inverse_power(s, beta)).to(x.dtype), x, s
+    return cast(x_wide * inverse_power(s, beta), x.dtype), x, s
 
 
 def same_map_norm_backward(
     dy: Tensor, x: Tensor, s: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
     """dy (N, C, H, W) -> dx. (k is already in s; a pair that keeps no s needs it.)"""
-    x_wide = x.to(s.dtype)
+    x_wide = cast(x, s.dtype)
     t = dy * inverse_power(s, beta)
     competition = square_sum(t * x_wide / s, size)
-    return (t - 2 * alpha * beta / size**2 * x_wide * competition).to(x.dtype)
+    return cast(t - 2 * alpha * beta / size**2 * x_wide * competition, x.dtype)
 
 
 PAIRS["same_map_norm", "reference"] = Pair(same_map_norm_forward, same_map_norm_backward)

@@ -26,19 +26,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alexnet.layers.backend import PAIRS, Backend, Pair, pair_for, wide
+from alexnet.layers.backend import PAIRS, Backend, Pair, cast, pair_for, wide
 
 
 def tanh_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """x -> y; keeps y, which the next layer keeps too."""
-    y = x.to(wide(x.dtype)).tanh().to(x.dtype)
+    y = cast(cast(x, wide(x.dtype)).tanh(), x.dtype)
     return y, y
 
 
 def tanh_backward(dy: Tensor, y: Tensor) -> Tensor:
     """dy -> dx. The slope comes from the y that was handed on, so in bf16 from the rounded one, as in torch."""
-    y_wide = y.to(wide(y.dtype))
-    return (dy * (1 - y_wide * y_wide)).to(dy.dtype)
+    y_wide = cast(y, wide(y.dtype))
+    return cast(dy * (1 - y_wide * y_wide), dy.dtype)
 
 
 PAIRS["tanh", "reference"] = Pair(tanh_forward, tanh_backward)
