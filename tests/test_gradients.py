@@ -95,7 +95,9 @@ def test_rounding_bound_is_tight_enough_to_notice_one_wrong_bit():
 
 
 def test_numbers_that_are_none_fail():
-    assert not Result("relu", "reference", "cpu", "float64", "", "", "autograd", float("nan"), 1.0).passed
+    none = Result("relu", "reference", "cpu", "float64", "", "", "autograd", float("nan"), 1.0)
+    assert not none.passed
+    assert none.share == float("inf")  # and the worst of any group
     nan = torch.tensor([float("nan"), 1.0])
     assert not used(nan, torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)) <= 1
 

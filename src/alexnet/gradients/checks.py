@@ -22,6 +22,7 @@ c) Identities (float64). Equations that hold for the true gradient whatever x is
 Two of the three would do. What all three accept is right beyond what tests can doubt.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -61,9 +62,9 @@ class Result:
 
     @property
     def share(self) -> float:
-        """Of the bound, used; 0 where nothing may be rounded and nothing was."""
-        if self.bound == 0:
-            return 0.0 if self.value == 0 else float("inf")
+        """Of the bound, used; 0 where nothing may be rounded and nothing was, infinite for what is no number."""
+        if self.bound == 0 or math.isnan(self.value):
+            return 0.0 if self.value == 0 else math.inf
         return self.value / self.bound
 
     def row(self) -> dict[str, Any]:
