@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from alexnet.checkpoint import load
+from alexnet.data.store import open_store
 from alexnet.probe import probe
 from alexnet.reproduce import Reproduce
 from alexnet.reproduce.claims import Claim, Features, Figure, Nets, Test
@@ -130,6 +131,8 @@ def test_retrieval_counts_neighbours_of_the_query_s_class(finished):
     train, val = (np.load(synthetic / split / "labels.npy") for split in ("train", "val"))
     same = train[found["neighbours"]] == val[found["queries"]][:, None]
     np.testing.assert_array_equal(precision[0], same.mean(1))
+    holdout = open_store(synthetic / "train").holdout()[1]
+    assert not np.isin(found["neighbours"], holdout).any()
 
 
 def test_training_images_are_seen_once_more_in_evaluation_mode(finished):

@@ -107,6 +107,27 @@ def test_the_rate_that_arrives_first_is_taken_and_else_the_one_that_ends_lowest(
     assert not relu.undecided
 
 
+def test_arms_are_trained_with_the_rates_that_were_just_chosen(data_dir, tmp_path, monkeypatch):
+    settings = reduced(data_dir, tmp_path, "s3_1_relu")
+    trained = {}
+
+    def pretend(job):
+        """The larger rate is better for relu, the smaller for tanh."""
+        if jobs.is_tuning(job):
+            large = job.config.optim.lr > 0.005
+            good = large == (job.run.arm == "relu")
+            canned_run(settings, job.run.name.removeprefix("smoke/"), [0.9, 0.1 if good else 0.8])
+        else:
+            trained[job.run.arm] = job.config.optim.lr
+        return ""
+
+    monkeypatch.setattr(runner, "run_job", pretend)
+    claims = claims_of(settings)
+    those = jobs_of(claims, settings)
+    runner.run_all(claims, those, check(those), settings)
+    assert trained == {"relu": 0.01, "tanh": 0.003}
+
+
 def test_tuning_never_sees_val(data_dir, tmp_path):
     settings = reduced(data_dir, tmp_path, "s3_1_relu")
     those = jobs_of(claims_of(settings), settings)
