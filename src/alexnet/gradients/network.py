@@ -199,18 +199,38 @@ def train_native(config: ModelConfig, device: str) -> Training:
 def step_results(
     name: str, config: ModelConfig, backends: Mapping[str, str], device: str
 ) -> Iterator[Result]:
-    """Losses and weights of ten steps against native's; float32 against the same float64 losses."""
+    """Losses and weights of ten steps against native's in float64."""
+    yield from _steps(name, config, backends, device, train_native(config, device))
+
+
+def step_results_in_both_types(
+    name: str, config: ModelConfig, backends: Mapping[str, str], device: str
+) -> Iterator[Result]:
+    """The same, and the losses of float32 beside them. Only a small network stays on float64's path for ten steps: two
+    images throw the paper's about (its loss rises to 13), and rounding grows with every step, right gradients or not.
+    """
     native = train_native(config, device)
-    for dtype, bound in ((torch.float64, LOSS_BOUND), (torch.float32, FLOAT32_BOUND)):
-        ours = train_ours(config, backends, device, dtype)
-        off = max(abs(a - b) / abs(b) for a, b in zip(ours.losses, native.losses, strict=True))
-        kind = str(dtype).removeprefix("torch.")
-        result = _result(name, backends, device, "steps", off, bound, f"losses, {kind}")
-        result.dtype, result.curve = kind, list(enumerate(ours.losses, start=1))
-        yield result
-        if dtype == torch.float64:
-            off = max(relative(w, native.weights[key]) for key, w in ours.weights.items())
-            yield _result(name, backends, device, "steps", off, WEIGHT_BOUND, "weights, float64")
+    yield from _steps(name, config, backends, device, native)
+    ours = train_ours(config, backends, device, torch.float32)
+    result = _result(name, backends, device, "steps", _off(ours, native), FLOAT32_BOUND, "losses, float32")
+    result.dtype, result.curve = "float32", list(enumerate(ours.losses, start=1))
+    yield result
+
+
+def _steps(
+    name: str, config: ModelConfig, backends: Mapping[str, str], device: str, native: Training
+) -> Iterator[Result]:
+    ours = train_ours(config, backends, device, torch.float64)
+    result = _result(name, backends, device, "steps", _off(ours, native), LOSS_BOUND, "losses, float64")
+    result.curve = list(enumerate(ours.losses, start=1))
+    yield result
+    off = max(relative(w, native.weights[key]) for key, w in ours.weights.items())
+    yield _result(name, backends, device, "steps", off, WEIGHT_BOUND, "weights, float64")
+
+
+def _off(ours: Training, native: Training) -> float:
+    """The largest relative difference of a loss."""
+    return max(abs(a - b) / abs(b) for a, b in zip(ours.losses, native.losses, strict=True))
 
 
 def _result(

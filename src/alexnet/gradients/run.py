@@ -14,7 +14,13 @@ from alexnet.gradients.bugs import MUTANTS
 from alexnet.gradients.cases import Case, Operation
 from alexnet.gradients.checks import Result, results_of
 from alexnet.gradients.mutants import Kill, hunt
-from alexnet.gradients.network import NETWORKS, STEPS_NET, network_results, step_results
+from alexnet.gradients.network import (
+    NETWORKS,
+    STEPS_NET,
+    network_results,
+    step_results,
+    step_results_in_both_types,
+)
 from alexnet.gradients.operations import ALL
 from alexnet.gradients.rules import rule_results
 from alexnet.layers import Backend, Backends
@@ -171,7 +177,7 @@ def network_backends(config: CheckGradients, device: str) -> list[dict[str, str]
 def _network_results(config: CheckGradients, backends: dict[str, str], device: str) -> Iterator[Result]:
     for name, model in NETWORKS.items():
         yield from network_results(name, model, backends, device)
-    yield from step_results("ten steps", STEPS_NET, backends, device)
+    yield from step_results_in_both_types("ten steps", STEPS_NET, backends, device)
     if config.full:
         yield from step_results("ten steps, code145", NETWORKS["code145, 224 px"], backends, device)
 
