@@ -26,6 +26,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alexnet.bench import Benchmark
 from alexnet.data.augment import AugmentConfig
 from alexnet.data.module import DataConfig
 from alexnet.data.prepare import PrepareConfig
@@ -128,6 +129,7 @@ SCHEMAS: dict[str, type[Any]] = {
     "prepare_data": PrepareData,
     "check_gradients": CheckGradients,
     "reproduce": Reproduce,
+    "benchmark": Benchmark,
 }
 
 

@@ -304,3 +304,25 @@ def _save(figure: Figure, path: str | Path) -> Path:
     none_of = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     figure.savefig(path, metadata=none_of.get(path.suffix))
     return path
+
+
+def ratios_figure(
+    names: Sequence[str], ratios: Sequence[float], path: str | Path, label: str, title: str = ""
+) -> Path:
+    """One bar per name, on a logarithmic axis around 1: to the right ours is better, to the left it loses."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.5 + 0.22 * max(len(names), 2)), layout="constrained")
+        axes = figure.subplots()
+        colours = [BLUE if r >= 1 else ORANGE for r in ratios]
+        axes.barh(names, [np.log2(r) for r in ratios], color=colours, height=0.7)
+        for row, r in enumerate(ratios):
+            axes.text(
+                np.log2(r), row, f" {r:.2f} ", va="center", ha="left" if r >= 1 else "right", fontsize=7
+            )
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{2**x:g}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.invert_yaxis()
+        axes.set(xlabel=label, title=title)
+        return _save(figure, path)

@@ -1,0 +1,70 @@
+"""One contestant's step in a process of its own: python -m alexnet.bench.alone '<order as JSON>'.
+
+Prints its times and its peak of memory as JSON: what the process held at most during steps after the first, less what
+it held before the first (CUDA: the peak of allocated memory).
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet.allocator import keep_freed_memory
+from alexnet.bench.steps import contestant_named
+from alexnet.bench.timing import synchronise
+
+STATUS = Path("/proc/self/status")
+
+
+def measure(
+    model: str,
+    batch: int,
+    dtype: str,
+    contestant: str,
+    rounds: int,
+    device: str,
+    threads: int | None,
+    tuned_allocator: bool,
+) -> dict[str, Any]:
+    """Times (ms), compile_s and peak_mib of a step."""
+    if threads:
+        torch.set_num_threads(threads)
+    if tuned_allocator:
+        keep_freed_memory()
+    step = contestant_named(contestant, model, batch, dtype, device).run
+    before = held("VmRSS")
+    start = time.perf_counter()
+    step()
+    synchronise()
+    compile_s = time.perf_counter() - start
+    forget_peak()
+    ms = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        step()
+        synchronise()
+        ms.append((time.perf_counter() - start) * 1e3)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else held("VmHWM") - before
+    middle = statistics.median(ms)
+    return {"ms": middle, "ms_low": min(ms), "ms_high": max(ms), "compile_s": compile_s, "peak_mib": peak}
+
+
+def held(key: str) -> float:
+    """MiB that the kernel counts for this process now (VmRSS) or at most so far (VmHWM)."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Sets VmHWM back to VmRSS: compiling is over, only steps count from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(**json.loads(sys.argv[1]))))

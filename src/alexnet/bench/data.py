@@ -1,0 +1,276 @@
+"""Suites `data` and `end_to_end`: from stored images to batches, and from images to steps.
+
+The baseline is the usual pipeline: JPEG files, torchvision's ImageFolder and transforms, a DataLoader with two
+workers. The files are generated: 256 pixels, quality 90, crops of 224.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from alexnet.bench import Benchmark
+from alexnet.bench.networks import (
+    CLASSES,
+    Task,
+    bfloat16_weights,
+    model_config,
+    ours,
+    stock_network,
+    stock_step,
+)
+from alexnet.bench.timing import Contestant, Kind, Row, interleave
+from alexnet.callbacks import MetricsFile
+from alexnet.classifier import Classifier, plain
+from alexnet.data.augment import Augment, AugmentConfig, statistics_of
+from alexnet.data.module import Batch, DataConfig, EpochLoader, ImageData, Pixels, Resident
+from alexnet.data.prepare import PrepareConfig, prepare
+from alexnet.data.store import Store, open_store
+from alexnet.data.synthetic import blocks
+from alexnet.layers import Backend, Backends
+from alexnet.optim import OptimConfig, Schedule, build_optimizer
+
+Epoch = Callable[[], Iterator[tuple[Tensor, Batch]]]
+WORKERS = 2
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # torchvision's customary numbers
+
+
+class Files:
+    """The same images as a store and as a folder of JPEG files, in a temporary directory."""
+
+    def __init__(self, directory: Path, images: int, px: int) -> None:
+        self.px = px
+        root = directory / "store"
+        prepare(PrepareConfig(name="synthetic", root=str(root), px=px, n_train=images, n_val=10, workers=0))
+        self.store: Store = open_store(root / "train")
+        self.folder = directory / "jpeg"
+        self._write(images)
+
+    def _write(self, images: int) -> None:
+        from PIL import Image
+
+        for label in range(10):
+            (self.folder / str(label)).mkdir(parents=True)
+        for first, pixels in blocks(images, self.px, seed=0, split=0):
+            for i, image in enumerate(pixels, start=first):
+                Image.fromarray(image).save(self.folder / str(i % 10) / f"{i}.jpg", quality=90)
+
+
+class StoredImages(Dataset):
+    """The store behind torch's own interface: one image at a time."""
+
+    def __init__(self, store: Store, transform: Callable[[Tensor], Tensor]) -> None:
+        self.store, self.transform = store, transform
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image = torch.from_numpy(np.array(self.store.images[i])).permute(2, 0, 1)
+        return self.transform(image), int(self.store.labels[i])
+
+
+def transforms(crop: int, from_file: bool) -> Any:
+    from torchvision.transforms import v2
+
+    first: list[Any] = [v2.PILToTensor()] if from_file else []
+    random = [v2.RandomCrop(crop), v2.RandomHorizontalFlip()]
+    return v2.Compose([*first, *random, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+def jpeg_loader(files: Files, crop: int, batch: int) -> DataLoader:
+    from torchvision.datasets import ImageFolder
+
+    folder = ImageFolder(str(files.folder), transforms(crop, from_file=True))
+    return DataLoader(folder, batch, shuffle=True, num_workers=WORKERS, persistent_workers=True)
+
+
+def our_batches(files: Files, crop: int, batch: int, resident: Resident) -> Epoch:
+    """One epoch of augmented batches: crops, flips and colour as in the paper."""
+    config = AugmentConfig(crop_px=crop)
+    pixels = Pixels(files.store, torch.device("cpu"), resident)
+    loader = EpochLoader(pixels, torch.arange(len(files.store)), files.px, config, batch, seed=0)
+    augment = Augment(config, files.px, statistics_of(files.store))
+
+    def epoch() -> Iterator[tuple[Tensor, Batch]]:
+        for taken in loader:
+            yield augment(taken.images, taken.draws), taken
+
+    return epoch
+
+
+def drain(batches: Callable[[], Any]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in batches():
+            pass
+
+    return run
+
+
+def data_rows(config: Benchmark) -> Iterator[Row]:
+    images, crop, batch = (256 if config.quick else 1024), 224, config.batch_of()
+    with tempfile.TemporaryDirectory() as directory:
+        files = Files(Path(directory), images, px=256)
+        jpeg = jpeg_loader(files, crop, batch)
+        stored = DataLoader(
+            StoredImages(files.store, transforms(crop, from_file=False)),
+            batch,
+            shuffle=True,
+            num_workers=WORKERS,
+            persistent_workers=True,
+        )
+        contestants = [
+            Contestant("store, resident", Kind.ours, drain(our_batches(files, crop, batch, Resident.always))),
+            Contestant(
+                "store, memory-mapped", Kind.ours, drain(our_batches(files, crop, batch, Resident.never))
+            ),
+            Contestant("ImageFolder + DataLoader", Kind.baseline, drain(lambda: iter(jpeg))),
+            Contestant("store in a plain DataLoader", Kind.yardstick, drain(lambda: iter(stored))),
+        ]
+        rounds = config.interleaved_rounds
+        row = "images -> augmented batches, 256 -> 224"
+        yield from interleave("data", row, "float32", contestants, rounds, images)
+
+
+def end_to_end_rows(config: Benchmark) -> Iterator[Row]:
+    """An epoch of `mini` on 64-pixel images, and what Lightning adds to it."""
+    model, dtype = "mini", config.dtypes[-1]
+    batch = config.batch_of(model)
+    images, crop = batch * (4 if config.quick else 8), model_config(model).image_px
+    with tempfile.TemporaryDirectory() as directory:
+        files = Files(Path(directory), images, px=64)
+        contestants = [
+            Contestant("store, bare loop", Kind.ours, _bare_loop(files, model, crop, batch, dtype)),
+            Contestant("the same without data", Kind.yardstick, _steps_only(model, images, batch, dtype)),
+            Contestant("JPEG, stock compiled", Kind.baseline, _stock_loop(files, model, crop, batch, dtype)),
+        ]
+        rounds = config.interleaved_rounds
+        row = f"epoch of mini, 64 -> 56, batch {batch}"
+        yield from interleave("end_to_end", row, dtype, contestants, rounds, images)
+        # The same LightningModule in both, so that the difference is the trainer's alone.
+        loop = Loop(files, model, crop, batch, dtype)
+        contestants = [
+            Contestant("Lightning", Kind.ours, loop.lightning),
+            Contestant("bare loop", Kind.baseline, loop.bare),
+        ]
+        row = f"the trainer, mini, batch {batch}"
+        yield from interleave("end_to_end", row, dtype, contestants, rounds, images)
+
+
+class Loop:
+    """One epoch of our LightningModule, with and without a Trainer, timed from the end of the first step."""
+
+    def __init__(self, files: Files, model: str, crop: int, batch: int, dtype: str) -> None:
+        data = DataConfig(root=str(files.store.path.parent), batch_size=batch, resident=Resident.always)
+        self.augment = AugmentConfig(crop_px=crop)
+        self.data = ImageData(data, self.augment)
+        self.data.setup("fit")
+        self.dtype, self.directory = getattr(torch, dtype), files.folder
+        self.classifier = Classifier(
+            model=plain(model_config(model)),
+            augment=plain(self.augment),
+            optim=plain(OptimConfig(lr=1e-6, schedule=Schedule.constant)),
+            backend=Backends(default=Backend.fastest).resolve("cpu"),
+            classes=[{"wnid": str(i), "words": str(i)} for i in range(CLASSES)],
+            px=files.px,
+            seed=0,
+            statistics=self.data.statistics,
+        )
+
+    def bare(self) -> float:
+        optimizer = build_optimizer(self.classifier.net, self.classifier.optim_config)
+        ends = []
+        for i, batch in enumerate(self.data.train_dataloader()):
+            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.classifier.training_step(batch, i)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ends.append(time.perf_counter())
+        return _per_epoch(ends)
+
+    def lightning(self) -> float:
+        clock = Clock()
+        precision: Any = "32-true" if self.dtype == torch.float32 else "bf16-mixed"
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            precision=precision,
+            max_epochs=1,
+            callbacks=[MetricsFile(self.directory / "metrics.csv"), clock],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(self.classifier, self.data)
+        return _per_epoch(clock.ends)
+
+
+class Clock(pl.Callback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *arguments: Any, **more: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def _per_epoch(ends: list[float]) -> float:
+    return (ends[-1] - ends[0]) * len(ends) / (len(ends) - 1)
+
+
+def _empty_task(model: str, crop: int, batch: int, dtype: str) -> Task:
+    images = torch.zeros(batch, 3, crop, crop).contiguous(memory_format=torch.channels_last)
+    return Task(model_config(model), images, torch.zeros(batch, dtype=torch.int64), getattr(torch, dtype))
+
+
+def _bare_loop(files: Files, model: str, crop: int, batch: int, dtype: str) -> Callable[[], None]:
+    epoch = our_batches(files, crop, batch, Resident.always)
+    given = _empty_task(model, crop, batch, dtype)
+    trainer = ours(given, "fastest", own_input=True)
+
+    def run() -> None:
+        for x, taken in epoch():
+            given.images, given.labels = x, taken.labels
+            trainer.run()
+
+    return run
+
+
+def _steps_only(model: str, images: int, batch: int, dtype: str) -> Callable[[], None]:
+    given = _empty_task(model, model_config(model).image_px, batch, dtype)
+    given.images.normal_(0, 50)
+    given.labels.random_(CLASSES)
+    trainer = ours(given, "fastest")
+
+    def run() -> None:
+        for _ in range(images // batch):
+            trainer.run()
+
+    return run
+
+
+def _stock_loop(files: Files, model: str, crop: int, batch: int, dtype: str) -> Callable[[], None]:
+    loader = jpeg_loader(files, crop, batch)
+    given = _empty_task(model, crop, batch, dtype)
+    net = stock_network(given.config)
+    net = net if dtype == "float32" else bfloat16_weights(net)
+    step = stock_step(net, given, tuned=True, compiled=True, own_input=True)
+
+    def run() -> None:
+        for given.images, given.labels in loader:
+            step()
+
+    return run

@@ -1,0 +1,152 @@
+"""Suite `layers`: the response norm, the block, and each convolution, forward and backward."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet.bench import Benchmark
+from alexnet.bench.networks import model_config
+from alexnet.bench.timing import Contestant, Kind, Machine, Row, interleave
+from alexnet.layers import local_response_norm, relu_lrn_pool
+from alexnet.layers.backend import pair_for
+
+NORM = 5, 5e-4, 0.75, 2.0  # the paper's, alpha times the window
+# (C, side, towers) where the paper's norms stand, and the parts of a tensor that the fused work must move: LRN
+# reads x, writes y, then reads dy and x and writes dx; the block writes and reads a quarter of it between.
+SHAPES = ((96, 55), (256, 27))
+NORM_MOVES, BLOCK_MOVES = 5.0, 3.5
+
+# conv1 .. conv5 of `paper`: C, O, input side, kernel, stride, (left, right, top, bottom), groups.
+CONVOLUTIONS = {
+    "conv1": (3, 96, 224, 11, 4, (0, 3, 0, 3), 1),
+    "conv2": (96, 256, 27, 5, 1, (2, 2, 2, 2), 2),
+    "conv3": (256, 384, 13, 3, 1, (1, 1, 1, 1), 1),
+    "conv4": (384, 384, 13, 3, 1, (1, 1, 1, 1), 2),
+    "conv5": (384, 256, 13, 3, 1, (1, 1, 1, 1), 2),
+}
+
+
+def rows(config: Benchmark, machine: Machine) -> Iterator[Row]:
+    for dtype in config.dtypes:
+        for channels, side in SHAPES:
+            yield from _norm_rows(config, machine, dtype, channels, side)
+        for name in CONVOLUTIONS:
+            yield from _convolution_rows(config, machine, dtype, name)
+
+
+def noise(config: Benchmark, dtype: str, *shape: int) -> Tensor:
+    """Standard normals, channels-last."""
+    x = torch.randn(*shape, device=config.device).to(getattr(torch, dtype))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def both_ways(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    """The function and its gradient, for a fixed cotangent."""
+    leaf = x.detach().requires_grad_()
+    dy: list[Tensor] = []
+
+    def run() -> object:
+        y = function(leaf)
+        if not dy:
+            dy.append(torch.randn_like(y))
+        return torch.autograd.grad(y, leaf, dy[0])
+
+    return run
+
+
+def _norm_rows(config: Benchmark, machine: Machine, dtype: str, channels: int, side: int) -> Iterator[Row]:
+    x = 10 * noise(config, dtype, config.batch_of(), channels, side, side)
+    shape = f"({len(x)},{channels},{side},{side})"
+    copy = Contestant("copy", Kind.yardstick, x.clone)
+    wide = dtype != "float32"  # torch's norm has no bfloat16 kernel on a CPU
+
+    def norm(x: Tensor) -> Tensor:
+        return F.local_response_norm(x, *NORM)
+
+    def block(x: Tensor) -> Tensor:
+        a = F.relu(x)
+        b = norm(a.float()).to(a.dtype) if wide else norm(a)
+        return F.max_pool2d(b, 3, 2, ceil_mode=True)
+
+    def our_norm(x: Tensor) -> Tensor:
+        return local_response_norm(x, *NORM, backend="compiled")
+
+    def our_block(x: Tensor) -> Tensor:
+        return relu_lrn_pool(x, *NORM, backend="compiled")
+
+    for name, mine, theirs, moves in (
+        ("response norm", our_norm, norm, NORM_MOVES),
+        ("ReLU + norm + pool", our_block, block, BLOCK_MOVES),
+    ):
+        if config.only not in name:
+            continue
+        with_float32 = " (norm in float32)" if wide and theirs is block else ""
+        contestants = [
+            Contestant("compiled pair", Kind.ours, both_ways(mine, x)),
+            Contestant(f"stock eager{with_float32}", Kind.baseline, both_ways(theirs, x)),
+            Contestant(f"stock compiled{with_float32}", Kind.baseline, both_ways(torch.compile(theirs), x)),
+            copy,
+        ]
+        bound = machine.move_ms(moves * x.nbytes)
+        rounds = config.interleaved_rounds
+        yield from interleave("layers", f"{name} {shape}", dtype, contestants, rounds, bound_ms=bound)
+
+
+def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str) -> Iterator[Row]:
+    C, O, side, kernel, stride, sides, groups = CONVOLUTIONS[name]  # noqa: E741
+    if config.only not in name:
+        return
+    x = noise(config, dtype, config.batch_of(), C, side, side)
+    w, b = (
+        noise(config, dtype, O, C // groups, kernel, kernel),
+        torch.zeros(O, dtype=x.dtype, device=x.device),
+    )
+    geometry = (stride, stride), sides, groups
+    ours, library = pair_for("conv2d", "compiled"), pair_for("conv2d", "library")
+    assert ours is not None
+    assert library is not None
+    y, *saved = ours.forward(x, w, b, *geometry)
+    dy = torch.randn_like(y)
+    asymmetric = sides[0] != sides[1]
+
+    def native() -> Tensor:
+        padded = F.pad(x, sides) if asymmetric else x
+        return F.conv2d(padded, w, b, stride, 0 if asymmetric else sides[0], 1, groups)
+
+    def kernel_of_the_library(*needs: bool) -> object:
+        padded = F.pad(x, sides) if asymmetric else x
+        padding = [0, 0] if asymmetric else [sides[2], sides[0]]
+        operands = dy, padded, w, [O], [stride] * 2, padding, [1, 1], False, [0, 0], groups, list(needs)
+        return torch.ops.aten.convolution_backward(*operands)
+
+    def gradient(*needs: bool) -> object:
+        return ours.backward(dy, *saved, *geometry, needs)
+
+    parts: dict[str, list[Contestant]] = {
+        "forward": [
+            Contestant("ours", Kind.ours, lambda: ours.forward(x, w, b, *geometry)),
+            Contestant("library", Kind.baseline, native),
+        ],
+        "weight gradient": [
+            Contestant("ours", Kind.ours, lambda: gradient(False, True, False)),
+            Contestant("library", Kind.baseline, lambda: kernel_of_the_library(False, True, False)),
+        ],
+    }
+    if name != "conv1":  # nobody needs the gradient of the image
+        parts["input gradient"] = [
+            Contestant("ours", Kind.ours, lambda: gradient(True, False, False)),
+            Contestant("library", Kind.baseline, lambda: kernel_of_the_library(True, False, False)),
+        ]
+    macs = {layer.name: layer.macs for layer in _paper_layers()}[name] * len(x)
+    for part, contestants in parts.items():
+        bound = machine.multiply_ms(macs, dtype)
+        rounds = config.interleaved_rounds
+        yield from interleave("layers", f"{name} {part}", dtype, contestants, rounds, bound_ms=bound)
+
+
+def _paper_layers() -> list:
+    from alexnet.model import layer_table
+
+    return layer_table(model_config("paper"))

@@ -1,0 +1,226 @@
+"""The networks that compete: ours, the same of stock modules, and torchvision's, each with a training step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alexnet.bench.timing import Contestant, Kind
+from alexnet.classifier import typed
+from alexnet.layers import Backends, cross_entropy
+from alexnet.model import AlexNet, ModelConfig, Ties, layer_table
+from alexnet.optim import OptimConfig, parameter_groups
+from alexnet.optim_masters import FusedKrizhevsky, Shadows
+
+CLASSES = 1000
+RATE = 1e-6  # so small that a hundred steps on noise do no harm
+TUNED = "channels-last, fused SGD"
+
+MODELS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # conf/model/mini.yaml
+    "mini": {
+        "image_px": 56,
+        "kernel_size": [7, 5, 3, 3, 3],
+        "stride": [2, 1, 1, 1, 1],
+        "padding": [[1, 2, 1, 2], [2, 2, 2, 2], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]],
+        "hidden": [2048, 2048],
+    },
+}
+
+
+def model_config(model: str) -> ModelConfig:
+    return typed(ModelConfig, {**MODELS[model], "num_classes": CLASSES})
+
+
+@dataclass
+class Task:
+    """What every contestant of a row is given."""
+
+    config: ModelConfig
+    images: Tensor  # (N, 3, px, px) float32 in 0..255 minus the mean, channels-last
+    labels: Tensor
+    dtype: torch.dtype
+
+    @property
+    def cast(self) -> Tensor:
+        return self.images.to(self.dtype)
+
+
+def task(model: str, batch: int, dtype: str, device: str) -> Task:
+    config = model_config(model)
+    generator = torch.Generator().manual_seed(0)
+    images = 50 * torch.randn(batch, 3, config.image_px, config.image_px, generator=generator)
+    labels = torch.randint(CLASSES, (batch,), generator=generator)
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    return Task(config, images, labels.to(device), getattr(torch, dtype))
+
+
+def multiply_adds(config: ModelConfig) -> float:
+    """Of one image in a training step: forward, and two products as large backward; conv1 has no input gradient."""
+    macs = {row.name: row.macs for row in layer_table(config)}
+    return 3 * sum(macs.values()) - macs["conv1"]
+
+
+def ours(task: Task, backend: str, own_input: bool = False) -> Contestant:
+    """Our network and update: float32, or bfloat16 shadows of float32 masters.
+
+    own_input: the caller puts a new batch into the task before each step, and its cast is part of the step.
+    """
+    device = task.images.device
+    net = AlexNet(task.config, Backends(default=backend).resolve(device.type), seed=0)  # type: ignore[arg-type]
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    shadows = None if task.dtype == torch.float32 else Shadows(net, task.dtype)
+    optimizer = FusedKrizhevsky(parameter_groups(net, OptimConfig(lr=RATE)), shadows, lr=RATE)
+    forward, cast, key = shadows or net, task.cast, torch.tensor(7, device=device)
+
+    def step() -> None:
+        x = task.cast if own_input else cast
+        optimizer.zero_grad()
+        loss = cross_entropy(forward(x, key), task.labels, backend=net.backends["cross_entropy"])
+        loss.backward()
+        optimizer.step()
+
+    return Contestant(backend, Kind.ours, step)
+
+
+def stock_network(config: ModelConfig) -> nn.Sequential:
+    """The same network of torch.nn modules, as one would write it: norms over all maps, first tie wins."""
+    modules: list[nn.Module] = []
+    inputs, groups = 3, (1, config.towers, 1, config.towers, config.towers)
+    for i, outputs in enumerate(config.widths):
+        left, right, top, bottom = config.padding[i]
+        if (left, top) != (right, bottom):
+            modules.append(nn.ZeroPad2d((left, right, top, bottom)))
+        symmetric = 0 if (left, top) != (right, bottom) else left
+        kernel, stride = config.kernel_size[i], config.stride[i]
+        modules += [nn.Conv2d(inputs, outputs, kernel, stride, symmetric, groups=groups[i]), nn.ReLU()]
+        if i < 2:
+            alpha = config.lrn_alpha * config.lrn_size  # nn.LocalResponseNorm divides it
+            modules.append(nn.LocalResponseNorm(config.lrn_size, alpha, config.lrn_beta, config.lrn_k))
+        if i in (0, 1, 4):
+            modules.append(nn.MaxPool2d(3, 2, ceil_mode=True))
+        inputs = outputs
+    flat = {row.name: row for row in layer_table(config)}["pool5"]
+    features, (fc6, fc7) = flat.channels * flat.px**2, config.hidden
+    modules += [nn.Flatten(), nn.Linear(features, fc6), nn.ReLU(), nn.Dropout(config.dropout)]
+    modules += [nn.Linear(fc6, fc7), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(fc7, config.classes)]
+    return nn.Sequential(*modules)
+
+
+class Float32Norm(nn.LocalResponseNorm):
+    """torch's norm has no bfloat16 kernel on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def bfloat16_weights(net: nn.Sequential) -> nn.Sequential:
+    """The weights themselves in bfloat16, the norms in float32: the cheapest form that stock modules have."""
+    modules = [
+        Float32Norm(m.size, m.alpha, m.beta, m.k) if isinstance(m, nn.LocalResponseNorm) else m for m in net
+    ]
+    return nn.Sequential(*modules).bfloat16()
+
+
+def stock_step(
+    net: nn.Module,
+    task: Task,
+    tuned: bool,
+    autocast: bool = False,
+    compiled: bool = False,
+    own_input: bool = False,
+) -> Callable[[], None]:
+    """A step of stock modules: torch's loss and SGD, no `.item()`. Tuned: channels-last and fused SGD."""
+    layout = torch.channels_last if tuned else torch.contiguous_format
+    device = task.images.device
+    net.to(device, memory_format=layout)  # type: ignore[call-overload]
+
+    def given() -> Tensor:
+        return (task.images if autocast else task.cast).contiguous(memory_format=layout)
+
+    optimizer = torch.optim.SGD(net.parameters(), RATE, 0.9, weight_decay=5e-4, fused=tuned or None)
+    forward, fixed = torch.compile(net) if compiled else net, given()
+
+    def step() -> None:
+        x = given() if own_input else fixed
+        optimizer.zero_grad()
+        with torch.autocast(device.type, task.dtype, enabled=autocast):
+            loss = F.cross_entropy(forward(x).float(), task.labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def stock(task: Task, quick: bool) -> list[Contestant]:
+    """Every form of the stock network worth timing: which is the best differs from machine to machine."""
+
+    def form(name: str, **how: bool) -> Contestant:
+        net = stock_network(task.config)
+        weights = how.pop("weights", False)
+        step = stock_step(bfloat16_weights(net) if weights else net, task, **how)
+        return Contestant(name, Kind.baseline, step)
+
+    if task.dtype == torch.float32:
+        forms = [
+            form(f"stock eager, {TUNED}", tuned=True),
+            form(f"stock compiled, {TUNED}", tuned=True, compiled=True),
+        ]
+        more = [form("stock eager", tuned=False), form("stock compiled", tuned=False, compiled=True)]
+        return forms if quick else forms + more
+    forms = [
+        form(f"stock eager, bf16 weights, {TUNED}", tuned=True, weights=True),
+        form(f"stock compiled, bf16 weights, {TUNED}", tuned=True, weights=True, compiled=True),
+    ]
+    more = [
+        form("stock eager, autocast", tuned=False, autocast=True),
+        form(f"stock eager, autocast, {TUNED}", tuned=True, autocast=True),
+        form("stock compiled, autocast", tuned=False, autocast=True, compiled=True),
+        form(f"stock compiled, autocast, {TUNED}", tuned=True, autocast=True, compiled=True),
+    ]
+    return forms if quick else forms + more
+
+
+def torchvision_step(task: Task, compiled: bool) -> Contestant:
+    """torchvision's alexnet (one tower, no response norm), tuned; a yardstick of another network."""
+    from torchvision.models import alexnet
+
+    net = alexnet(num_classes=task.config.classes).to(task.dtype)
+    name = f"torchvision {'compiled' if compiled else 'eager'}, no norm, {TUNED}"
+    return Contestant(name, Kind.yardstick, stock_step(net, task, tuned=True, compiled=compiled))
+
+
+def check(model: str, backend: str, device: str) -> float:
+    """Largest relative difference of loss gradients: ours from the reference, the reference from the stock modules.
+
+    In float32, two images, without dropout. Raises AssertionError above 1e-4.
+    """
+    given = task(model, 2, "float32", device)
+    common = replace(given.config, lrn_within_tower=False, pool_ties=Ties.first, dropout=0.0)
+    stock_net = stock_network(common).to(device)
+    gradients = {}
+    for name in ("reference", backend):
+        net = AlexNet(common, Backends(default=name).resolve(given.images.device.type), seed=0).to(device)  # type: ignore[arg-type]
+        if name == "reference":
+            for theirs, our in zip(stock_net.parameters(), net.parameters(), strict=True):
+                theirs.data.copy_(our.data)
+        gradients[name] = _gradients(net, given)
+    gradients["stock"] = _gradients(stock_net, given)
+    return max(_difference(gradients["reference"], gradients[other]) for other in (backend, "stock"))
+
+
+def _gradients(net: nn.Module, given: Task) -> list[Tensor]:
+    loss = F.cross_entropy(net(given.images), given.labels)
+    return list(torch.autograd.grad(loss, list(net.parameters())))
+
+
+def _difference(expected: list[Tensor], actual: list[Tensor]) -> float:
+    worst = max(
+        float((a - e).norm() / e.norm().clamp(min=1e-12)) for e, a in zip(expected, actual, strict=True)
+    )
+    assert worst < 1e-4, f"gradients differ by {worst:.1e}: nothing is timed"
+    return worst

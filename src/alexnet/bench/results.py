@@ -1,0 +1,185 @@
+"""What a run of the benchmark leaves: a table for the terminal, CSV, JSON, Markdown and a picture."""
+
+import csv
+import json
+import math
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet.bench import Benchmark, Suite
+from alexnet.bench.timing import Kind, Machine, Row, measured_machine
+
+COLUMNS = (
+    *("suite", "row", "dtype", "contestant", "kind", "images", "ms", "ms_low", "ms_high", "rounds"),
+    *("compile_s", "bound_ms", "share_of_bound", "images_per_second", "peak_mib", "note"),
+)
+
+
+def benchmark(config: Benchmark) -> list[Row]:
+    """Runs the suites and writes <output_dir>/benchmark/. Returns every row."""
+    from alexnet.allocator import keep_freed_memory
+    from alexnet.bench import data, layers, steps
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    tuned = config.tuned_allocator and keep_freed_memory()
+    machine = measured_machine(config.dtypes, config.device)
+    about = describe(config, machine, tuned)
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+    suites: dict[Suite, Iterable[Row]] = {
+        Suite.layers: layers.rows(config, machine),
+        Suite.step: steps.step_rows(config, machine),
+        Suite.data: data.data_rows(config),
+        Suite.end_to_end: data.end_to_end_rows(config),
+        Suite.memory: steps.memory_rows(config),
+    }
+    rows = [row for suite in config.suites for row in suites[suite]]
+    write(rows, about, Path(config.output_dir) / "benchmark")
+    return rows
+
+
+def describe(config: Benchmark, machine: Machine, tuned: bool) -> dict[str, Any]:
+    """The machine, the versions and the two rates that the bounds come from."""
+    rates = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in machine.flops.items())
+    return {
+        "processor": processor(config.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "allocator": "keeps freed memory" if tuned else "default",
+        "copy": f"{machine.copy_bytes_per_s / 1e9:.1f} GB/s, read and written",
+        "matrix product": rates,
+        "date": time.strftime("%Y-%m-%d"),
+        "quick": config.quick,
+    }
+
+
+def processor(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    features = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{len(names)} x {names[0]} ({', '.join(features)})" if names else platform.processor()
+
+
+def groups(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows by what they are about: (suite, row, type)."""
+    by: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        by.setdefault((row.suite, row.row, row.dtype), []).append(row)
+    return by
+
+
+def ratio(ours: Row, group: list[Row], kind: Kind) -> tuple[float, str]:
+    """How many times faster (or, for memory, smaller) ours is than the best of a kind, and which that is."""
+    others = [r for r in group if r.kind == kind and not math.isnan(amount(r))]
+    if not others:
+        return float("nan"), ""
+    best = min(others, key=amount)
+    return amount(best) / amount(ours), best.contestant
+
+
+def amount(row: Row) -> float:
+    """What the row is about: milliseconds, or MiB in the suite `memory`."""
+    return row.peak_mib if row.suite == Suite.memory else row.ms
+
+
+def headlines(rows: list[Row]) -> list[dict[str, Any]]:
+    """One line for each of ours: beside the best baseline, and beside stock as people run it."""
+    lines = []
+    for (suite, name, dtype), group in groups(rows).items():
+        for row in group:
+            if row.kind != Kind.ours:
+                continue
+            best, against = ratio(row, group, Kind.baseline)
+            as_run, _ = ratio(row, group, Kind.as_run)
+            lines.append(
+                {
+                    "suite": suite,
+                    "row": name,
+                    "dtype": dtype,
+                    "ours": row.contestant,
+                    "amount": amount(row),
+                    "low": row.ms_low,
+                    "high": row.ms_high,
+                    "images_per_second": row.images_per_second,
+                    "share_of_bound": row.share_of_bound,
+                    "ratio": best,
+                    "baseline": against,
+                    "ratio_as_run": as_run,
+                }
+            )
+    return lines
+
+
+def markdown(rows: list[Row], about: dict[str, Any]) -> str:
+    """The README's table, under the machine and the date."""
+    head = [f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}."]
+    if about["quick"]:
+        head.append("Quick run: it shows that everything runs; its ratios mean nothing.")
+    table = [
+        "| | type | ours | median (spread) | share of bound | x best baseline | baseline | x as people run it |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in headlines(rows):
+        memory = line["suite"] == Suite.memory
+        spread = "" if memory else f" ({line['low']:.1f}-{line['high']:.1f})"
+        value = f"{line['amount']:.1f} {'MiB' if memory else 'ms'}{spread}"
+        cells = [line["row"], line["dtype"], line["ours"], value, _percent(line["share_of_bound"])]
+        cells += [_times(line["ratio"]), line["baseline"], _times(line["ratio_as_run"])]
+        table.append("| " + " | ".join(cells) + " |")
+    refused = [f"- {r.row}, {r.dtype}, {r.contestant}: {r.note}" for r in rows if r.note]
+    return "\n".join([*head, "", *table, *(["", *refused] if refused else []), ""])
+
+
+def _times(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def _percent(value: float) -> str:
+    return "" if math.isnan(value) else f"{100 * value:.0f} %"
+
+
+def write(rows: list[Row], about: dict[str, Any], directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows([getattr(row, column) for column in COLUMNS] for row in rows)
+    told = {"about": about, "headlines": headlines(rows), "rows": [asdict(row) for row in rows]}
+    (directory / "results.json").write_text(json.dumps(_finite(told), indent=1) + "\n")
+    text = markdown(rows, about)
+    (directory / "table.md").write_text(text)
+    print(f"\n{text}")
+    picture(rows, about, directory / "benchmark.png")
+    print(directory)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan: null instead."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def picture(rows: list[Row], about: dict[str, Any], path: Path) -> None:
+    """Bars of the ratios, if the plotting extra is installed."""
+    try:
+        from alexnet.figures import ratios_figure
+    except ModuleNotFoundError:
+        print("no picture: matplotlib is missing (pip install 'alexnet[plots]')")
+        return
+    lines = [line for line in headlines(rows) if not math.isnan(line["ratio"])]
+    names = [f"{line['row']}, {line['dtype']}: {line['ours']}" for line in lines]
+    title = f"{about['processor']}, {about['date']}" + (" (quick run)" if about["quick"] else "")
+    ratios_figure(names, [line["ratio"] for line in lines], path, "times the best baseline's speed", title)

@@ -1,0 +1,95 @@
+"""Suites `step` and `memory`: one training step of a whole network, its time and its peak of memory."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from alexnet.bench import Benchmark
+from alexnet.bench.networks import check, multiply_adds, ours, stock, task, torchvision_step
+from alexnet.bench.timing import Contestant, Kind, Machine, Row, interleave, print_row
+
+OURS = ("fast", "fastest")
+
+
+def step_rows(config: Benchmark, machine: Machine) -> Iterator[Row]:
+    for model in config.models:
+        if config.only not in model:
+            continue
+        for backend in OURS:
+            worst = check(model, backend, config.device)
+            print(
+                f"  {model}, {backend}: gradients equal the reference's and the stock modules' to {worst:.1e}"
+            )
+        for dtype in config.dtypes:
+            yield from _step_rows(config, machine, model, dtype)
+
+
+def _step_rows(config: Benchmark, machine: Machine, model: str, dtype: str) -> Iterator[Row]:
+    given = task(model, config.batch_of(model), dtype, config.device)
+    contestants = [ours(given, backend) for backend in OURS] + stock(given, config.quick)
+    if model == "paper" and dtype != "float32":
+        contestants += [torchvision_step(given, compiled) for compiled in (False, True)]
+    images = len(given.images)
+    bound = machine.multiply_ms(multiply_adds(given.config) * images, dtype)
+    name = f"step, {model}, batch {images}"
+    yield from interleave("step", name, dtype, contestants, config.interleaved_rounds, images, bound)
+    if config.device == "cpu":
+        yield alone(config, model, dtype, AS_RUN[dtype], "step", name, Kind.as_run, tuned_allocator=False)
+
+
+# How people run it: nothing tuned. In a type of its own process, since the allocator cannot be set back.
+AS_RUN = {"float32": "stock eager", "bfloat16": "stock eager, autocast"}
+
+
+def memory_rows(config: Benchmark) -> Iterator[Row]:
+    """Peak minus what the process held before its first step, with the default allocator."""
+    for model in config.models:
+        for dtype in config.dtypes:
+            name = f"memory, {model}, batch {config.batch_of(model)}"
+            best = {"float32": "stock compiled, ", "bfloat16": "stock compiled, bf16 weights, "}[dtype]
+            kinds = {"fast": Kind.ours, "fastest": Kind.ours, AS_RUN[dtype]: Kind.baseline}
+            kinds |= {} if config.quick else {best + "channels-last, fused SGD": Kind.baseline}
+            for contestant, kind in kinds.items():
+                yield alone(config, model, dtype, contestant, "memory", name, kind, tuned_allocator=False)
+
+
+def alone(
+    config: Benchmark,
+    model: str,
+    dtype: str,
+    contestant: str,
+    suite: str,
+    row: str,
+    kind: Kind,
+    tuned_allocator: bool,
+) -> Row:
+    """The step of one contestant in a fresh process (bench/alone.py)."""
+    batch, rounds = config.batch_of(model), config.interleaved_rounds
+    order = {
+        "model": model,
+        "batch": batch,
+        "dtype": dtype,
+        "contestant": contestant,
+        "rounds": rounds,
+        "threads": config.threads,
+        "device": config.device,
+        "tuned_allocator": tuned_allocator,
+    }
+    call = [sys.executable, "-m", "alexnet.bench.alone", json.dumps(order)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1]
+        result = Row(suite, row, dtype, contestant, kind, batch, note=said)
+    else:
+        told = json.loads(done.stdout.splitlines()[-1])
+        result = Row(suite, row, dtype, contestant, kind, batch, rounds=rounds, **told)
+    print_row(result)
+    return result
+
+
+def contestant_named(name: str, model: str, batch: int, dtype: str, device: str) -> Contestant:
+    given = task(model, batch, dtype, device)
+    if name in OURS:
+        return ours(given, name)
+    return next(c for c in stock(given, quick=False) if c.name == name)
