@@ -78,9 +78,12 @@ def groups(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return by
 
 
-def ratio(ours: Row, group: list[Row], kind: Kind) -> tuple[float, str]:
-    """How many times faster (or, for memory, smaller) ours is than the best of a kind, and which that is."""
-    others = [r for r in group if r.kind == kind and not math.isnan(amount(r))]
+def ratio(ours: Row, group: list[Row], kind: Kind, word: str = "") -> tuple[float, str]:
+    """How many times faster (or, for memory, smaller) ours is than the best of a kind, and which that is.
+
+    Only those with `word` in their name.
+    """
+    others = [r for r in group if r.kind == kind and word in r.contestant and not math.isnan(amount(r))]
     if not others:
         return float("nan"), ""
     best = min(others, key=amount)
@@ -100,6 +103,8 @@ def headlines(rows: list[Row]) -> list[dict[str, Any]]:
             if row.kind != Kind.ours:
                 continue
             best, against = ratio(row, group, Kind.baseline)
+            eager, _ = ratio(row, group, Kind.baseline, "eager")
+            torchvision, _ = ratio(row, group, Kind.yardstick, "torchvision")
             as_run, _ = ratio(row, group, Kind.as_run)
             lines.append(
                 {
@@ -114,6 +119,8 @@ def headlines(rows: list[Row]) -> list[dict[str, Any]]:
                     "share_of_bound": row.share_of_bound,
                     "ratio": best,
                     "baseline": against,
+                    "ratio_eager": eager,
+                    "ratio_torchvision": torchvision,
                     "ratio_as_run": as_run,
                 }
             )
@@ -126,15 +133,17 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     if about["quick"]:
         head.append("Quick run: it shows that everything runs; its ratios mean nothing.")
     table = [
-        "| | type | ours | median (spread) | share of bound | x best baseline | baseline | x as people run it |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | type | ours | median (spread) | of the bound | x best baseline | which | x eager | x torchvision |"
+        " x as run |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in headlines(rows):
         memory = line["suite"] == Suite.memory
         spread = "" if memory else f" ({line['low']:.1f}-{line['high']:.1f})"
         value = f"{line['amount']:.1f} {'MiB' if memory else 'ms'}{spread}"
         cells = [line["row"], line["dtype"], line["ours"], value, _percent(line["share_of_bound"])]
-        cells += [_times(line["ratio"]), line["baseline"], _times(line["ratio_as_run"])]
+        cells += [_times(line["ratio"]), line["baseline"]]
+        cells += [_times(line[key]) for key in ("ratio_eager", "ratio_torchvision", "ratio_as_run")]
         table.append("| " + " | ".join(cells) + " |")
     refused = [f"- {r.row}, {r.dtype}, {r.contestant}: {r.note}" for r in rows if r.note]
     return "\n".join([*head, "", *table, *(["", *refused] if refused else []), ""])

@@ -6,23 +6,24 @@ import sys
 from collections.abc import Iterator
 
 from alexnet.bench import Benchmark
-from alexnet.bench.networks import check, multiply_adds, ours, stock, task, torchvision_step
+from alexnet.bench.networks import TUNED, check, multiply_adds, ours, stock, task, torchvision_step
 from alexnet.bench.timing import Contestant, Kind, Machine, Row, interleave, print_row
 
 OURS = ("fast", "fastest")
 
 
 def step_rows(config: Benchmark, machine: Machine) -> Iterator[Row]:
-    for model in config.models:
-        if config.only not in model:
-            continue
+    for model, dtype in combinations(config):
         for backend in OURS:
-            worst = check(model, backend, config.device)
-            print(
-                f"  {model}, {backend}: gradients equal the reference's and the stock modules' to {worst:.1e}"
-            )
-        for dtype in config.dtypes:
-            yield from _step_rows(config, machine, model, dtype)
+            worst = check(model, backend, dtype, config.device)
+            print(f"  {model}, {dtype}, {backend}: gradients as they must be, to {worst:.1e}")
+        yield from _step_rows(config, machine, model, dtype)
+
+
+def combinations(config: Benchmark) -> list[tuple[str, str]]:
+    """Which networks in which types; quick leaves the small one to bfloat16."""
+    both = [(model, dtype) for model in config.models for dtype in config.dtypes if config.only in model]
+    return [pair for pair in both if not config.quick or pair != ("mini", "float32")]
 
 
 def _step_rows(config: Benchmark, machine: Machine, model: str, dtype: str) -> Iterator[Row]:
@@ -34,7 +35,7 @@ def _step_rows(config: Benchmark, machine: Machine, model: str, dtype: str) -> I
     bound = machine.multiply_ms(multiply_adds(given.config) * images, dtype)
     name = f"step, {model}, batch {images}"
     yield from interleave("step", name, dtype, contestants, config.interleaved_rounds, images, bound)
-    if config.device == "cpu":
+    if config.device == "cpu" and not config.quick:
         yield alone(config, model, dtype, AS_RUN[dtype], "step", name, Kind.as_run, tuned_allocator=False)
 
 
@@ -44,14 +45,14 @@ AS_RUN = {"float32": "stock eager", "bfloat16": "stock eager, autocast"}
 
 def memory_rows(config: Benchmark) -> Iterator[Row]:
     """Peak minus what the process held before its first step, with the default allocator."""
-    for model in config.models:
-        for dtype in config.dtypes:
-            name = f"memory, {model}, batch {config.batch_of(model)}"
-            best = {"float32": "stock compiled, ", "bfloat16": "stock compiled, bf16 weights, "}[dtype]
-            kinds = {"fast": Kind.ours, "fastest": Kind.ours, AS_RUN[dtype]: Kind.baseline}
-            kinds |= {} if config.quick else {best + "channels-last, fused SGD": Kind.baseline}
-            for contestant, kind in kinds.items():
-                yield alone(config, model, dtype, contestant, "memory", name, kind, tuned_allocator=False)
+    for model, dtype in combinations(config)[-1:] if config.quick else combinations(config):
+        name = f"memory, {model}, batch {config.batch_of(model)}"
+        compiled = "stock compiled, " + ("bf16 weights, " if dtype == "bfloat16" else "") + TUNED
+        kinds = {"fast": Kind.ours, AS_RUN[dtype]: Kind.baseline}
+        if not config.quick:
+            kinds |= {"fastest": Kind.ours, compiled: Kind.baseline}
+        for contestant, kind in kinds.items():
+            yield alone(config, model, dtype, contestant, "memory", name, kind, tuned_allocator=False)
 
 
 def alone(

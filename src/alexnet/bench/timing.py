@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NOTHING = float("nan")
@@ -129,7 +131,7 @@ class Machine:
     """What this machine did in this run."""
 
     copy_bytes_per_s: float  # read and written, of a tensor outside the caches
-    flops: dict[str, float]  # of a large matrix product, by type
+    flops: dict[str, float]  # of large products, by type
 
     def move_ms(self, moved: float) -> float:
         """Time to read or write so many bytes."""
@@ -140,12 +142,22 @@ class Machine:
 
 
 def measured_machine(dtypes: list[str], device: str) -> Machine:
+    """Rates of a copy outside the caches, and of the best of a matrix product (either way round) and a convolution."""
     big = torch.ones(2**26, device=device)  # 256 MB
-    side = 2048 if device == "cpu" else 8192
+    side, images = (2048, 32) if device == "cpu" else (8192, 1024)
     flops = {}
     for name in dtypes:
         a = torch.ones(side, side, dtype=getattr(torch, name), device=device)
-        flops[name] = 2 * side**3 / _fastest(lambda a=a: a @ a)  # type: ignore[misc]
+        x = torch.ones(images, 256, 13, 13, dtype=a.dtype, device=device).to(
+            memory_format=torch.channels_last
+        )
+        w = torch.ones(384, 256, 3, 3, dtype=a.dtype, device=device).to(memory_format=torch.channels_last)
+        work: dict[Callable[[], Tensor], float] = {
+            partial(torch.mm, a, a): side**3,
+            partial(torch.mm, a, a.T): side**3,
+            partial(F.conv2d, x, w, padding=1): images * 13**2 * w.numel(),
+        }
+        flops[name] = max(2 * multiply_adds / _fastest(run) for run, multiply_adds in work.items())
     return Machine(2 * big.nbytes / _fastest(big.clone), flops)
 
 

@@ -23,13 +23,14 @@ Stride u: *space to depth*. The pixels of every u x v block become u v channels,
 zeros to a multiple of the stride, becomes one of ceil(R/u) x ceil(S/v) taps at stride 1. The same numbers are
 multiplied, plus those zeros: exact. In bf16 conv1 runs so in the forward too (3 channels fill no vector; 48 do).
 
-Measured on two AVX-512 cores without AMX, one thread, batch 16, share of the library's speed, bf16 / float32:
+Float32 takes the reference's columns (im2col a few images at a time, which stay in the cache) and one product.
+Measured on a core with AVX-512 and no AMX, batch 16, as a share of the library's speed, float32 | bfloat16:
 
-                                    conv1     conv2     conv3     conv5
-    these shifted products         .75/.56   .77/.57   .83/.73   .80/.70
-    one im2col, one product        .61/.72   .67/.66   .90/.80   .84/.72
-    columns of a kernel row        .67/.66   .64/.56   .77/.80   .69/.62
-    batch and channels swapped     below .2
+                                 conv1       conv2       conv3       conv4       conv5
+    these shifted products     .41 | .68   .43 | .68   .76 | .77   .65 | .78   .66 | .75
+    columns, a few images      .65 | .61   .63 | .65   .90 | .84   .78 | .84   .68 | .72
+    columns of a kernel row    .55 | .66   .61 | .61   .89 | .83   .76 | .82   .68 | .74
+    batch and channels swapped, a convolution with a kernel as large as the image: below .2
 """
 
 import torch
@@ -39,6 +40,7 @@ from torch import Tensor
 from alexnet.layers.backend import wide
 from alexnet.layers.compiled.graph import batched, compiled
 from alexnet.layers.conv2d import Gradients, Sides, output_size
+from alexnet.layers.conv2d import conv2d_backward as by_columns
 
 Two = tuple[int, int]
 NO_SIDES = (0, 0, 0, 0)
@@ -81,12 +83,13 @@ def conv2d_backward(
     """dy (N, O, P, Q) -> dx, dw, db, all ours; None where `needs` says no."""
     dx = input_gradient(dy, x, w, stride, padding, groups) if needs[0] else None
     dw = None
-    if needs[1]:
-        if max(stride) > 1:
-            blocks = convolved if convolved is not x else space_to_depth(x, w, stride, padding, groups)
-            dw = kernel_from_depth(weight_gradient(dy, blocks, NO_SIDES, groups), w, stride)
-        else:
-            dw = weight_gradient(dy, x, padding, groups)
+    if needs[1] and wide(x.dtype) == x.dtype:
+        _, dw, _ = by_columns(dy, x, w, stride, padding, groups, (False, True, False))
+    elif needs[1] and max(stride) > 1:
+        blocks = convolved if convolved is not x else space_to_depth(x, w, stride, padding, groups)
+        dw = kernel_from_depth(weight_gradient(dy, blocks, NO_SIDES, groups), w, stride)
+    elif needs[1]:
+        dw = weight_gradient(dy, x, padding, groups)
     return dx, dw, bias_gradient(dy) if needs[2] else None
 
 
