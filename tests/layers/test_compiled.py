@@ -30,6 +30,8 @@ from alexnet.layers import (
     tanh,
 )
 from alexnet.layers.backend import OPERATIONS, PAIRS, pair_for
+from alexnet.layers.compiled.conv2d import kernel_from_depth, space_to_depth, weight_gradient
+from alexnet.layers.conv2d import _sides, _two, conv2d_backward, conv2d_forward
 from alexnet.model import AlexNet, ModelConfig
 
 pytestmark = COMPILES
@@ -107,6 +109,22 @@ def test_convolution_equals_the_reference(groups, stride, padding, backend):
     assert_equals_the_reference(convolution, *operands, backend=backend)
 
 
+@pytest.mark.parametrize(("groups", "stride", "padding"), GEOMETRIES)
+def test_shifted_products_are_the_weight_gradient(groups, stride, padding):
+    """What half types take, in float64."""
+    x, w = normals(3, 4, 13, 11), normals(6, 4 // groups, 3, 5)
+    stride, sides = _two(stride), _sides(padding)
+    y, *_ = conv2d_forward(x, w, None, stride, sides, groups)
+    dy = normals(*y.shape, seed=2)
+    _, expected, _ = conv2d_backward(dy, x, w, stride, sides, groups, (False, True, False))
+    if max(stride) > 1:
+        blocks = space_to_depth(x, w, stride, sides, groups)
+        ours = kernel_from_depth(weight_gradient(dy, blocks, (0, 0, 0, 0), groups), w, stride)
+    else:
+        ours = weight_gradient(dy, x, sides, groups)
+    torch.testing.assert_close(ours, expected, **EXACT)
+
+
 @pytest.mark.parametrize("backend", ["compiled", "library"])
 def test_space_to_depth_of_the_first_layer(backend):
     def convolution(x, w, b, backend):
@@ -154,9 +172,9 @@ class Trace(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradient_operators(backend):
+def gradient_operators(backend, dtype):
     pair = pair_for("conv2d", backend)
-    x, w, b = normals(2, 3, 20, 20), normals(6, 3, 5, 5), normals(6)
+    x, w, b = (t.to(dtype) for t in (normals(2, 3, 20, 20), normals(6, 3, 5, 5), normals(6)))
     geometry = (2, 2), (1, 1, 1, 1), 1
     y, *saved = pair.forward(x, w, b, *geometry)
     dy = torch.ones_like(y)
@@ -165,10 +183,12 @@ def gradient_operators(backend):
     return trace.names
 
 
-def test_no_gradient_kernel_of_the_library_in_fast():
-    assert "convolution_backward" not in gradient_operators("compiled")
-    assert "mm" in gradient_operators("compiled")
-    assert "convolution_backward" in gradient_operators("library")  # the trace can see one
+@pytest.mark.parametrize(("dtype", "product"), [(torch.float32, "bmm"), (torch.bfloat16, "mm")])
+def test_no_gradient_kernel_of_the_library_in_fast(dtype, product):
+    ours = gradient_operators("compiled", dtype)
+    assert product in ours
+    assert not {name for name in ours if "backward" in name}
+    assert "convolution_backward" in gradient_operators("library", dtype)  # the trace can see one
 
 
 def small_net(backend="compiled", convolution="compiled"):
