@@ -148,7 +148,8 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_run_record_holds_only_plain_data(compose: Callable[..., Any]) -> None:
-    identity = build.identity(compose())
+    config = compose()
+    identity = build.identity(config, build.image_data(config))
     assert pickle.loads(pickle.dumps(identity)) == identity
     assert OmegaConf.create(identity)
     assert "output_dir" not in identity

@@ -16,15 +16,16 @@ import pytest
 import torch
 
 from alexnet import build
-from alexnet.callbacks import Stalled, Watchdog
+from alexnet.callbacks import BestCheckpoint, Stalled, Watchdog
 from alexnet.checkpoint import load, read
 from alexnet.config import CONF, Evaluate
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.evaluate import evaluate
 from alexnet.layers import Backend, Backends
-from alexnet.train import train
+from alexnet.train import read_metrics, train
 from tests.conftest import SMALL_NET
+from tests.test_resume import Crash, crash_at
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,95 @@ def test_one_image_per_class_leaves_no_holdout_and_trains_all_the_same(
     assert train(compose(*few)) is None
     with pytest.raises(UserError, match=r"optim\.schedule=plateau, but .* holds no holdout images"):
         train(compose(*few, "optim.schedule=plateau", "name=plateau"))
+
+
+def test_holdout_loss_is_the_mean_over_images_whatever_the_batches(
+    run: Path, data_dir: Path, compose: Callable[..., Any]
+) -> None:
+    """Ten holdout images in batches of 7 and 3, against evaluation of the same weights in one batch."""
+    config = compose("data.eval_batch_size=7", "optim.epochs=1", "name=ragged")
+    train(config)
+    directory = build.run_directory(config)
+    (result,) = evaluate(
+        Evaluate(str(directory / "checkpoints/last.ckpt"), split="holdout", data_dir=str(data_dir))
+    )
+    with (directory / "metrics.csv").open() as file:
+        logged = next(float(row["holdout/loss"]) for row in csv.DictReader(file) if row["holdout/loss"])
+    assert logged == pytest.approx(result.cross_entropy.value, rel=1e-5)
+
+
+def test_a_mistake_leaves_nothing_behind(compose: Callable[..., Any], tmp_path: Path) -> None:
+    for mistake in ("model.image_px=4", "trainer.precision=fp8", "data.batch_size=0", "model.pool_stride=0"):
+        with pytest.raises(Exception):  # noqa: B017, PT011 (ours, or what instantiate makes of lightning's)
+            build.training(compose(mistake))
+        assert not (tmp_path / "train").exists(), mistake
+
+
+def test_probing_deletes_nothing(run: Path, compose: Callable[..., Any]) -> None:
+    train(compose(f"output_dir={run.parents[2]}", "name=done", "probe=true", "overwrite=true"))
+    assert (run / "checkpoints" / "best.ckpt").exists()
+
+
+def test_other_images_under_the_same_name_are_another_run(
+    compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("a", "b")):
+        root = str(tmp_path / name)
+        prepare(PrepareConfig(name="synthetic", root=root, n_train=40, n_val=10, workers=0, seed=seed))
+    build.training(compose(f"data.root={tmp_path / 'a'}"))
+    with pytest.raises(UserError, match=r"holds a run with another configuration \(store\."):
+        build.training(compose(f"data.root={tmp_path / 'b'}"))
+
+
+def test_a_missing_val_store_is_found_before_training(
+    compose: Callable[..., Any], data_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data_dir / "synthetic" / "train", tmp_path / "half" / "train")
+    with pytest.raises(UserError, match=r"has no val store: set evaluate=false"):
+        build.training(compose("data.name=half", f"data.root={tmp_path / 'half'}"))
+
+
+def test_a_split_is_read_from_its_own_store(run: Path, data_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"holds the train images: give the val store"):
+        evaluate(Evaluate(str(run), store=str(data_dir / "synthetic" / "train")))
+
+
+def test_a_moved_run_remembers_its_best_epoch(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    overrides = ["evaluate=false", "optim.epochs=3"]
+    here = compose(*overrides, f"output_dir={tmp_path / 'here'}")
+    with monkeypatch.context() as patch:
+        crash_at(patch, 16)
+        with pytest.raises(Crash):
+            train(here)
+    (tmp_path / "here").rename(tmp_path / "there")
+    there = build.training(compose(*overrides, f"output_dir={tmp_path / 'there'}"))
+    there.fit()
+    best = next(c for c in there.trainer.callbacks if isinstance(c, BestCheckpoint))
+    errors = [
+        float(row["holdout/top1_error"])
+        for row in read_metrics(there.directory / "metrics.csv")
+        if row["holdout/loss"]
+    ]
+    assert float(best.best_model_score) == min(errors)
+    assert Path(best.best_model_path).parent == (there.directory / "checkpoints").resolve()
+
+
+def test_a_subset_is_prepared_under_its_own_name(tmp_path: Path) -> None:
+    script = str(CONF.parent / "scripts" / "prepare_data.py")
+    command = [
+        sys.executable,
+        script,
+        f"data_dir={tmp_path}",
+        "name=few",
+        "n_train=20",
+        "n_val=10",
+        "workers=0",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"few"}
 
 
 def test_a_finished_run_is_shown_not_repeated(run: Path, compose: Callable[..., Any]) -> None:

@@ -22,7 +22,7 @@ from alexnet.callbacks import (
 )
 from alexnet.classifier import Classifier, plain
 from alexnet.config import Train
-from alexnet.data.module import ImageData
+from alexnet.data.module import ImageData, check_batch_size
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.optim import Schedule
@@ -38,6 +38,7 @@ NOT_IDENTITY = (
     "watchdog",
     "watchdog_steps",
     "evaluate",
+    "checkpoint_every",
 )
 
 
@@ -60,6 +61,17 @@ class Training:
     def best_checkpoint(self) -> Path:
         """The epoch with the lowest holdout error; the last one where there is no holdout."""
         return self.directory / "checkpoints" / ("best.ckpt" if self.has_holdout else "last.ckpt")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backends were resolved for; after `fit`, lightning has moved the module to the CPU."""
+        return torch.device(self.record.content["resolved"]["device"])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        metrics = next(c for c in self.trainer.callbacks if isinstance(c, MetricsFile))  # type: ignore[attr-defined]
+        return metrics.seconds()
 
     @property
     def has_holdout(self) -> bool:
@@ -92,11 +104,8 @@ def training(config: Train) -> Training:
     precision = precision_for(config.trainer["precision"], device_type)
     backend = config.backend.resolve(device_type)
     directory = run_directory(config)
-    rank_zero = is_rank_zero()
-    if config.overwrite and rank_zero:
-        shutil.rmtree(directory, ignore_errors=True)
     resolved = {"backend": backend, "precision": precision, "device": device_type}
-    record = open_record(directory, identity(config), resolved, write=rank_zero and not config.probe)
+    record = open_record(directory, identity(config, data), resolved, fresh=config.overwrite)
     classifier = Classifier(
         model=plain(config.model),
         augment=plain(config.augment),
@@ -109,15 +118,25 @@ def training(config: Train) -> Training:
         statistics=data.statistics,
     )
     has_holdout = len(data.split[1]) > 0
-    return Training(classifier, data, trainer(config, directory, precision, has_holdout), record, directory)
+    made = trainer(config, directory, precision, has_holdout)
+    check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)
+    if is_rank_zero() and not config.probe and not record.finished:
+        if config.overwrite:
+            shutil.rmtree(directory, ignore_errors=True)
+        record.start(resolved)
+    return Training(classifier, data, made, record, directory)
 
 
-def identity(config: Train) -> dict[str, Any]:
-    """What decides whether two runs are the same."""
+def identity(config: Train, data: ImageData) -> dict[str, Any]:
+    """What decides whether two runs are the same: the configuration, and the images and split it is about."""
     content = plain(config)
+    manifest = data.train_store.manifest
+    arrays = {name: manifest["sha256"][name] for name in ("images.npy", "labels.npy")}
+    content["store"] = {**arrays, "holdout": manifest["holdout"]}
     for key in NOT_IDENTITY:
         del content[key]
-    del content["data"]["root"], content["trainer"]["enable_progress_bar"]
+    del content["data"]["root"], content["data"]["resident"]
+    del content["trainer"]["enable_progress_bar"], content["trainer"]["profiler"]
     return content
 
 
@@ -126,6 +145,10 @@ def image_data(config: Train) -> ImageData:
     root = Path(config.data.root)
     if config.data.name == "synthetic" and not (root / "val" / "manifest.json").exists():
         prepare(PrepareConfig(name="synthetic", root=str(root)))
+    if config.evaluate and (root / "train").exists() and not (root / "val" / "manifest.json").exists():
+        raise UserError(
+            f"evaluate=true, but {root} has no val store: set evaluate=false, or prepare it with val_fraction=0.1"
+        )
     data = ImageData(config.data, config.augment, config.seed)
     data.setup("fit")
     if config.optim.schedule == Schedule.plateau and not len(data.split[1]):

@@ -52,6 +52,7 @@ class MetricsFile(Callback):
         self.window = Sums()
         self.epoch = Sums()
         self.seconds_before = 0.0
+        self.started: float | None = None
         self.images_per_second = 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -84,7 +85,8 @@ class MetricsFile(Callback):
 
     def seconds(self) -> float:
         """Seconds of training so far, those before an interruption included."""
-        return self.seconds_before + time.monotonic() - self.started
+        here = 0.0 if self.started is None else time.monotonic() - self.started
+        return self.seconds_before + here
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -211,6 +213,17 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=True,
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A run may have been moved since: its paths follow, or lightning would forget the best score."""
+        moved = str(state_dict["dirpath"])
+
+        def here(path: Any) -> str:
+            return str(path).replace(moved, str(self.dirpath), 1)
+
+        paths = {key: here(value) for key, value in state_dict.items() if key.endswith("path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best})
 
 
 class Watchdog(Callback):

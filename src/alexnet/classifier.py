@@ -87,8 +87,10 @@ class Classifier(pl.LightningModule):
         logits = self.net(self.augment.centre(batch.images)).float()
         self.holdout_top1.update(logits, batch.labels)
         self.holdout_top5.update(logits, batch.labels)
-        loss = cross_entropy(logits, batch.labels, backend=self.loss_backend)
-        self.holdout_loss.update(loss, weight=len(batch.labels))
+        losses = cross_entropy(logits, batch.labels, reduction="none", backend=self.loss_backend)
+        self.holdout_loss.update(
+            losses
+        )  # one by one: this metric's own weights are lost with nan_strategy="disable"
 
     def on_validation_epoch_end(self) -> None:
         """Errors on the holdout: the only images the plateau rule and the choice of a checkpoint see."""

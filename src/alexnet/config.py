@@ -22,7 +22,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -107,6 +107,8 @@ class Evaluate:
             raise UserError("checkpoint is not given: use checkpoint=<file or run directory>")
         if self.views not in (1, 10):
             raise UserError(f"views={self.views}: choose 1 (centre) or 10 (corners, centre and mirrors)")
+        if self.device not in ("auto", "cpu", "cuda", "gpu"):
+            raise UserError(f"device={self.device}: choose auto, cpu or gpu")
         if self.split not in ("train", "holdout", "val"):
             raise UserError(f"split={self.split}: choose holdout or val (or train, to measure the gap)")
 
@@ -199,7 +201,9 @@ def load(config: DictConfig) -> Any:
     """The composed configuration as its dataclass; `__post_init__` of every part has run."""
     if HydraConfig.initialized() and config.get("name", "") is None:
         choices = HydraConfig.get().runtime.choices
-        config.name = choices.get("experiment") or f"{choices['model']}-{choices['data']}"
+        experiment = choices.get("experiment")
+        named = experiment not in (None, "none")
+        config.name = experiment if named else f"{choices['model']}-{choices['data']}"
     return OmegaConf.to_object(config)
 
 
@@ -228,6 +232,10 @@ def one_line(error: Exception, name: str, config_dir: Path = CONF) -> str | None
         return (
             f"no space left for {error.filename}: free some, or set output_dir=... or data_dir=... elsewhere"
         )
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}. Check the path, or set output_dir=... or data_dir=... elsewhere"
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return f"{str(error).splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _explain(error, name, config_dir)
     return None

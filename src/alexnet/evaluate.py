@@ -297,16 +297,21 @@ def evaluate(config: Evaluate) -> list[Result]:
     results = [score(p, labels, name=str(path), **protocol) for p, path in zip(outputs, paths, strict=True)]
     if len(outputs) > 1:
         results.append(score(average(outputs), labels, networks=len(outputs), **protocol))
-    references = paper_rows([c["wnid"] for c in store.classes], len(outputs), config.views)
+    wnids = [c["wnid"] for c in store.classes] if config.split == "val" else []
+    references = paper_rows(wnids, len(outputs), config.views)
     print(f"{table(results, references)}\n\nrecord {_write(config, paths, store, results, references)}")
     return results
 
 
 def _store(config: Evaluate, classifier: Classifier) -> Store:
     split = "val" if config.split == "val" else "train"
-    if config.store is not None:
-        return open_store(config.store)
-    return open_store(Path(config.data_dir) / classifier.hparams["data"] / split)
+    path = Path(config.store or Path(config.data_dir) / classifier.hparams["data"] / split)
+    store = open_store(path)
+    if store.manifest["split"] != split:
+        raise UserError(
+            f"store={path} holds the {store.manifest['split']} images: give the {split} store for split={config.split}"
+        )
+    return store
 
 
 def _same_classes(path: Path, classifier: Classifier, store: Store) -> None:

@@ -179,6 +179,13 @@ def _check_ranges(config: ModelConfig) -> None:
         raise UserError(f"model.num_classes={config.num_classes}: a classifier needs at least 2")
     if config.towers < 1:
         raise UserError(f"model.towers={config.towers}: use 2 (two GPUs of 2012) or 1")
+    for name, values in {"kernel_size": config.kernel_size, "stride": config.stride}.items():
+        if min(values) < 1:
+            raise UserError(f"model.{name}={values}: every entry must be at least 1")
+    if min(config.pool_size, config.pool_stride) < 1:
+        raise UserError(
+            f"model.pool_size={config.pool_size}, model.pool_stride={config.pool_stride}: both must be at least 1"
+        )
     if config.width <= 0:
         raise UserError(f"model.width={config.width}: the width multiplier must be positive")
     if not 0 <= config.dropout < 1:

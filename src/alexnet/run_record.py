@@ -41,16 +41,25 @@ class RunRecord:
         self.content.update(values)
         write_json(self.directory / "run.json", self.content)
 
+    def start(self, resolved: dict[str, Any]) -> None:
+        """Written when everything else of the run could be built. A run that goes on elsewhere says what it was."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        before = self.content.get("resolved", resolved)
+        if before != resolved:
+            self.content.setdefault("resolved_before", []).append(before)
+        started = self.content.get("started", time.strftime("%Y-%m-%d %H:%M:%S"))
+        self.update(resolved=resolved, started=started)
 
-def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any], write: bool) -> RunRecord:
+
+def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any], fresh: bool) -> RunRecord:
     """The record of this run directory: the one that lies there if it is the same run, else a new one.
 
     `config` decides whether two runs are the same; `resolved` is what it came to on this machine (backends,
-    precision). Raises UserError if the directory holds a run with another configuration. Nothing is written
-    before that is known, and only where `write` is true (one process of several).
+    precision). Raises UserError if the directory holds a run with another configuration, unless it is to be
+    `fresh`. Nothing is written yet.
     """
     path = directory / "run.json"
-    if path.exists():
+    if path.exists() and not fresh:
         record = RunRecord(directory, json.loads(path.read_text()))
         changed = differences(record.content["config"], config)
         if changed:
@@ -60,11 +69,7 @@ def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any
             )
         return record
     content = {"state": "running", "command": command_line(), "config": config, "resolved": resolved}
-    record = RunRecord(directory, {**content, **environment()})
-    if write:
-        directory.mkdir(parents=True, exist_ok=True)
-        record.update(started=time.strftime("%Y-%m-%d %H:%M:%S"))
-    return record
+    return RunRecord(directory, {**content, **environment()})
 
 
 def differences(there: Any, now: Any, key: str = "") -> list[str]:

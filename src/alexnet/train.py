@@ -1,7 +1,6 @@
 """The verb `train`: fit, evaluate val once, draw the picture, close the record."""
 
 import csv
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +31,18 @@ def train(config: Train) -> float | None:
     if run.record.finished:
         print(f"This run is finished; overwrite=true starts it anew.\n\n{_summary(run.record)}")
         return holdout_error(run.record)
-    started = time.monotonic()
-    before = run.record.seconds
     run.fit()
-    if run.trainer.interrupted:  # Ctrl-C: the next start goes on from the last checkpoint
-        run.record.update(seconds=before + time.monotonic() - started)
-        return None
-    if not build.is_rank_zero():
-        return None
-    return finish(run, config, before + time.monotonic() - started)
+    return finish(run, config) if build.is_rank_zero() else None
 
 
-def finish(run: build.Training, config: Train, seconds: float) -> float | None:
+def finish(run: build.Training, config: Train) -> float | None:
     """Results of the checkpoint with the lowest holdout error, into run.json, a picture and a table."""
     rows = read_metrics(run.directory / "metrics.csv")
     splits = ["holdout"] * run.has_holdout + ["val"] * config.evaluate
     results = {split: _evaluated(run, split) for split in splits}
     run.record.update(
         state="finished",
-        seconds=round(seconds, 1),
+        seconds=round(run.seconds, 1),
         images_per_second=_median(
             [float(row["images_per_second"]) for row in rows if row["images_per_second"]]
         ),
@@ -83,7 +75,7 @@ def _picture(run: build.Training, config: Train, rows: list[dict[str, str]]) -> 
 def _evaluated(run: build.Training, split: str) -> Result:
     classifier = load(run.best_checkpoint, run.record.content["resolved"]["backend"])
     return evaluate_split(
-        classifier, run.data, split, views=1, device=run.classifier.device, name="best epoch"
+        classifier, run.data, split, views=1, device=run.device, name="best epoch"
     )
 
 
@@ -106,8 +98,9 @@ def _probe(run: build.Training) -> None:
         :PROBE_IMAGES
     ]  # from all over: stores go by class
     store = run.data.train_store
-    images = run.classifier.augment.centre(torch.from_numpy(store.images[rows]))
-    found = probe(run.classifier.net, images, torch.from_numpy(store.labels[rows]))
+    classifier = run.classifier.to(run.device)
+    images = classifier.augment.centre(torch.from_numpy(store.images[rows]).to(run.device))
+    found = probe(classifier.net, images, torch.from_numpy(store.labels[rows]).to(run.device))
     print(f"{found.table()}\n\n{found.verdict()}")
 
 
