@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet.layers.backend import wide
-from alexnet.layers.compiled.graph import batched, compiled
+from alexnet.layers.compiled.graph import batched, bordered, compiled
 from alexnet.layers.conv2d import Gradients, Sides, output_size
 from alexnet.layers.conv2d import conv2d_backward as by_columns
 
@@ -95,7 +95,12 @@ def conv2d_backward(
 
 def bias_gradient(dy: Tensor) -> Tensor:
     """dy (N, O, P, Q) -> db (O), summed in float32 for half types."""
-    return dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1]).sum(0, dtype=wide(dy.dtype)).to(dy.dtype)
+    return _sum(*batched(dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1])))
+
+
+@compiled
+def _sum(rows: Tensor) -> Tensor:
+    return rows.sum(0, dtype=wide(rows.dtype)).to(rows.dtype)
 
 
 def input_gradient(dy: Tensor, x: Tensor, w: Tensor, stride: Two, padding: Sides, groups: int) -> Tensor:
@@ -136,8 +141,8 @@ def weight_gradient(dy: Tensor, x: Tensor, padding: Sides, groups: int) -> Tenso
 
 def lines(x: Tensor, image: int, row: int, before: int, after: int) -> Tensor:
     """x (N, C, H, W) -> (C, before + N*image*row + after): each map one line, zeros in the gaps and at the ends."""
-    x_NHWC = F.pad(x.detach().permute(0, 2, 3, 1), (0, 0, 0, row - x.shape[3], 0, image - x.shape[2]))
-    (pixels,) = batched(x_NHWC.reshape(-1, x.shape[1]))
+    x_NHWC = bordered(x.detach().permute(0, 2, 3, 1), 0, row - x.shape[3], 0, image - x.shape[2])
+    (pixels,) = batched(x_NHWC.view(-1, x.shape[1]))
     line = x.new_empty((x.shape[1], before + len(pixels) + after))
     line[:, :before] = 0
     line[:, before + len(pixels) :] = 0

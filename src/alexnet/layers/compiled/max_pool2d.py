@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet.layers.backend import wide
-from alexnet.layers.compiled.graph import batched, channels_last, compiled, constant
+from alexnet.layers.compiled.graph import batched, bordered, channels_last, compiled, constant
 from alexnet.layers.max_pool2d import Size, Two, output_size
 
 BITS = 7  # places to an int8
@@ -109,9 +109,9 @@ def gather(
     N, P, Q, C = dy.shape
     reach = [-(-kernel[a] // stride[a]) - 1 for a in (0, 1)]  # windows before its own that reach a pixel
     ends = [(size[a] - 1 + padding[a]) // stride[a] + 1 for a in (0, 1)]
-    sides = (0, 0, reach[1], ends[1] - Q, reach[0], ends[0] - P)
-    dy_padded, *winners_padded = batched(
-        F.pad(dy, sides), *(F.pad(w, sides, value=NOBODY[ties]) for w in winners)
+    sides = (reach[1], ends[1] - Q, reach[0], ends[0] - P)
+    dy_bordered, *winners_bordered = batched(
+        bordered(dy, *sides), *(bordered(w, *sides, NOBODY[ties]) for w in winners)
     )
     dx = dy.new_empty((N, *size, C))
     for rho in range(stride[0]):
@@ -120,7 +120,7 @@ def gather(
             if rows < size[0] and columns < size[1]:
                 start = (rows + padding[0]) // stride[0], (columns + padding[1]) // stride[1]
                 (plane,) = batched(dx[:, rows :: stride[0], columns :: stride[1]])
-                _gather(plane, dy_padded, winners_padded, (rho, sigma), start, kernel, stride, ties)
+                _gather(plane, dy_bordered, winners_bordered, (rho, sigma), start, kernel, stride, ties)
     return dx
 
 
