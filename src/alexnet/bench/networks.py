@@ -194,27 +194,32 @@ def torchvision_step(task: Task, compiled: bool) -> Contestant:
     return Contestant(name, Kind.yardstick, stock_step(net, task, tuned=True, compiled=compiled))
 
 
-# Largest relative difference (Frobenius norm) of a parameter's gradient. Float32: thousands of terms in another order.
-# bfloat16: eight layers of activations, each rounded to 2^-8, and pooling ties that rounding decides otherwise.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+# Largest relative difference (Frobenius norm) of a parameter's gradient: thousands of float32 terms in another order.
+TOLERANCE = 1e-4
 
 
 def check(model: str, backend: str, dtype: str, device: str) -> float:
-    """Compares gradients of two images: ours with the reference's, and in float32 the reference's with the stock net's.
+    """Compares the gradients of two images, without dropout; AssertionError if they are not as they must be.
 
-    Without dropout. Returns the largest difference; AssertionError if it is too large.
+    In float32 ours with the reference's, and the reference's with the stock net's. In bfloat16 rounding decides
+    pooling ties anew, so ours must be no further from float32 than the reference is in bfloat16 (a quarter more, or
+    a hundredth, is let pass). Returns the largest difference in float32, or from float32.
     """
-    given = task(model, 2, dtype, device)
+    given, exact = task(model, 2, dtype, device), task(model, 2, "float32", device)
     config = replace(given.config, dropout=0.0)
-    pairs = [(_our_gradients(config, "reference", given), _our_gradients(config, backend, given))]
+    expected = _our_gradients(config, "reference", exact)
+    ours = _differences(expected, _our_gradients(config, backend, given))
     if dtype == "float32":
         common = replace(config, lrn_within_tower=False, pool_ties=Ties.first)  # what stock modules can do
-        pairs.append((_our_gradients(common, "reference", given), _stock_gradients(common, given)))
-    worst = max(_difference(expected, actual) for expected, actual in pairs)
-    assert worst < TOLERANCE[dtype], (
-        f"{model}, {backend}: gradients differ by {worst:.1e}, so nothing is timed"
-    )
-    return worst
+        stock = _stock_gradients(common, given)
+        ours += _differences(_our_gradients(common, "reference", given), stock)
+        allowed = [TOLERANCE] * len(ours)
+    else:
+        rounded = _our_gradients(config, "reference", given)
+        allowed = [1.25 * d + 0.01 for d in _differences(expected, rounded)]
+    wrong = [f"{d:.1e}" for d, limit in zip(ours, allowed, strict=True) if d > limit]
+    assert not wrong, f"{model}, {dtype}, {backend}: gradients differ by {', '.join(wrong)}; nothing is timed"
+    return max(ours)
 
 
 def _our_gradients(config: ModelConfig, backend: str, given: Task) -> list[Tensor]:
@@ -237,6 +242,6 @@ def _gradients(net: nn.Module, given: Task) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(net.parameters())))
 
 
-def _difference(expected: list[Tensor], actual: list[Tensor]) -> float:
-    both = zip(expected, actual, strict=True)
-    return max(float((a.float() - e.float()).norm() / e.float().norm().clamp(min=1e-12)) for e, a in both)
+def _differences(expected: list[Tensor], actual: list[Tensor]) -> list[float]:
+    both = [(e.float(), a.float()) for e, a in zip(expected, actual, strict=True)]
+    return [float((a - e).norm() / e.norm().clamp(min=1e-12)) for e, a in both]
