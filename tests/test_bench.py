@@ -140,7 +140,7 @@ def test_a_contestant_alone_tells_its_times_and_its_peak():
     order = {"model": "paper", "batch": 4, "dtype": "float32", "contestant": "stock eager"}
     told = alone.measure(**order, rounds=2, device="cpu", threads=None, tuned_allocator=False)
     assert told["ms_low"] <= told["ms"] <= told["ms_high"]
-    assert told["peak_mib"] > 0
+    assert told["peak_mib"] >= 0  # a net this small can fit into memory that building it has freed
 
 
 def test_the_same_images_as_a_store_and_as_files(tmp_path):

@@ -74,9 +74,7 @@ def _picture(run: build.Training, config: Train, rows: list[dict[str, str]]) -> 
 
 def _evaluated(run: build.Training, split: str) -> Result:
     classifier = load(run.best_checkpoint, run.record.content["resolved"]["backend"])
-    return evaluate_split(
-        classifier, run.data, split, views=1, device=run.device, name="best epoch"
-    )
+    return evaluate_split(classifier, run.data, split, views=1, device=run.device, name="best epoch")
 
 
 def evaluate_split(

@@ -212,7 +212,10 @@ def refuse_another_run(job: Job) -> None:
     path = job.directory / "run.json"
     if job.undecided or not path.exists():
         return
-    there, now = json.loads(path.read_text())["config"], build.identity(job.config, build.image_data(job.config))
+    there, now = (
+        json.loads(path.read_text())["config"],
+        build.identity(job.config, build.image_data(job.config)),
+    )
     if now["model"]["num_classes"] is None:  # as many as the data have, and those are compared by name
         now["model"]["num_classes"] = there["model"]["num_classes"]
     changed = differences(there, now)
