@@ -102,6 +102,35 @@ def test_resume_with_a_schedule_per_step_and_the_sgd_rule(
     assert rows_a == rows_b
 
 
+# bf16-masters computes with shadows that no checkpoint holds; with an average of the weights, which is validated in
+# their place, the shadows change and must change back.
+MASTERS = ["trainer.precision=bf16-masters", "optim.ema_decay=0.9", "evaluate=false"]
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        ["backend=reference"],
+        pytest.param(["backend=fast"], marks=pytest.mark.slow),
+    ],
+)
+def test_resume_with_bfloat16_shadows(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, backend: list[str]
+) -> None:
+    straight, broken = (compose(f"name={name}", *MASTERS, *backend) for name in ("straight", "broken"))
+    train(straight)
+    for step in (4, 9):  # within the first epoch, and after its average was validated
+        with monkeypatch.context() as patch:
+            crash_at(patch, step)
+            with pytest.raises(Crash):
+                train(broken)
+    train(broken)
+    (a, rows_a), (b, rows_b) = (ended(build.run_directory(c)) for c in (straight, broken))
+    assert_same_bits(a, b)
+    assert rows_a == rows_b
+    assert {value.dtype for value in a["state_dict"].values()} == {torch.float32}
+
+
 def test_two_seeds_differ(compose: Callable[..., Any]) -> None:
     """The comparison above can fail."""
     a, b = (

@@ -343,3 +343,32 @@ def test_two_processes_have_the_loss_curve_of_one(data_dir: Path, tmp_path: Path
     assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
     for (step, one), (_, two) in zip(*curves, strict=True):
         assert math.isclose(one, two, rel_tol=1e-4), step
+
+
+def test_auto_is_bfloat16_with_masters_on_one_device_where_the_hardware_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled, plain = {"conv2d": "compiled"}, {"conv2d": "reference"}
+    one = {"precision": "auto", "devices": 1, "strategy": "auto"}
+    two = {"precision": "auto", "devices": 2, "strategy": "ddp"}
+    monkeypatch.setattr(build, "has_native_bf16", lambda device: True)
+    assert build.precision_for(one, "cpu", compiled) == build.MASTERS
+    assert build.precision_for(one, "cpu", plain) == "bf16-mixed"
+    assert build.precision_for(two, "cpu", compiled) == "bf16-mixed"
+    with pytest.raises(UserError, match="bf16-masters is for one device"):
+        build.precision_for({**two, "precision": "bf16-masters"}, "cpu", compiled)
+    monkeypatch.setattr(build, "has_native_bf16", lambda device: False)
+    assert build.precision_for(one, "cpu", compiled) == "32-true"
+
+
+def test_gradients_of_shadows_are_clipped(compose: Callable[..., Any]) -> None:
+    """A norm of 1e-6 leaves next to nothing of an update; weights decay on, so decay is off."""
+    moved = {}
+    for clip in ("null", "1e-6"):
+        run = ["trainer.precision=bf16-masters", f"trainer.gradient_clip_val={clip}", "optim.weight_decay=0"]
+        config = compose(f"name=clip{clip}", *run, "optim.epochs=1", "evaluate=false")
+        before = build.training(config).classifier.net.fc7.weight.detach().clone()
+        train(config)
+        after = load(build.run_directory(config) / "checkpoints" / "last.ckpt").net.fc7.weight
+        moved[clip] = float((after.detach() - before).norm())
+    assert 0 < moved["1e-6"] < 1e-3 * moved["null"]

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from alexnet.allocator import keep_freed_memory
 from alexnet.callbacks import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -27,6 +28,9 @@ from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.optim import Schedule
 from alexnet.run_record import RunRecord, open_record
+
+# A precision of our own, beside lightning's.
+MASTERS = "bf16-masters"
 
 # Keys that do not change what a run computes: a run may be moved, and resumed with another bar or logger.
 NOT_IDENTITY = (
@@ -101,8 +105,9 @@ def training(config: Train) -> Training:
     data = image_data(config)
     config.model.num_classes = checked_classes(config.model.num_classes, data)
     device_type = device_type_of(config.trainer["accelerator"])
-    precision = precision_for(config.trainer["precision"], device_type)
     backend = config.backend.resolve(device_type)
+    precision = precision_for(config.trainer, device_type, backend)
+    keeps = device_type == "cpu" and config.trainer.get("keep_freed_memory", False) and keep_freed_memory()
     directory = run_directory(config)
     resolved = {"backend": backend, "precision": precision, "device": device_type}
     record = open_record(directory, identity(config, data), resolved, fresh=config.overwrite)
@@ -116,6 +121,7 @@ def training(config: Train) -> Training:
         seed=config.seed,
         data=config.data.name,
         statistics=data.statistics,
+        masters=precision == MASTERS,
     )
     has_holdout = len(data.split[1]) > 0
     made = trainer(config, directory, precision, has_holdout)
@@ -124,6 +130,7 @@ def training(config: Train) -> Training:
         if config.overwrite:
             shutil.rmtree(directory, ignore_errors=True)
         record.start(resolved)
+        record.update(keeps_freed_memory=keeps)
     return Training(classifier, data, made, record, directory)
 
 
@@ -136,7 +143,8 @@ def identity(config: Train, data: ImageData) -> dict[str, Any]:
     for key in NOT_IDENTITY:
         del content[key]
     del content["data"]["root"], content["data"]["resident"]
-    del content["trainer"]["enable_progress_bar"], content["trainer"]["profiler"]
+    for key in ("enable_progress_bar", "profiler", "keep_freed_memory"):
+        content["trainer"].pop(key, None)
     return content
 
 
@@ -171,7 +179,7 @@ def checked_classes(asked: int | None, data: ImageData) -> int:
 def trainer(config: Train, directory: Path, precision: str, has_holdout: bool) -> pl.Trainer:
     """lightning.Trainer from conf/trainer/*.yaml, with our callbacks and those of conf/callbacks and conf/logger."""
     arguments = dict(config.trainer)
-    bar = arguments.pop("enable_progress_bar")
+    bar, _ = arguments.pop("enable_progress_bar"), arguments.pop("keep_freed_memory", None)
     checkpoints = directory / "checkpoints"
     callbacks: list[Callback] = [
         MetricsFile(directory / "metrics.csv", config.log_every),
@@ -185,7 +193,11 @@ def trainer(config: Train, directory: Path, precision: str, has_holdout: bool) -
     loggers = [instantiate(logger) for logger in config.logger.values()]
     if not has_holdout:
         arguments["limit_val_batches"] = 0
-    arguments.update(precision=precision, default_root_dir=str(directory), enable_progress_bar=bar)
+    arguments.update(
+        precision="32-true" if precision == MASTERS else precision,
+        default_root_dir=str(directory),
+        enable_progress_bar=bar,
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         return instantiate(
@@ -218,11 +230,21 @@ def device_type_of(accelerator: str) -> str:
     return accelerator
 
 
-def precision_for(asked: str, device_type: str) -> str:
-    """`auto` is bf16 where the hardware multiplies it natively, else float32."""
+def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, str]) -> str:
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32.
+
+    bfloat16 means float32 masters with bfloat16 shadows (optim_masters.py), or autocast where these do not serve:
+    without a compiled backend, and on several devices, which exchange the gradients of the masters.
+    """
+    asked = str(trainer["precision"])
+    single = trainer["devices"] in (1, "1") and trainer["strategy"] == "auto"
+    if asked == MASTERS and not single:
+        raise UserError(f"trainer.precision={MASTERS} is for one device: set trainer.precision=bf16-mixed")
     if asked != "auto":
-        return str(asked)
-    return "bf16-mixed" if has_native_bf16(device_type) else "32-true"
+        return asked
+    if not has_native_bf16(device_type):
+        return "32-true"
+    return MASTERS if single and "compiled" in backend.values() else "bf16-mixed"
 
 
 def has_native_bf16(device_type: str) -> bool:

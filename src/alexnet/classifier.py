@@ -8,9 +8,10 @@ depends neither on the number of devices or workers nor on where a run was resum
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -19,7 +20,8 @@ from alexnet.data.augment import Augment, AugmentConfig
 from alexnet.data.module import Batch, ImageData
 from alexnet.layers import cross_entropy, dropout_key
 from alexnet.model import AlexNet, ModelConfig
-from alexnet.optim import OptimConfig, build_optimizer, build_scheduler, conv1_scale
+from alexnet.optim import Krizhevsky, OptimConfig, build_optimizer, build_scheduler, conv1_scale
+from alexnet.optim_masters import Shadows, build_fused
 
 
 class Classifier(pl.LightningModule):
@@ -28,7 +30,7 @@ class Classifier(pl.LightningModule):
     `classes` are the wnid and words of each label, `px` the side of the stored images, `data` the name of their set.
     All arguments are plain dicts, lists and numbers, so that a checkpoint is tensors and plain data and loads with
     `weights_only=True`. `statistics` (mean image, colour eigenvectors) become buffers of `self.augment`; they are
-    None when a checkpoint brings them.
+    None when a checkpoint brings them. With `masters`, training computes with bfloat16 shadows of the parameters.
     """
 
     def __init__(
@@ -42,15 +44,21 @@ class Classifier(pl.LightningModule):
         seed: int,
         data: str = "",
         statistics: dict[str, Any] | None = None,
+        masters: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["statistics"])
+        self.save_hyperparameters(ignore=["statistics", "masters"])
         self.optim_config = typed(OptimConfig, optim)
         augment_config = typed(AugmentConfig, augment)
         self.net = AlexNet(typed(ModelConfig, model), backend, seed)
         self.augment = Augment(augment_config, px, statistics)
         self.colour_until = augment_config.colour_until
         self.loss_backend = backend["cross_entropy"]
+        self.compiles = "compiled" in backend.values()
+        if self.compiles:  # the layout its graphs work in
+            self.net.to(memory_format=torch.channels_last)
+        self.masters = masters
+        self.shadows: Shadows | None = None
         self.classes = classes
         self.seed = seed
         self.plateau: ReduceLROnPlateau | None = None
@@ -62,6 +70,12 @@ class Classifier(pl.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, crop, crop) as `augment` makes it -> logits (N, classes)."""
         return self.net(x)
+
+    def logits(self, x: Tensor, dropout_key: int | None = None, first_row: int = 0) -> Tensor:
+        """As training computes them: with the shadows, if there are any."""
+        if self.shadows is None:
+            return self.net(x, dropout_key, first_row)
+        return self.shadows(x.to(self.shadows.dtype), dropout_key, first_row)
 
     @property
     def progress(self) -> float:
@@ -77,14 +91,14 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
         x = self.augment(batch.images, batch.draws, self.progress < self.colour_until)
         key = dropout_key(self.seed, self.global_step, 0)
-        logits = self.net(x, key, batch.first_row)
+        logits = self.logits(x, key, batch.first_row)
         smoothing = self.optim_config.label_smoothing
         loss = cross_entropy(logits, batch.labels, label_smoothing=smoothing, backend=self.loss_backend)
         wrong = (logits.detach().argmax(1) != batch.labels).sum()
         return {"loss": loss, "wrong": wrong}
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        logits = self.net(self.augment.centre(batch.images)).float()
+        logits = self.logits(self.augment.centre(batch.images)).float()
         self.holdout_top1.update(logits, batch.labels)
         self.holdout_top5.update(logits, batch.labels)
         losses = cross_entropy(logits, batch.labels, reduction="none", backend=self.loss_backend)
@@ -94,6 +108,7 @@ class Classifier(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Errors on the holdout: the only images the plateau rule and the choice of a checkpoint see."""
+        self.refresh_shadows()
         values = {
             "holdout/loss": self.holdout_loss.compute(),
             "holdout/top1_error": 1 - self.holdout_top1.compute(),
@@ -105,7 +120,7 @@ class Classifier(pl.LightningModule):
             metric.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_optimizer(self.net, self.optim_config)
+        optimizer = self.make_optimizer()
         scheduler = build_scheduler(optimizer, self.optim_config, self._steps())
         if not isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -113,6 +128,36 @@ class Classifier(pl.LightningModule):
         if self.plateau_state is not None:
             scheduler.load_state_dict(self.plateau_state)
         return optimizer
+
+    def make_optimizer(self) -> Krizhevsky:
+        """The update rule: one compiled pass over memory where the layers are compiled; with shadows, if asked for."""
+        self.shadows = Shadows(self.net) if self.masters else None
+        if self.compiles or self.masters:
+            return build_fused(self.net, self.optim_config, self.shadows)
+        return build_optimizer(self.net, self.optim_config)
+
+    # Masters change behind the update's back when a checkpoint is loaded, and when their average is validated.
+
+    def on_train_start(self) -> None:
+        self.refresh_shadows()
+
+    def on_validation_epoch_start(self) -> None:
+        self.refresh_shadows()
+
+    def refresh_shadows(self) -> None:
+        if self.shadows is not None:
+            self.shadows.refresh()
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Lightning looks for gradients at the masters; where there are shadows, these have them."""
+        if self.shadows is None or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.shadows.of.values(), gradient_clip_val)
+        else:
+            nn.utils.clip_grad_norm_(self.shadows.of.values(), gradient_clip_val)
 
     def _steps(self) -> int:
         """Updates in the whole run. Not trainer.estimated_stepping_batches: asked for here, it sets the loaders up

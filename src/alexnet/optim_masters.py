@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from alexnet.layers.compiled.graph import compiled
-from alexnet.optim import Krizhevsky
+from alexnet.optim import Krizhevsky, OptimConfig, Rule, parameter_groups
 
 Tensors = list[Tensor]
 
@@ -27,7 +27,7 @@ class Shadows:
     """The shadow of each parameter of a network, and the network as it computes with them."""
 
     def __init__(self, net: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.net = net
+        self.net, self.dtype = net, dtype
         self.of = {name: p.detach().to(dtype).requires_grad_() for name, p in net.named_parameters()}
 
     def __call__(self, *inputs: Any, **choices: Any) -> Any:
@@ -104,3 +104,9 @@ class FusedKrizhevsky(Krizhevsky):
         super().zero_grad(set_to_none)
         for s in self.shadow.values():
             s.grad = None
+
+
+def build_fused(net: nn.Module, config: OptimConfig, shadows: Shadows | None = None) -> FusedKrizhevsky:
+    """optim.build_optimizer, compiled."""
+    groups, inside = parameter_groups(net, config), config.rule == Rule.krizhevsky
+    return FusedKrizhevsky(groups, shadows, lr=config.lr, momentum=config.momentum, rate_inside=inside)

@@ -35,7 +35,7 @@ from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.data.store import Store, open_store
 from alexnet.data.synthetic import blocks
 from alexnet.layers import Backend, Backends
-from alexnet.optim import OptimConfig, Schedule, build_optimizer
+from alexnet.optim import OptimConfig, Schedule
 
 Epoch = Callable[[], Iterator[tuple[Tensor, Batch]]]
 WORKERS = 2
@@ -182,14 +182,14 @@ class Loop:
             px=files.px,
             seed=0,
             statistics=self.data.statistics,
+            masters=self.dtype != torch.float32,
         )
 
     def bare(self) -> float:
-        optimizer = build_optimizer(self.classifier.net, self.classifier.optim_config)
+        optimizer = self.classifier.make_optimizer()
         ends = []
         for i, batch in enumerate(self.data.train_dataloader()):
-            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.classifier.training_step(batch, i)["loss"]
+            loss = self.classifier.training_step(batch, i)["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -198,11 +198,10 @@ class Loop:
 
     def lightning(self) -> float:
         clock = Clock()
-        precision: Any = "32-true" if self.dtype == torch.float32 else "bf16-mixed"
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
-            precision=precision,
+            precision="32-true",
             max_epochs=1,
             callbacks=[MetricsFile(self.directory / "metrics.csv"), clock],
             logger=False,

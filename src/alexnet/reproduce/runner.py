@@ -24,7 +24,6 @@ from alexnet.classifier import Classifier, plain
 from alexnet.config import Train
 from alexnet.data.module import Batch
 from alexnet.errors import UserError
-from alexnet.optim import build_optimizer
 from alexnet.reproduce import Reproduce
 from alexnet.reproduce.claims import Claim
 from alexnet.reproduce.jobs import Job, Sizes, State, check, claims_of, commands, is_tuning, jobs_of
@@ -158,7 +157,7 @@ def measure_speed(config: Train) -> Speed:
     run = build.training(replace(copy.deepcopy(config), name="speed", probe=True, overwrite=False))
     resolved = run.record.content["resolved"]
     classifier = run.classifier.to(resolved["device"])
-    optimizer = build_optimizer(classifier.net, config.optim)
+    optimizer = classifier.make_optimizer()
     batch = _to(next(iter(run.data.train_dataloader())), classifier.device)
     start = time.monotonic() - started
     with torch.autocast(resolved["device"], torch.bfloat16, enabled=resolved["precision"] == "bf16-mixed"):
