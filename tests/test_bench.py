@@ -143,6 +143,7 @@ def test_a_contestant_alone_tells_its_times_and_its_peak():
     assert told["peak_mib"] >= 0  # a net this small can fit into memory that building it has freed
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_the_same_images_as_a_store_and_as_files(tmp_path):
     files = data.Files(tmp_path, images=20, px=64)
     epoch = data.our_batches(files, 56, 8, Resident.never)
