@@ -1,6 +1,7 @@
 """Claim files: the ones we ship say what they should, and a wrong one is refused in one line."""
 
 import itertools
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -43,10 +44,12 @@ def written(tmp_path: Path, change=None, **keys) -> Path:
     return path
 
 
-def composed(overrides: tuple[str, ...], experiment: str = "quickstart") -> Train:
+@cache
+def composed(*overrides: str) -> Train:
+    """To be read only: composing an arm takes longer than all that is asked of it."""
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", [f"experiment={experiment}", *overrides])
+        config = hydra.compose("train", ["experiment=quickstart", *overrides])
     return OmegaConf.to_object(config)
 
 
@@ -64,13 +67,13 @@ def test_the_claims_are_those_of_the_paper():
 
 @pytest.mark.parametrize(("claim", "arm"), ARMS, ids=lambda x: x if isinstance(x, str) else x.name)
 def test_every_arm_is_a_valid_configuration(claim: Claim, arm: str):
-    config = composed(claim.arm_overrides("cpu", arm))
+    config = composed(*claim.arm_overrides("cpu", arm))
     assert layer_table(config.model)
 
 
 @pytest.mark.parametrize("claim", [c for c in CLAIMS.values() if len(c.arms) > 1], ids=lambda c: c.name)
 def test_no_two_arms_of_a_claim_are_the_same_network_and_training(claim: Claim):
-    configs = {arm: composed(claim.arm_overrides("cpu", arm)) for arm in claim.arms}
+    configs = {arm: composed(*claim.arm_overrides("cpu", arm)) for arm in claim.arms}
     for a, b in itertools.combinations(configs, 2):
         assert configs[a] != configs[b], f"{a} and {b}"
 
@@ -80,7 +83,7 @@ def test_no_two_arms_of_a_claim_are_the_same_network_and_training(claim: Claim):
 def test_the_dense_control_costs_what_the_towers_cost(preset, width):
     def macs(arm: str) -> int:
         overrides = CLAIMS["s3_2_towers"].arm_overrides("cpu", arm)
-        config = composed((f"model={preset}", f"model.width={width}", *overrides)).model
+        config = composed(f"model={preset}", f"model.width={width}", *overrides).model
         return sum(row.macs for row in layer_table(config))
 
     assert macs("dense_equal_macs") == pytest.approx(macs("two_towers"), rel=0.06)
@@ -90,7 +93,7 @@ def test_the_dense_control_costs_what_the_towers_cost(preset, width):
 def test_the_clean_pooling_pair_keeps_every_shape_and_that_of_2012_does_not():
     def shapes(arm: str) -> list[int]:
         overrides = CLAIMS["s3_4_overlap"].arm_overrides("gpu", arm)
-        return [row.px for row in layer_table(composed(("model=tiny", *overrides)).model)][:8]
+        return [row.px for row in layer_table(composed("model=tiny", *overrides).model)][:8]
 
     assert shapes("separate_clean") == shapes("overlapping") == [55, 27, 27, 13, 13, 13, 13, 6]
     assert shapes("separate_2012") == [55, 28, 26, 13, 13, 13, 11, 6]
@@ -98,7 +101,7 @@ def test_the_clean_pooling_pair_keeps_every_shape_and_that_of_2012_does_not():
 
 def test_an_unknown_override_is_found_by_composing():
     with pytest.raises(hydra.errors.ConfigCompositionException):
-        composed(("model.nrom1=false",))
+        composed("model.nrom1=false")
 
 
 def test_runs_are_ordinary_runs_named_by_scale_claim_and_arm(tmp_path):
