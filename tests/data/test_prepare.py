@@ -464,7 +464,7 @@ def test_verify_finds_a_changed_pixel(folder: Path, tmp_path: Path) -> None:
 
 
 def test_verify_without_a_store_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"prepare_data\.py data=pets"):
+    with pytest.raises(UserError, match=r"prepare_data\.py data=folder .*name=pets"):
         verify(config_for(tmp_path, tmp_path))
 
 

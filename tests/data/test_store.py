@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alexnet.data.sources import SourceKind
 from alexnet.data.store import (
+    KNOWN,
     Partial,
     holdout_split,
     open_store,
@@ -69,13 +71,52 @@ def refused(path: Path, *words: str, **options) -> None:
         assert word in str(error.value)
 
 
-def test_a_missing_store_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    refused(tmp_path / "pets" / "train", "does not exist", "`python scripts/prepare_data.py data=pets`")
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("tiny_imagenet", "data=tiny_imagenet"),
+        ("imagenet100", "data=imagenet path=<folder or archive> name=imagenet100"),
+        ("imagenette_few", "data=imagenette name=imagenette_few"),
+        ("pets", "data=folder path=<folder or archive> name=pets"),
+    ],
+)
+def test_a_missing_store_names_the_command_that_makes_it(
+    name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(
+        tmp_path / name / "train",
+        "does not exist",
+        f"`python scripts/prepare_data.py {command} data_dir={tmp_path}`",
+    )
+    monkeypatch.chdir(tmp_path)
+    refused(Path("data") / name / "train", f"`python scripts/prepare_data.py {command}`")
+
+
+def test_every_source_is_known_by_its_name() -> None:
+    assert {*KNOWN, SourceKind.folder} == set(SourceKind)
+
+
+def test_a_lost_split_is_made_again_as_the_other_one_was(tmp_path: Path) -> None:
+    request = {
+        "source": "folder",
+        "px": 32,
+        "n_classes": None,
+        "classes": ["cats", "dogs"],
+        "images_per_class": 7,
+    }
+    path = publish(tmp_path / "pets" / "val", mean=False).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["self"]
+    write_manifest(path, {**manifest, "request": request})
+    refused(path.with_name("train"), "name=pets", "px=32 images_per_class=7 'classes=[cats,dogs]'`")
+    request["classes"] = [f"n{i}" for i in range(11)]
+    write_manifest(path, {**manifest, "request": request})
+    refused(path.with_name("train"), "class_file=<file with its 11 wnids>`")
 
 
 def test_an_unfinished_store_says_so(tmp_path: Path) -> None:
     partial_directory(tmp_path / "pets" / "train").mkdir(parents=True)
-    refused(tmp_path / "pets" / "train", "unfinished", "data=pets")
+    refused(tmp_path / "pets" / "train", "unfinished", "name=pets")
 
 
 def test_a_store_of_another_size_is_refused(path: Path) -> None:
@@ -86,7 +127,7 @@ def test_changed_labels_are_found_at_once(path: Path) -> None:
     labels = np.load(path / "labels.npy")
     labels[0] = 2
     np.save(path / "labels.npy", labels)
-    refused(path, "labels.npy", "sha256", "delete", "data=pets")
+    refused(path, "labels.npy", "sha256", "delete", "name=pets")
 
 
 def test_a_changed_pixel_is_found_by_the_full_check_only(path: Path) -> None:

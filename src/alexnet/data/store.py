@@ -14,6 +14,7 @@ leaves its finished rows for the next one (`Partial`), and renamed at the end.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ import numpy as np
 from alexnet.errors import UserError
 
 FORMAT = 1
+KNOWN = ("synthetic", "tiny_imagenet", "imagenette", "imagewoof", "imagenet")  # sources.py, but for `folder`
+# What decides which images of its source a store holds (prepare.py has the rest, where the defaults serve).
+REQUESTED = ("px", "n_classes", "images_per_class", "classes", "val_fraction", "n_train", "n_val")
+FEW = 10  # classes that fit into a message
 COPY_ROWS = 256  # rows moved at a time when bad rows are closed up
 
 
@@ -134,8 +139,38 @@ def _array(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> np.ndar
 
 
 def command(path: Path) -> str:
-    """The command that makes the store at `<data_dir>/<name>/<split>`."""
-    return f"python scripts/prepare_data.py data={path.parent.name}"
+    """The command that makes the store at `<data_dir>/<name>/<split>`.
+
+    A manifest there says what it was made of. Where there is none, the name does: imagenet100 is a subset of
+    imagenet, and what is named like no known set is a folder of the user's.
+    """
+    name, data_dir, request = path.parent.name, str(path.parents[1]), _request(path)
+    kind = request.get("source") or max((k for k in KNOWN if name.startswith(k)), key=len, default="folder")
+    path_word = ["path=<folder or archive>"] if kind in ("imagenet", "folder") else []  # the others download
+    name_word = [shlex.quote(f"name={name}")] if name != kind else []
+    place = [shlex.quote(f"data_dir={data_dir}")] if data_dir != "data" else []
+    chosen = [_word(key, request[key]) for key in REQUESTED if request.get(key)]
+    return " ".join(
+        ["python scripts/prepare_data.py", f"data={kind}", *path_word, *name_word, *place, *chosen]
+    )
+
+
+def _word(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        if len(value) > FEW:
+            return f"class_file=<file with its {len(value)} wnids>"
+        value = f"[{','.join(value)}]"
+    return shlex.quote(f"{key}={value}")
+
+
+def _request(path: Path) -> dict[str, Any]:
+    """What the split at `path`, or else another one beside it, was prepared from; {} where nothing says so."""
+    for file in (path / "manifest.json", *sorted(path.parent.glob("*/manifest.json"))):
+        try:
+            return dict(json.loads(file.read_text())["request"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
 
 
 def _damaged(path: Path, what: str) -> UserError:
