@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 
 from alexnet import build
 from alexnet.classifier import plain, typed
-from alexnet.config import CONF, load, one_line, register
+from alexnet.config import CONF, command, load, one_line, register
 from alexnet.errors import UserError
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import build_optimizer, build_scheduler
@@ -97,28 +98,71 @@ def test_an_error_of_ours_keeps_its_traceback() -> None:
 
 
 def test_no_space_left_is_one_line() -> None:
-    line = one_line(OSError(28, "No space left on device", "outputs/x"), "train")
-    assert line == "no space left for outputs/x: free some, or set output_dir=... or data_dir=... elsewhere"
+    write = OSError(28, "No space left on device", "outputs/x")
+    copy = OSError(28, "No space left on device", "/tmp/x", None, "outputs/x")
+    for error in (write, copy):
+        line = one_line(error, "train")
+        assert (
+            line == "no space left for outputs/x: free some, or set output_dir=... or data_dir=... elsewhere"
+        )
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(CONF.parent / "scripts" / name), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_a_write_to_a_full_disk_ends_in_one_line_although_it_names_no_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(config: Any) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as ended:
+        command("train")(write)()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: no space left on the disk: free some, or set output_dir=... or data_dir=... elsewhere\n"
+    )
+
+
+WRONG = {
+    "train.py": "optim.lrr=1",
+    "evaluate.py": "checkpoint=nowhere.ckpt",
+    "prepare_data.py": "data=tinyimagenet",
+    "check_gradients.py": "mutant=true",
+    "benchmark.py": "suites=steps",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_scripts_exit_with_2_and_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = str(CONF.parent / "scripts" / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, WRONG[name]])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 2
+    assert_one_line(capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_scripts_exit_with_2_and_one_line(tmp_path: Path) -> None:
-    for name, argument in {
-        "train.py": "optim.lrr=1",
-        "evaluate.py": "checkpoint=nowhere.ckpt",
-        "prepare_data.py": "data=tinyimagenet",
-    }.items():
-        ended = script(name, argument, f"data_dir={tmp_path}")
-        assert ended.returncode == 2, ended.stderr
-        assert ended.stderr.startswith("error: ")
-        assert ended.stderr.count("\n") == 1, ended.stderr
+def test_a_script_of_its_own_process_exits_with_2_and_one_line(tmp_path: Path) -> None:
+    """What is printed while everything is imported would show here."""
+    arguments = [sys.executable, str(CONF.parent / "scripts" / "train.py"), WRONG["train.py"]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert_one_line(ended.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def assert_one_line(text: str) -> None:
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1, text
 
 
 def test_missing_data_names_the_command_that_makes_them(compose: Callable[..., Any], tmp_path: Path) -> None:

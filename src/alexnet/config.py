@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ SCHEMAS: dict[str, type[Any]] = {
 }
 
 
+@cache
 def register() -> None:
     """Enters the schemas where the YAML files of `conf/` find them."""
     store = ConfigStore.instance()
@@ -229,9 +231,9 @@ def one_line(error: Exception, name: str, config_dir: Path = CONF) -> str | None
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return (
-            f"no space left for {error.filename}: free some, or set output_dir=... or data_dir=... elsewhere"
-        )
+        file = error.filename2 or error.filename  # of a copy, its target; a write names none
+        where = f"for {file}" if file else "on the disk"
+        return f"no space left {where}: free some, or set output_dir=... or data_dir=... elsewhere"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}. Check the path, or set output_dir=... or data_dir=... elsewhere"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
