@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from alexnet.config import Evaluate
+from alexnet.data.store import Store
 from alexnet.errors import UserError
-from alexnet.evaluate import PAPER_ROWS, average, log_probabilities, paper_rows, score, table
+from alexnet.evaluate import PAPER_ROWS, _write, average, log_probabilities, paper_rows, score, table
 
 CLASSES = 7
 
@@ -136,3 +138,30 @@ def test_table_is_at_most_100_columns_and_in_percent():
     assert f"{100 * result.top1_error.value:.2f} (" in text
     assert "/end  holdout" in text
     assert "38.1" in text
+
+
+def records(tmp_path, *checkpoints, views=1, **keys):
+    """The records that evaluating these checkpoints leaves, by their path under tmp_path."""
+    store = Store(tmp_path / "val", *[np.zeros(1)] * 2, {"sha256": {}}, None)
+    config = Evaluate(list(checkpoints), views=views, output_dir=str(tmp_path), **keys)
+    written = _write(config, [tmp_path / c for c in checkpoints], store, [], [])
+    return written.relative_to(tmp_path)
+
+
+def test_no_record_takes_the_place_of_another(tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "run.json").touch()
+    best, last, other = "a/checkpoints/best.ckpt", "a/checkpoints/last.ckpt", "b/checkpoints/best.ckpt"
+    asked = [[best], [last], [other], [best, last], [best, other], [best, last, other]]
+    names = [records(tmp_path, *checkpoints) for checkpoints in asked]
+    assert len(set(names)) == len(asked)
+    assert names == [records(tmp_path, *reversed(checkpoints)) for checkpoints in asked]  # and again the same
+    assert records(tmp_path, best, last, views=10) not in names
+    assert str(names[0]) == "a/evaluate-val-1view.json"
+    assert str(names[1]) == "a/evaluate-last-val-1view.json"
+
+
+def test_a_copy_of_the_record_goes_where_json_says(tmp_path):
+    record = records(tmp_path, "x.ckpt", json=str(tmp_path / "here" / "mine.json"))
+    assert (tmp_path / "here" / "mine.json").read_text() == (tmp_path / record).read_text()

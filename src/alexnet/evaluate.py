@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -335,13 +336,13 @@ def _write(
     results: Sequence[Result],
     references: Sequence[PaperRow],
 ) -> Path:
-    """The JSON beside run.json if one network of a run was evaluated, else under output_dir, or where `json` says."""
-    name = f"evaluate-{config.split}-{config.views}view.json"
-    directory = paths[0].parent.parent
-    if len(paths) > 1 or not (directory / "run.json").exists():
-        directory = Path(config.output_dir) / "evaluate"
-    path = Path(config.json) if config.json else directory / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The JSON beside run.json if one network of a run was evaluated, else under output_dir; a copy where `json` says.
+
+    The same command writes the same file again.
+    """
+    run = paths[0].parent.parent
+    in_run = len(paths) == 1 and (run / "run.json").exists()
+    path = (run if in_run else Path(config.output_dir) / "evaluate") / _file_name(config, paths, in_run)
     content = {
         "command": command_line(),
         "store": str(store.path),
@@ -350,5 +351,17 @@ def _write(
         "paper": [r.as_dict() for r in references],
         **environment(),
     }
-    write_json(path, content)
+    for place in (path, *([Path(config.json)] if config.json else [])):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, content)
     return path
+
+
+def _file_name(config: Evaluate, paths: Sequence[Path], in_run: bool) -> str:
+    """Different for other networks and another protocol: the best of a run has the plain name, last.ckpt names itself,
+    and an ensemble is known by a hash of its checkpoints' paths, in any order."""
+    who = [] if not in_run or paths[0].name == "best.ckpt" else [paths[0].stem]
+    if len(paths) > 1:
+        known = sha256("\n".join(sorted(str(path.resolve()) for path in paths)).encode())
+        who = [f"{len(paths)}networks", known.hexdigest()[:8]]
+    return "-".join(["evaluate", *who, config.split, f"{config.views}view.json"])
