@@ -6,6 +6,12 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
   exit 2
 fi
 mark=".venv/.installed-$extras"
+# What is installed names the directory it was installed from: a checkout that was moved or copied starts anew.
+here='import alexnet, os; raise SystemExit(not os.path.samefile(alexnet.__path__[0], "src/alexnet"))'
+if ls .venv/.installed-* > /dev/null 2>&1 && ! .venv/bin/python -c "$here" 2> /dev/null; then
+  echo "[1/2] .venv does not belong to this directory (moved or copied?): removing it"
+  rm -rf .venv
+fi
 if [ ! -x .venv/bin/python ]; then
   echo "[1/2] Making .venv"
   "$python" -m venv .venv || {

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def setup(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str
 def test_a_torchvision_of_another_torch_is_explained_in_one_line(checkout: Path) -> None:
     stub(
         checkout / ".venv/bin/python",
+        'case "$2" in *torchvision*) ;; *) exit 0 ;; esac\n'
         'echo "RuntimeError: operator torchvision::nms does not exist" >&2; exit 1',
     )
     (checkout / ".venv" / ".installed-dev").touch()
@@ -68,3 +70,28 @@ def test_a_second_call_installs_nothing(checkout: Path) -> None:
     assert setup(checkout).returncode == 0
     calls = (checkout / "calls").read_text().splitlines()
     assert sum("pip install" in call for call in calls) == 1
+
+
+MAKES_A_PYTHON = """[ "$1" = -c ] && exit 0  # asked for its version
+mkdir -p .venv/bin && printf '#!/bin/sh\\nexit 0\\n' > .venv/bin/python && chmod +x .venv/bin/python"""
+
+
+@pytest.mark.parametrize(("installed_from", "anew"), [("src", False), ("other/src", True), ("gone", True)])
+def test_an_environment_of_another_place_is_made_anew(
+    checkout: Path, installed_from: str, anew: bool
+) -> None:
+    """The environment's Python is a real one that finds the package where it was installed from."""
+    for source in ("src", "other/src"):
+        (checkout / source / "alexnet").mkdir(parents=True)
+        (checkout / source / "alexnet" / "__init__.py").touch()
+    finds = (
+        f'case "$2" in *torchvision*) ;; *) PYTHONPATH={installed_from} exec {sys.executable} "$@" ;; esac'
+    )
+    stub(checkout / ".venv/bin/python", finds)
+    (checkout / ".venv" / ".installed-dev").touch()
+    stub(checkout / "python3", MAKES_A_PYTHON)
+    ended = setup(checkout, PYTHON=str(checkout / "python3"))
+    assert ended.returncode == 0, ended.stderr
+    assert ("does not belong to this directory" in ended.stdout) == anew
+    assert ("Making .venv" in ended.stdout) == anew
+    assert ("Installing" in ended.stdout) == anew
