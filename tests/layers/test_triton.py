@@ -26,10 +26,22 @@ CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
 
 
 # Whether Triton interprets is decided when a kernel is defined, so each way has a process of its own.
-@pytest.mark.parametrize("on", ["interpreter", pytest.param("cuda", marks=CUDA)])
-def test_pairs_match_reference(on):
+@pytest.mark.parametrize(
+    ("on", "cases"),
+    [
+        ("interpreter", "not slow"),
+        pytest.param("interpreter", "slow", marks=pytest.mark.slow),
+        pytest.param("cuda", "slow or not slow", marks=CUDA),
+    ],
+)
+def test_pairs_match_reference(on, cases):
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if on == "interpreter" else {}
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", str(PAIRS_TESTS)]
+    command = [
+        sys.executable,
+        *"-m pytest --noconftest -p no:cacheprovider -m".split(),
+        cases,
+        str(PAIRS_TESTS),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -62,7 +74,10 @@ def compute_capability_8(tmp_path, monkeypatch):
 
 @NO_INTERPRETER
 @pytest.mark.usefixtures("compute_capability_8")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case.endswith("conv1") else pytest.mark.slow) for case in CASES],
+)
 def test_kernels_compile_without_a_gpu(case):
     dtype, maps, groups, beta, kernel, order, ties = CASES[case]
     x = torch.empty(2, maps, 27, 27, dtype=dtype, device="meta")

@@ -1,4 +1,7 @@
-"""The Triton pairs against the reference pairs. Run by test_triton.py: under Triton's interpreter, or on a GPU."""
+"""The Triton pairs against the reference pairs. Run by test_triton.py: under Triton's interpreter, or on a GPU.
+
+The interpreter takes a tenth of a second for a comparison: what a quick run can do without is marked slow.
+"""
 
 import pytest
 import torch
@@ -64,6 +67,9 @@ SHAPES = {
     "fewer rows than a block; 96 maps in 128 lanes": ((1, 96, 2, 3), 1),
     "rows longer than a block": ((1, 1030, 2, 2), 1),
 }
+BLOCK_SHAPES = [
+    pytest.param(*case, marks=[pytest.mark.slow] if case[0][1] > 12 else []) for case in SHAPES.values()
+]
 
 
 @pytest.mark.parametrize(("shape", "groups"), SHAPES.values(), ids=SHAPES.keys())
@@ -77,7 +83,7 @@ def test_norm_takes_any_number_of_dimensions(shape):
 
 
 @ORDERS
-@pytest.mark.parametrize(("shape", "groups"), SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("shape", "groups"), BLOCK_SHAPES, ids=SHAPES.keys())
 def test_block_matches_reference(shape, groups, order):
     compare_block(inputs(*shape), order, groups=groups)
 
@@ -87,6 +93,7 @@ def test_block_matches_reference(shape, groups, order):
 NORMS = [(4, 0.3, 0.75, 1.0), (4, 0.3, 0.5, 1), (1, 1, 1.2, 0.5), (9, 0.2, 1, 2.0), (2, 0.0, 0.75, 2.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_other_constants(norm):
     x = inputs(2, 12, 4, 5)
@@ -105,12 +112,14 @@ POOLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
 def test_other_windows(pool):
     compare_block(inputs(2, 6, 6, 8), "relu_lrn_pool", "first", pool=pool, groups=2)
     compare_block(inputs(2, 6, 6, 8), "lrn_pool_relu", "all", pool=pool, groups=2)
 
 
+@pytest.mark.slow
 def test_bits_of_the_winners():
     x = inputs(1, 4, 6, 6).round()
     for kernel, kept in ((3, 5), torch.int16), ((4, 4), torch.int32):
@@ -151,6 +160,7 @@ def test_what_is_not_finite_shows_as_in_the_reference(ties, order):
     compare_block(x, order, ties, equal_nan=True, **EXACT)
 
 
+@pytest.mark.slow
 def test_layout_does_not_matter():
     x = inputs(2, 6, 5, 6)
     for function in (
@@ -171,7 +181,13 @@ def outcome(function, x):
 
 
 @ORDERS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float16)),
+    ],
+)
 def test_narrow_types_are_computed_in_float32_and_rounded_once(dtype, order):
     # A unit in the last place: the interpreter cuts bfloat16 off where the chip rounds.
     ulp = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
@@ -253,6 +269,7 @@ def wrong_blocks():
     }
 
 
+@pytest.mark.slow
 @ORDERS
 @pytest.mark.parametrize("bug", wrong_blocks())
 def test_a_wrong_block_is_noticed(bug, order):
