@@ -281,7 +281,8 @@ def _closest(wanted: str, known: list[str]) -> str:
 
 
 def _quiet() -> None:
-    """Silences advice that the trainer prints at every start and that does not apply to our loaders."""
+    """Silences advice at every start that does not apply: on our loaders, and on a CUDA that nothing here asks for."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*|.*pynvml.*|.*treespec.*")
