@@ -38,9 +38,8 @@ def test_pairs_match_reference(on, cases):
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if on == "interpreter" else {}
     command = [
         sys.executable,
-        *"-m pytest --noconftest -p no:cacheprovider -m".split(),
-        cases,
-        str(PAIRS_TESTS),
+        *("-m", "pytest", "--noconftest", "-p", "no:cacheprovider"),
+        *("-m", cases, str(PAIRS_TESTS)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
