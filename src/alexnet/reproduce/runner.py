@@ -183,10 +183,11 @@ def _step_seconds(classifier: Classifier, optimizer: torch.optim.Optimizer, batc
 
 @torch.no_grad()
 def _evaluation_seconds(classifier: Classifier, images: torch.Tensor) -> float:
-    """Of one image, in a batch of them."""
+    """Of one image, in a batch of them; the first call may compile."""
     classifier.eval()
-    started = time.monotonic()
-    float(classifier(classifier.augment.centre(images)).sum())
+    for _ in range(2):
+        started = time.monotonic()
+        float(classifier(classifier.augment.centre(images)).sum())
     return (time.monotonic() - started) / len(images)
 
 
