@@ -30,6 +30,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run inside a test draws nothing: that takes as long as training. Runs of wider fixtures draw theirs."""
+    monkeypatch.setattr("alexnet.train._picture", lambda *_: "not drawn")
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data_dir that holds the synthetic set: 110 train, 10 holdout and 40 val images."""

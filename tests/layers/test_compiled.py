@@ -99,10 +99,8 @@ CASES = {
 
 # Seconds to compile where nothing is cached.
 SLOW = (
-    "the papers block",
-    "the block of 2012, with ties",
-    "padded pool, rounded up",
-    "pool with other sides and ties",
+    *("the papers block", "the block of 2012, with ties", "padded pool, rounded up"),
+    *("pool with other sides and ties", "window over all maps", "one row", "loss of each image"),
 )
 
 
@@ -160,6 +158,7 @@ def test_space_to_depth_of_the_first_layer(backend):
     assert_equals_the_reference(convolution, *operands, backend=backend, rtol=2**-7, atol=2**-6)
 
 
+@pytest.mark.slow
 def test_half_types_round_once():
     def function(x, backend):
         return local_response_norm(x, *SMALL[:4], groups=2, backend=backend)
@@ -249,6 +248,7 @@ def assert_one_graph_serves_every_batch(net, step):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))  # bitwise, run for run
 
 
+@pytest.mark.slow
 def test_one_graph_serves_every_batch_and_nothing_falls_back():
     net, reference = small_net(), small_net("reference", "reference")
     reference.load_state_dict(net.state_dict())

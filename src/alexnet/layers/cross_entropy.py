@@ -58,7 +58,7 @@ def cross_entropy_forward(
     loss = -log_p.gather(1, target[:, None]).squeeze(1)
     if label_smoothing:  # a logit of -inf is fine until some of the target lies on it
         loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(1)
-    return _reduce(loss, reduction), x, lse, target
+    return reduced(loss, reduction), x, lse, target
 
 
 def cross_entropy_backward(
@@ -73,7 +73,7 @@ def cross_entropy_backward(
     return cast(dloss_N1 * (p - q), x.dtype)
 
 
-def _reduce(loss_N: Tensor, reduction: str) -> Tensor:
+def reduced(loss_N: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss_N
     return loss_N.mean() if reduction == "mean" else loss_N.sum()

@@ -85,11 +85,19 @@ def dropout_mask(
 ) -> Tensor:
     """True where a unit is kept; bool, `shape`. Row i of it is row first_row + i of the whole batch's mask."""
     key = torch.as_tensor(key, dtype=torch.int64, device=device)
-    row_N1 = torch.arange(shape[0], device=device)[:, None] + first_row
-    unit_U = torch.arange(math.prod(shape[1:]), device=device)
-    row_word = mix(mix(mix(key & WORD) ^ ((key >> 32) & WORD)) ^ (row_N1 & WORD))
-    bits_NU = mix(row_word ^ mix(unit_U))
+    bits_NU = mix(row_words(shape[0], key, first_row) ^ unit_words(math.prod(shape[1:]), device))
     return (bits_NU >= round(p * 2**32)).reshape(tuple(shape))
+
+
+def row_words(rows: int, key: Tensor, first_row: int) -> Tensor:
+    """The key and the row, mixed: (rows, 1) words."""
+    row_N1 = torch.arange(rows, device=key.device)[:, None] + first_row
+    return mix(mix(mix(key & WORD) ^ ((key >> 32) & WORD)) ^ (row_N1 & WORD))
+
+
+def unit_words(units: int, device: torch.device | str | None) -> Tensor:
+    """The unit, mixed: (units) words."""
+    return mix(torch.arange(units, device=device))
 
 
 def dropout_forward(x: Tensor, key: Tensor, p: float, first_row: int, scale: float) -> tuple[Tensor, Tensor]:

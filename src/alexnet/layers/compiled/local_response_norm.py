@@ -37,8 +37,16 @@ def reach(size: int, maps: int) -> Reach:
     return min(size // 2, maps - 1), min((size - 1) // 2, maps - 1)
 
 
-def window_sums(rows: Tensor, term: Callable[[Tensor], Tensor], keep: Tensor, before: int) -> list[Tensor]:
-    """Of the first row, the rows between and the last row: the sum of term(x[j]) over the window of each map."""
+def pieces(rows: Tensor, pixels: int) -> list[Tensor]:
+    """The first row, the rows between, the last row: what `window_sums` belongs to. Images of one pixel are left
+    whole: between the ends of a batch of such there may be one row or none, which would need a graph of its own."""
+    return [rows] if pixels == 1 else [rows[:1], rows[1:-1], rows[-1:]]
+
+
+def window_sums(
+    rows: Tensor, pixels: int, term: Callable[[Tensor], Tensor], keep: Tensor, before: int
+) -> list[Tensor]:
+    """For each of the `pieces`: the sum of term(x[j]) over the window of each map."""
     M, C = rows.shape
     after = len(keep) - 1 - before
     flat = rows.reshape(-1)
@@ -50,54 +58,51 @@ def window_sums(rows: Tensor, term: Callable[[Tensor], Tensor], keep: Tensor, be
         padded = F.pad(row, (before, after))
         return total([padded[:, i : i + C] for i in range(len(keep))])
 
-    if M == 1:
+    if pixels == 1:
         return [edge(rows)]
     shifts = range(-before, after + 1)
     between = total([flat[C + j : (M - 1) * C + j].view(-1, C) for j in shifts])
     return [edge(rows[:1]), between, edge(rows[-1:])]
 
 
-def pieces(rows: Tensor) -> list[Tensor]:
-    """The first row, the rows between, the last row: what `window_sums` belongs to."""
-    return [rows] if len(rows) == 1 else [rows[:1], rows[1:-1], rows[-1:]]
-
-
-def norm_rows(rows: Tensor, keep: Tensor, before: int, norm: Norm, relu: bool) -> Tensor:
-    """x (M, C) -> y, of x or of max(x, 0)."""
+def norm_rows(x: Tensor, keep: Tensor, before: int, norm: Norm, relu: bool) -> Tensor:
+    """x (N, ..., C) -> y, of x or of max(x, 0)."""
     size, alpha, beta, k = norm
-    sums = window_sums(rows, lambda x: response(x, relu) ** 2, keep, before)
+    rows, pixels = x.flatten(0, -2), x.shape[1:-1].numel()
+    sums = window_sums(rows, pixels, lambda x: response(x, relu) ** 2, keep, before)
     y = [
         (response(x, relu) * inverse_power(k + alpha / size * total, beta)).to(rows.dtype)
-        for x, total in zip(pieces(rows), sums, strict=True)
+        for x, total in zip(pieces(rows, pixels), sums, strict=True)
     ]
-    return torch.cat(y)
+    return torch.cat(y).view(x.shape)
 
 
 def norm_rows_backward(
-    dy: Tensor, rows: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm, relu: bool
+    dy: Tensor, x: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm, relu: bool
 ) -> Tensor:
-    """dy, x (M, C) -> dx. `before` is that of the forward's window; the backward's is the reflected one."""
+    """dy, x (N, ..., C) -> dx. `before` is that of the forward's window; the backward's is the reflected one."""
     size, alpha, beta, k = norm
-    sums = window_sums(rows, lambda x: response(x, relu) ** 2, keep, before)
+    drows, rows, pixels = dy.flatten(0, -2), x.flatten(0, -2), x.shape[1:-1].numel()
+    sums = window_sums(rows, pixels, lambda x: response(x, relu) ** 2, keep, before)
     t, q = [], []
-    for d, x, total in zip(pieces(dy), pieces(rows), sums, strict=True):
+    for d, a, total in zip(pieces(drows, pixels), pieces(rows, pixels), sums, strict=True):
         gain, slope = gain_and_slope(k + alpha / size * total, beta)
         t.append(d * gain)
-        q.append(d * response(x, relu) * slope)
+        q.append(d * response(a, relu) * slope)
     # q gets a row of zeros at each end, so that no neighbour of the backward is outside it.
-    nothing = torch.zeros_like(q[0])
+    nothing = torch.zeros_like(rows[:1], dtype=q[0].dtype)
     flat, C = torch.cat([nothing, *q, nothing]).reshape(-1), rows.shape[1]
     after = len(keep) - 1 - before
     dx, row = [], 1
-    for d, x in zip(t, pieces(rows), strict=True):
+    for d, a in zip(t, pieces(rows, pixels), strict=True):
         end = row + len(d)
         shifts = enumerate(range(-after, before + 1))
         competition = sum(flat[row * C + j : end * C + j].view(-1, C) * keep_reflected[i] for i, j in shifts)
-        a = response(x, relu)
+        a = response(a, relu)
         piece = d - 2 * alpha * beta / size * a * competition
         dx.append((torch.where(a <= 0, 0, piece) if relu else piece).to(rows.dtype))
         row = end
-    return torch.cat(dx)
+    return torch.cat(dx).view(x.shape)
 
 
 def response(x: Tensor, relu: bool) -> Tensor:
@@ -117,15 +122,14 @@ def gain_and_slope(s: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 @compiled
 def _forward(rows: Tensor, keep: Tensor, before: int, norm: Norm) -> Tensor:
-    return norm_rows(rows.flatten(0, -2), keep, before, norm, relu=False).view(rows.shape)
+    return norm_rows(rows, keep, before, norm, relu=False)
 
 
 @compiled
 def _backward(
     dy: Tensor, x: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm, relu: bool
 ) -> Tensor:
-    rows, drows = x.flatten(0, -2), dy.flatten(0, -2)
-    return norm_rows_backward(drows, rows, keep, keep_reflected, before, norm, relu).view(x.shape)
+    return norm_rows_backward(dy, x, keep, keep_reflected, before, norm, relu)
 
 
 def local_response_norm_forward(

@@ -62,19 +62,14 @@ def pooled(
 ) -> tuple[Tensor, list[Tensor]]:
     """x (N, H, W, C) -> the maxima (N, P, Q, C) in the type they are compared in, and the winners as floats."""
     candidates = [c.to(wide(x.dtype)) for c in _candidates(x, windows, kernel, stride, padding)]
-    if ties == "first":
-        y, place = candidates[0], torch.zeros_like(candidates[0])
-        if first is not None:
-            y, place = torch.full_like(y, float("-inf")), place + first
-        for number, x_k in enumerate(candidates):
-            if number or first is not None:
-                better = (x_k > y) | (x_k != x_k)  # a NaN beats every number
-                place = torch.where(better, float(number), place)
-                y = torch.where(better, x_k, y)
-        return y, [place]
     y = candidates[0]
     for x_k in candidates[1:]:
         y = torch.maximum(y, x_k)
+    if ties == "first":
+        place = torch.zeros_like(y)  # of a NaN, which equals nothing
+        for number in reversed(range(len(candidates))):
+            place = torch.where(candidates[number] == y, float(number), place)
+        return y, [place if first is None else torch.maximum(place, first)]
     winners = []
     for start in range(0, len(candidates), BITS):
         some = enumerate(candidates[start : start + BITS])
@@ -83,15 +78,21 @@ def pooled(
 
 
 def _candidates(x: Tensor, windows: Two, kernel: Two, stride: Two, padding: Two) -> list[Tensor]:
-    """For each place of a window, row-major, the pixels that stand there: (N, P, Q, C) views."""
-    (top, left), (H, W) = padding, x.shape[1:3]
-    bottom, right = ((windows[a] - 1) * stride[a] + kernel[a] - (H, W)[a] - padding[a] for a in (0, 1))
-    sides = (0, 0, left, max(right, 0), top, max(bottom, 0))
-    if any(sides):
-        x = F.pad(x, sides, value=float("-inf"))
-    (P, Q), (u, v) = windows, stride
-    places = ((r, s) for r in range(kernel[0]) for s in range(kernel[1]))
-    return [x[:, r : r + u * (P - 1) + 1 : u, s : s + v * (Q - 1) + 1 : v] for r, s in places]
+    """For each place of a window, row-major, the pixels that stand there: (N, P, Q, C) views.
+
+    A window that reaches beyond the last row or column reads that row or column again: its maximum stays, the first
+    winner stays, and no pixel asks for a place outside. Reading minus infinity instead takes three times as long.
+    """
+    if any(padding):
+        x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]), value=float("-inf"))
+
+    def along(axis: int, place: int) -> slice | Tensor:
+        count, step, size = windows[axis], stride[axis], x.shape[axis + 1]
+        if place + (count - 1) * step < size:
+            return slice(place, place + (count - 1) * step + 1, step)
+        return (place + step * torch.arange(count, device=x.device)).clamp(max=size - 1)
+
+    return [x[:, along(0, r)][:, :, along(1, s)] for r in range(kernel[0]) for s in range(kernel[1])]
 
 
 @compiled
@@ -114,14 +115,22 @@ def gather(
         bordered(dy, *sides), *(bordered(w, *sides, NOBODY[ties]) for w in winners)
     )
     dx = dy.new_empty((N, *size, C))
+    planes, remainders, starts = [], [], []
     for rho in range(stride[0]):
         for sigma in range(stride[1]):
             rows, columns = (rho - padding[0]) % stride[0], (sigma - padding[1]) % stride[1]
             if rows < size[0] and columns < size[1]:
-                start = (rows + padding[0]) // stride[0], (columns + padding[1]) // stride[1]
-                (plane,) = batched(dx[:, rows :: stride[0], columns :: stride[1]])
-                _gather(plane, dy_bordered, winners_bordered, (rho, sigma), start, kernel, stride, ties)
+                planes.append(apart(dx[:, rows :: stride[0], columns :: stride[1]]))
+                remainders.append((rho, sigma))
+                starts.append(((rows + padding[0]) // stride[0], (columns + padding[1]) // stride[1]))
+    _gather(list(batched(*planes)), dy_bordered, winners_bordered, remainders, starts, kernel, stride, ties)
     return dx
+
+
+def apart(plane: Tensor) -> Tensor:
+    """The same memory under a storage of its own: planes share no element, but the compiler sees that they share
+    memory and would write the whole of it once for each."""
+    return torch.from_dlpack(plane)
 
 
 NOBODY = {"first": -1, "all": 0}  # the winners of a window that is not there
@@ -129,7 +138,22 @@ NOBODY = {"first": -1, "all": 0}  # the winners of a window that is not there
 
 @compiled
 def _gather(
-    dx: Tensor,
+    planes: list[Tensor],
+    dy: Tensor,
+    winners: list[Tensor],
+    remainders: list[Two],
+    starts: list[Two],
+    kernel: Two,
+    stride: Two,
+    ties: str,
+) -> None:
+    """Writes dx plane by plane, each (N, A, B, C): the pixels of one pair of remainders."""
+    for plane, remainder, start in zip(planes, remainders, starts, strict=True):
+        plane.copy_(_paid(plane.shape, dy, winners, remainder, start, kernel, stride, ties).to(dy.dtype))
+
+
+def _paid(
+    shape: torch.Size,
     dy: Tensor,
     winners: list[Tensor],
     remainder: Two,
@@ -137,17 +161,17 @@ def _gather(
     kernel: Two,
     stride: Two,
     ties: str,
-) -> None:
-    """Writes the pixels of one pair of remainders, dx (N, A, B, C)."""
-    total = torch.zeros((), dtype=wide(dy.dtype), device=dy.device).expand(dx.shape)
-    (A, B), ahead = dx.shape[1:3], [-(-kernel[a] // stride[a]) - 1 for a in (0, 1)]
+) -> Tensor:
+    """What the windows pay to the pixels (N, A, B, C) of one pair of remainders."""
+    total = torch.zeros((), dtype=wide(dy.dtype), device=dy.device).expand(shape)
+    (A, B), ahead = shape[1:3], [-(-kernel[a] // stride[a]) - 1 for a in (0, 1)]
     for t, r in enumerate(range(remainder[0], kernel[0], stride[0])):
         for u, s in enumerate(range(remainder[1], kernel[1], stride[1])):
             row, column = start[0] - t + ahead[0], start[1] - u + ahead[1]
             window = (slice(None), slice(row, row + A), slice(column, column + B))
             won = _won([w[window] for w in winners], r * kernel[1] + s, ties)
             total = total + torch.where(won, dy[window].to(total.dtype), 0)
-    dx.copy_(total.to(dx.dtype))
+    return total
 
 
 def _won(winners: list[Tensor], place: int, ties: str) -> Tensor:

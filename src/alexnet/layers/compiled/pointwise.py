@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet.layers.compiled.graph import batched, compiled
+from alexnet.layers.backend import wide
+from alexnet.layers.compiled.graph import batched, compiled, constant
 from alexnet.layers.cross_entropy import cross_entropy_forward as loss_value
-from alexnet.layers.dropout import dropout_mask
+from alexnet.layers.cross_entropy import reduced
+from alexnet.layers.dropout import mix, row_words, unit_words
 from alexnet.layers.linear import Gradients
 from alexnet.layers.linear import linear_backward as three_products
 from alexnet.layers.relu import relu_backward as rectified_gradient
@@ -78,25 +80,39 @@ def _tanh_gradient(dy: Tensor, y: Tensor) -> Tensor:
 
 def dropout_forward(x: Tensor, key: Tensor, p: float, first_row: int, scale: float) -> tuple[Tensor, Tensor]:
     """x (N, ...) -> y = scale m x; keeps the mask, one byte a unit."""
-    first = torch.as_tensor(first_row, device=x.device)  # a tensor: a number would be a constant of the graph
-    y, keep = _dropout(*batched(x.flatten(1)), key, first, p, scale)
+    x_NU = x.flatten(1).contiguous()
+    rows = row_words(len(x_NU), key, first_row)
+    units = _unit_words(x_NU.shape[1], x.device)
+    # A tensor, where a number would be a constant of the graph.
+    least = torch.tensor(round(p * 2**32))
+    y, keep = _dropout(*batched(x_NU, rows), units, least, _number(scale, x))
     return y.view(x.shape), keep.view(x.shape)
 
 
+_unit_words = constant(unit_words)
+
+
+def _number(scale: float, x: Tensor) -> Tensor:
+    """For a product with x, in the type x is computed in."""
+    return torch.tensor(scale, dtype=wide(x.dtype))
+
+
 @compiled
-def _dropout(x: Tensor, key: Tensor, first_row: Tensor, p: float, scale: float) -> tuple[Tensor, Tensor]:
-    keep = dropout_mask(x.shape, p, key, first_row, x.device)  # type: ignore[arg-type]
-    return torch.where(keep, x * scale, 0), keep
+def _dropout(x: Tensor, rows: Tensor, units: Tensor, least: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    # One mixing in here: the compiler writes shared terms out again, and the words of the rows need four in a row.
+    keep = mix(rows ^ units) >= least
+    return torch.where(keep, x.to(scale.dtype) * scale, 0).to(x.dtype), keep
 
 
 def dropout_backward(dy: Tensor, keep: Tensor, p: float, first_row: int, scale: float) -> Tensor:
     """dy (N, ...) -> dx."""
-    return _dropout_gradient(*batched(dy.contiguous(), keep), scale)
+    dx = _dropout_gradient(*batched(dy.flatten(1).contiguous(), keep.flatten(1)), _number(scale, dy))
+    return dx.view(dy.shape)
 
 
 @compiled
-def _dropout_gradient(dy: Tensor, keep: Tensor, scale: float) -> Tensor:
-    return torch.where(keep, dy * scale, 0)
+def _dropout_gradient(dy: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(keep, dy.to(scale.dtype) * scale, 0).to(dy.dtype)
 
 
 def cross_entropy_forward(
@@ -104,13 +120,13 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (N, K), target (N) -> loss; keeps x, target and one number an image."""
     x, target = batched(x.contiguous(), target)
-    loss, lse = _loss(x, target, label_smoothing, reduction)
-    return loss, x, lse, target
+    loss_N, lse = _losses(x, target, label_smoothing)
+    return reduced(loss_N, reduction), x, lse, target
 
 
 @compiled
-def _loss(x: Tensor, target: Tensor, label_smoothing: float, reduction: str) -> tuple[Tensor, Tensor]:
-    loss, _, lse, _ = loss_value(x, target, label_smoothing, reduction)
+def _losses(x: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    loss, _, lse, _ = loss_value(x, target, label_smoothing, "none")
     return loss, lse
 
 
@@ -118,19 +134,20 @@ def cross_entropy_backward(
     dloss: Tensor, x: Tensor, lse: Tensor, target: Tensor, label_smoothing: float, reduction: str
 ) -> Tensor:
     """dloss, a number or (N) -> dx (N, K)."""
-    dloss = dloss.detach() if dloss.dim() == 0 else batched(dloss.contiguous())[0]
-    return _loss_gradient(dloss, *batched(x, lse, target), label_smoothing, reduction)
+    images = len(x)
+    dloss_N1 = dloss.reshape(-1, 1) / (images if reduction == "mean" else 1)
+    dloss_N1 = dloss_N1.expand(images, 1).contiguous()
+    return _loss_gradient(*batched(dloss_N1, x, lse, target), label_smoothing)
 
 
 @compiled
 def _loss_gradient(
-    dloss: Tensor, x: Tensor, lse: Tensor, target: Tensor, label_smoothing: float, reduction: str
+    dloss_N1: Tensor, x: Tensor, lse: Tensor, target: Tensor, label_smoothing: float
 ) -> Tensor:
-    images, classes = x.shape
+    classes = x.shape[1]
     p = (x.to(lse.dtype) - lse).exp()
     hit = torch.arange(classes, device=x.device) == target[:, None]
     q = (1 - label_smoothing) * hit.to(p.dtype) + label_smoothing / classes
-    dloss_N1 = dloss.reshape(-1, 1) / (images if reduction == "mean" else 1)
     return (dloss_N1 * (p - q)).to(x.dtype)
 
 

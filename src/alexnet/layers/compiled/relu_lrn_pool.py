@@ -52,7 +52,7 @@ def _forward(
     ties: str,
 ) -> tuple[Tensor, ...]:
     paper = order == "relu_lrn_pool"
-    b = norm_rows(x.flatten(0, 2), keep, before, norm, relu=paper).view(x.shape)
+    b = norm_rows(x, keep, before, norm, relu=paper)
     m, winners = pooled(b, None, windows, kernel, stride, UNPADDED, ties)
     if not paper:
         winners = [torch.where(m <= 0, float(NOBODY[ties]), w) for w in winners]
