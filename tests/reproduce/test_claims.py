@@ -129,11 +129,11 @@ def test_arms_without_overrides_share_the_runs_of_the_recipe():
 
 def test_a_tuned_claim_searches_on_a_seed_of_its_own_and_a_figure_borrows_its_runs():
     relu, figure = CLAIMS["s3_1_relu"], CLAIMS["figure1"]
-    tuning = relu.tuning_runs("cpu")
-    assert len(tuning) == 12
-    arm, value, run = tuning[0]
-    assert (arm, value, run.name) == ("relu", 0.001, "cpu/s3_1_relu/relu_tune_0.001")
-    assert run.overrides[-1] == "optim.lr=0.001"
+    tuning, rates = relu.tuning_runs("cpu"), relu.tune.values["cpu"]
+    assert [(arm, value) for arm, value, _ in tuning] == [(arm, rate) for arm in relu.arms for rate in rates]
+    _, rate, run = tuning[0]
+    assert run.name == f"cpu/s3_1_relu/relu_tune_{rate}"
+    assert run.overrides[-1] == f"optim.lr={rate}"
     assert run.seed not in range(100)
     assert figure.runs("cpu", 3) == relu.runs("cpu", 3)
     assert figure.tuning_runs("cpu") == tuning
