@@ -30,7 +30,7 @@ from alexnet.layers import (
     tanh,
 )
 from alexnet.layers.backend import OPERATIONS, PAIRS, pair_for
-from alexnet.layers.compiled.conv2d import kernel_from_depth, space_to_depth, weight_gradient
+from alexnet.layers.compiled.conv2d import kernel_from_depth, space_to_depth, takes_columns, weight_gradient
 from alexnet.layers.conv2d import _sides, _two, conv2d_backward, conv2d_forward
 from alexnet.model import AlexNet, ModelConfig
 
@@ -146,6 +146,20 @@ def test_shifted_products_are_the_weight_gradient(groups, stride, padding):
     else:
         ours = weight_gradient(dy, x, sides, groups)
     torch.testing.assert_close(ours, expected, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("px", "kernel", "dtype", "columns"),
+    [
+        (27, 5, torch.bfloat16, False),  # the paper's conv2: 25 taps, (29 / 27)^2 = 1.15
+        (13, 5, torch.bfloat16, True),  # small maps: (15 / 13)^2 = 1.33
+        (13, 3, torch.bfloat16, True),  # few taps
+        (27, 5, torch.float32, True),
+    ],
+)
+def test_columns_for_small_maps_and_few_taps(px, kernel, dtype, columns):
+    x, w = torch.zeros(2, 4, px, px, dtype=dtype), torch.zeros(4, 4, kernel, kernel, dtype=dtype)
+    assert takes_columns(x, x, w, (1, 1), 4 * (kernel // 2,)) == columns
 
 
 @pytest.mark.parametrize("backend", ["compiled", "library"])

@@ -23,13 +23,16 @@ Stride u: *space to depth*. The pixels of every u x v block become u v channels,
 zeros to a multiple of the stride, becomes one of ceil(R/u) x ceil(S/v) taps at stride 1. The same numbers are
 multiplied, plus those zeros: exact. In bf16 conv1 runs so in the forward too (3 channels fill no vector; 48 do).
 
-Float32 takes the reference's columns (im2col a few images at a time, which stay in the cache) and one product.
-Measured on a core with AVX-512 and no AMX, batch 16, as a share of the library's speed, float32 | bfloat16:
+Float32 takes the reference's columns (im2col a few images at a time, which stay in the cache) and one product; so
+does bfloat16 on a CPU where columns are few (at most 3 x 3 taps) or the zeros on the line are many (small maps).
+Measured on a core with AVX-512 and no AMX, as a share of the library's speed, float32 | bfloat16, `paper` with batch 16
+and, in bfloat16, `mini` (maps of 13 and 6 pixels) with batch 128:
 
                                  conv1       conv2       conv3       conv4       conv5
     these shifted products     .41 | .68   .43 | .68   .76 | .77   .65 | .78   .66 | .75
     columns, a few images      .65 | .61   .63 | .65   .90 | .84   .78 | .84   .68 | .72
     columns of a kernel row    .55 | .66   .61 | .61   .89 | .83   .76 | .82   .68 | .74
+    mini: shifted | columns                .62 | .68   .61 | .81   .61 | .74   .62 | .78
     batch and channels swapped, a convolution with a kernel as large as the image: below .2
 """
 
@@ -45,6 +48,8 @@ from alexnet.layers.conv2d import conv2d_backward as by_columns
 Two = tuple[int, int]
 NO_SIDES = (0, 0, 0, 0)
 FEW_CHANNELS = 4  # the most for which space to depth pays in the forward
+FEW_TAPS = 9  # the most for which columns beat lines
+MANY_ZEROS = 1.2  # length of a line over its positions that count, from which columns beat lines
 
 
 def conv2d_forward(
@@ -83,7 +88,7 @@ def conv2d_backward(
     """dy (N, O, P, Q) -> dx, dw, db, all ours; None where `needs` says no."""
     dx = input_gradient(dy, x, w, stride, padding, groups) if needs[0] else None
     dw = None
-    if needs[1] and wide(x.dtype) == x.dtype:
+    if needs[1] and takes_columns(dy, x, w, stride, padding):
         _, dw, _ = by_columns(dy, x, w, stride, padding, groups, (False, True, False))
     elif needs[1] and max(stride) > 1:
         blocks = convolved if convolved is not x else space_to_depth(x, w, stride, padding, groups)
@@ -91,6 +96,23 @@ def conv2d_backward(
     elif needs[1]:
         dw = weight_gradient(dy, x, padding, groups)
     return dx, dw, bias_gradient(dy) if needs[2] else None
+
+
+def takes_columns(dy: Tensor, x: Tensor, w: Tensor, stride: Two, padding: Sides) -> bool:
+    """Whether the weight gradient goes by columns rather than by lines; figures above."""
+    if wide(x.dtype) == x.dtype:
+        return True
+    if x.device.type != "cpu" or max(stride) > 1:
+        return False
+    row, image = line_steps(x, padding)
+    zeros = row * image / (dy.shape[2] * dy.shape[3])
+    return w.shape[2] * w.shape[3] <= FEW_TAPS or zeros > MANY_ZEROS
+
+
+def line_steps(x: Tensor, padding: Sides) -> Two:
+    """From one row to the next on a line, and rows from one image to the next: with the zeros behind each."""
+    left, right, top, bottom = padding
+    return x.shape[3] + max(left, right), x.shape[2] + max(top, bottom)
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
@@ -124,7 +146,7 @@ def weight_gradient(dy: Tensor, x: Tensor, padding: Sides, groups: int) -> Tenso
     (H, W), (P, Q) = x.shape[2:], dy.shape[2:]
     left, right, top, bottom = padding
     R, S = H + top + bottom - P + 1, W + left + right - Q + 1
-    row, image = W + max(left, right), H + max(top, bottom)
+    row, image = line_steps(x, padding)
     before = top * row + left
     x_CM = lines(x, image, row, before, (R - 1 - top) * row + S - 1 - left)
     dy_OM = lines(dy, image, row, 0, 0)
