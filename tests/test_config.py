@@ -55,6 +55,26 @@ def test_bare_training_is_the_quickstart() -> None:
     assert bare == named
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "quickstart"),
+        (["experiment=none", "model=tiny"], "tiny-synthetic"),
+        (["trainer=debug"], "quickstart-debug"),  # the real run has its directory to itself
+        (["trainer=debug", "name=mine"], "mine"),
+    ],
+)
+def test_a_run_is_named_by_what_is_run(
+    overrides: list[str], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    named: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    command("train")(lambda config: named.append(config.name))()
+    assert named == [name]
+
+
 def test_plain_data_comes_back_as_the_same_dataclass() -> None:
     config = ModelConfig(width=0.5, init_std=[0.1] * 8)
     there = plain(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 import pytest
 
-from alexnet.config import CONF, SCHEMAS, load, register
+from alexnet.config import CONF, SCHEMAS, Train, load, register
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,6 +31,8 @@ def test_every_command_of_the_readme_composes(command: str) -> None:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = load(hydra.compose(name, plain))
     assert isinstance(config, SCHEMAS[name])
+    if isinstance(config, Train) and config.data.name == "synthetic":
+        assert config.augment.crop_px <= 64  # the side of its images
 
 
 def test_shell_scripts_of_the_readme_exist_and_are_executable() -> None:

@@ -206,6 +206,8 @@ def load(config: DictConfig) -> Any:
         experiment = choices.get("experiment")
         named = experiment not in (None, "none")
         config.name = experiment if named else f"{choices['model']}-{choices['data']}"
+        if choices.get("trainer") == "debug":  # a few batches must not lie where the real run will
+            config.name += "-debug"
     return OmegaConf.to_object(config)
 
 
@@ -285,4 +287,7 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings(
+        "ignore", message=r".*sync_dist=True.*"
+    )  # our metrics are summed over the devices
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*|.*pynvml.*|.*treespec.*")
