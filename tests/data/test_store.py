@@ -75,9 +75,9 @@ def refused(path: Path, *words: str, **options) -> None:
     ("name", "command"),
     [
         ("tiny_imagenet", "data=tiny_imagenet"),
-        ("imagenet100", "data=imagenet path=<folder or archive> name=imagenet100"),
         ("imagenette_few", "data=imagenette name=imagenette_few"),
         ("pets", "data=folder path=<folder or archive> name=pets"),
+        ("2012", "data=folder path=<folder or archive> name=2012"),
     ],
 )
 def test_a_missing_store_names_the_command_that_makes_it(
@@ -88,6 +88,21 @@ def test_a_missing_store_names_the_command_that_makes_it(
         "does not exist",
         f"`python scripts/prepare_data.py {command} data_dir={tmp_path}`",
     )
+    monkeypatch.chdir(tmp_path)
+    refused(Path("data") / name / "train", f"`python scripts/prepare_data.py {command}`")
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("imagenet100", "data=imagenet path=<folder or archive> name=imagenet100 n_classes=100"),
+        ("tiny_imagenet_20", "data=tiny_imagenet name=tiny_imagenet_20 n_classes=20"),
+        ("synthetic_500", "data=synthetic name=synthetic_500 n_train=500"),
+    ],
+)
+def test_a_missing_subset_names_the_command_that_makes_it(
+    name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     refused(Path("data") / name / "train", f"`python scripts/prepare_data.py {command}`")
 

@@ -14,6 +14,7 @@ leaves its finished rows for the next one (`Partial`), and renamed at the end.
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -141,11 +142,13 @@ def _array(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> np.ndar
 def command(path: Path) -> str:
     """The command that makes the store at `<data_dir>/<name>/<split>`.
 
-    A manifest there says what it was made of. Where there is none, the name does: imagenet100 is a subset of
-    imagenet, and what is named like no known set is a folder of the user's.
+    A manifest there says what it was made of. Where there is none, the name does: imagenet100 and imagenet_100 are a
+    hundred classes of imagenet, synthetic_500 has so many images, and what is named like no known set is a folder.
     """
     name, data_dir, request = path.parent.name, str(path.parents[1]), _request(path)
     kind = request.get("source") or max((k for k in KNOWN if name.startswith(k)), key=len, default="folder")
+    if not request and kind in KNOWN and (number := re.fullmatch(r"_?(\d+)", name.removeprefix(kind))):
+        request = {"n_train" if kind == "synthetic" else "n_classes": number[1]}
     path_word = ["path=<folder or archive>"] if kind in ("imagenet", "folder") else []  # the others download
     name_word = [shlex.quote(f"name={name}")] if name != kind else []
     place = [shlex.quote(f"data_dir={data_dir}")] if data_dir != "data" else []
