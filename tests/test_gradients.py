@@ -193,6 +193,15 @@ def test_one_operation_prints_a_narrow_table_and_writes_json(tmp_path):
     assert all(kill["killed"] for kill in content["kills"])
 
 
+def test_the_row_of_every_planted_bug_fits_a_terminal():
+    checks = ["autograd", "differences", "identity"]
+    for m in MUTANTS:
+        rule = m.where in (rules.UPDATE, rules.DATA)
+        kill = Kill(m.where, m.name, checks[:1] if rule else checks, "section 5 written out, with a drop")
+        assert len(run.kill_row(kill)) <= 100
+        assert m.name in run.kill_row(kill)
+
+
 def test_a_failure_is_named_and_fails_the_run(tmp_path):
     with next(m for m in MUTANTS if m.name == "a leak in the backward only").plant():
         proof, text = proven(tmp_path, operations=["relu"])

@@ -15,6 +15,12 @@ def test_formulas_become_mathml_and_text_stays():
     assert "<mfrac>" in page
 
 
+def test_a_mark_stays_with_its_formula():
+    page = mathematics("by $y$: an array, of $x$ all")
+    assert "</math>:</span> an array" in page
+    assert page.count("together") == 1
+
+
 def test_a_missing_value_is_an_error_and_not_an_empty_page():
     with pytest.raises(UndefinedError, match="verdict"):
         render("gradients.html", sections=[])

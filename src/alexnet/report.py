@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
         f"reports need {error.name}, which is not installed: pip install 'alexnet[plots]', or ./scripts/setup.sh"
     ) from error
 
-FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$([.,:;]?)", re.DOTALL)
 
 
 def render(template: str, **values: Any) -> str:
@@ -46,5 +46,7 @@ def picture(svg: str) -> Markup:
 
 
 def _mathml(match: re.Match[str]) -> str:
-    displayed, inline = match.groups()
-    return convert(displayed or inline, display="block" if displayed else "inline")
+    displayed, inline, mark = match.groups()
+    formula = convert(displayed or inline, display="block" if displayed else "inline")
+    # A browser would break the line between a formula and the mark behind it.
+    return f'<span class="together">{formula}{mark}</span>' if mark else formula

@@ -46,7 +46,7 @@ class Kill:
     def letters(self) -> str:
         """a, b, c of `checks`; a rule has only one check."""
         letter = {"differences": "a", "autograd": "b", "identity": "c"}
-        return " ".join(sorted(letter[check] for check in self.noticed_by if check in letter))
+        return "".join(sorted(letter[check] for check in self.noticed_by if check in letter))
 
 
 def hunt(mutant: Mutant) -> Kill:

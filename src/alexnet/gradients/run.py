@@ -209,7 +209,7 @@ OPERATION_HEAD = (
     f" {'fp32':>7} {'bf16':>7}   {'s':>4}"
 )
 ROW_HEAD = f"{'checked':31} {'backend':10} {'on':5} {'':28} {'error':>8} {'bound':>6} {'used':>6}"
-KILL_HEAD = f"{'planted bug (a differences, b autograd, c identity)':61} {'':5} noticed by"
+KILL_HEAD = f"{'planted bug (a differences, b autograd, c identity)':61} {'':3} noticed by"
 
 
 def operation_row(results: list[Result], seconds: float) -> str:
@@ -255,7 +255,7 @@ def percent(share: float) -> str:
 
 def kill_row(kill: Kill) -> str:
     name = f"{kill.where}: {kill.name}"
-    return f"{name[:61]:61} {kill.letters:5} {kill.case if kill.noticed_by else 'NOBODY: IT SURVIVED'}"
+    return f"{name[:61]:61} {kill.letters:3} {kill.case if kill.noticed_by else 'NOBODY: IT SURVIVED'}"
 
 
 def failure_line(result: Result) -> str:
