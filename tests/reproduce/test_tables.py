@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from alexnet.config import CONF
 from alexnet.reproduce.claims import Claim, Comparison, Number, Statistic, Test, Unit, load_claims
 from alexnet.reproduce.statistics import Direction, Word, seeds_needed
 from alexnet.reproduce.tables import (
+    _TEXT_WIDTHS,
     WIDTH,
     Evidence,
     Gathered,
     Row,
+    _label,
     as_json,
     as_markdown,
     as_text,
@@ -239,3 +242,13 @@ def test_every_shipped_claim_makes_rows_from_nothing_and_fits_the_table():
     assert all(row.effect is None and row.note for row in rows)
     assert max(map(len, as_text(claims, rows).splitlines())) <= WIDTH
     json.dumps(as_json(claims, rows), allow_nan=False)
+
+
+def test_every_metric_of_the_claims_fits_its_column():
+    comparisons = [c for claim in load_claims(CONF / "claim").values() for c in claim.comparisons]
+    for c in comparisons:
+        timed = c.statistic is Statistic.time_ratio
+        for metric in (c.metric, *c.also):
+            row = SimpleNamespace(metric=metric, comparison=c, unit=Unit.times if timed else Unit.points)
+            assert len(_label(row)) <= _TEXT_WIDTHS[1]
+    assert sum(_TEXT_WIDTHS) + len(_TEXT_WIDTHS) <= WIDTH + 1

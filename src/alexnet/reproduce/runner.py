@@ -225,7 +225,7 @@ def plan(claims: Sequence[Claim], jobs: Sequence[Job], settings: Reproduce) -> s
     return "\n".join(
         [
             f"claims    {', '.join(claim.name for claim in claims)}",
-            f"scale     {settings.scale}, {settings.seeds} seeds",
+            f"scale     {settings.scale}, {settings.seeds} seed{'s' * (settings.seeds > 1)}",
             f"runs      {len(jobs)}: {', '.join(parts)}" + (f"; {tuning} of them tuning" if tuning else ""),
         ]
     )

@@ -329,7 +329,7 @@ def as_json(claims: Mapping[str, Claim], rows: Iterable[Row]) -> list[dict[str, 
 
 
 TEXT_HEAD = ("comparison", "metric", "paper", "2012", "ours, mean ± sd", "95 % interval", "n")
-_TEXT_WIDTHS = (21, 20, 7, 7, 16, 17, 6)
+_TEXT_WIDTHS = (19, 24, 7, 7, 15, 17, 5)
 
 
 def _columns(*cells: str) -> str:
