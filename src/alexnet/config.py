@@ -23,7 +23,12 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -250,7 +255,9 @@ def _explain(error: Exception, name: str, config_dir: Path) -> str:
     if isinstance(cause.__cause__, UserError):
         return str(cause.__cause__)
     lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
-    text = lines[0]
+    text = str(cause).splitlines()[0] if lines[0].startswith("Error merging override") else lines[0]
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read ({text}): quote it as a whole, 'key=[a,b]'"
     if isinstance(error, MissingConfigException) and error.options:
         wanted = str(error.missing_cfg_file).split("/")[-1]
         return f"{text.rstrip('.')}: {_closest(wanted, list(error.options))}"
