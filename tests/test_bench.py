@@ -120,7 +120,7 @@ def test_a_wrong_gradient_stops_the_benchmark(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_every_step_runs_and_learns(dtype, monkeypatch):
     monkeypatch.setattr(networks, "RATE", 1e-3)
     given = networks.task("paper", 4, dtype, "cpu")
