@@ -251,6 +251,7 @@ def test_compiled_pairs_are_checked_in_every_type_where_it_matters_most():
     assert run._dtypes(by_kind["awkward"], "reference", False) == TYPES
     assert run._dtypes(by_kind["ordinary"], "compiled", False) == TYPES
     assert run._dtypes(by_kind["awkward"], "compiled", False) == TYPES[:1]
+    assert run._dtypes(by_kind["paper"], "library", False) == TYPES[2:]
     assert run._dtypes(by_kind["awkward"], "compiled", True) == TYPES
 
 

@@ -21,10 +21,10 @@ from alexnet.layers.tanh import tanh_forward as squashed
 
 
 def as_it_lies(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x as one line of numbers in the memory order of `like` (or its own); a view where x is dense."""
+    """x as one dense line of numbers in the memory order of `like` (or its own); a view where x is dense."""
     like = x if like is None else like
     channels_last = like.dim() == 4 and not like.is_contiguous()
-    (line,) = batched((x.permute(0, 2, 3, 1) if channels_last else x).reshape(-1))
+    (line,) = batched((x.permute(0, 2, 3, 1) if channels_last else x).reshape(-1).contiguous())
     return line
 
 
