@@ -242,7 +242,7 @@ def _pool_cases() -> list[Case]:
         case("unequal sides", "awkward", separated(2, 2, 8, 9), kernel_size=(3, 2), stride=(1, 2), padding=(1, 0)),
         case("ties, first wins", "awkward", few_integers(2, 16, 7, 9), smooth=False),
         case("ties, all win", "awkward", few_integers(2, 16, 7, 9), ties="all", smooth=False),
-        case("constant image, all win", "awkward", lambda g: torch.ones(2, 16, 7, 9).double(), ties="all", smooth=False),
+        case("constant, all win", "awkward", lambda g: torch.ones(2, 16, 7, 9).double(), ties="all", smooth=False),
         case("no ties, all win", "awkward", maps, ties="all"),
         case("one image", "awkward", separated(1, 1, 7, 9)),
         case("not contiguous", "awkward", maps, layout="gapped"),
