@@ -183,7 +183,7 @@ def proven(tmp_path, **options):
 def test_one_operation_prints_a_narrow_table_and_writes_json(tmp_path):
     proof, text = proven(tmp_path, operations=["relu", "tanh"], mutants=True)
     assert proof.passed
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 100
     assert re.search(r"tanh +reference +cpu +5 +2\.000", text)
     assert "bugs planted, 0 survived" in text
     content = json.loads((tmp_path / "check_gradients" / "results.json").read_text())
