@@ -5,12 +5,15 @@ while the cheapest checks of `checks` and `rules` run: a wrong forward or backwa
 a wrong part of the convolution, the update rule or the data path that of an attribute. No file is edited. A mutant
 that no check notices is a hole in the checks, and counts as a failure of the whole run.
 
+A compiled pair keeps what it compiled, so all of it is dropped before and after: the wrong part is compiled in its
+turn, and is what runs.
+
 Each bug was made by somebody: dropped second terms, `=` for `+=` (invisible to windows side by side), towers that
 leak into each other, a mean taken twice. Many leave every shape right and the loss falling.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,6 +34,9 @@ class Mutant(NamedTuple):
     where: str  # an operation, "update rule" or "data path"
     name: str
     plant: Patch
+    backend: str = "reference"
+    dtype: torch.dtype = torch.float64  # in which the code that is wrong runs
+    shows: str = ""  # the case to begin with, where each costs seconds; the others follow
 
 
 @dataclass
@@ -51,28 +57,41 @@ class Kill:
 
 def hunt(mutant: Mutant) -> Kill:
     """Plants it and runs the small cases until one fails."""
-    with mutant.plant():
+    with _freshly_compiled(mutant.backend), mutant.plant():
         return _hunt(mutant)
 
 
+@contextmanager
+def _freshly_compiled(backend: str) -> Iterator[None]:
+    if backend == "reference":
+        yield
+        return
+    torch.compiler.reset()
+    try:
+        yield
+    finally:
+        torch.compiler.reset()
+
+
 def _hunt(mutant: Mutant) -> Kill:
-    for name, results in _small_checks(mutant.where):
+    for name, results in _small_checks(mutant):
         failed = sorted({result.check for result in results if not result.passed})
         if failed:
             return Kill(mutant.where, mutant.name, failed, name)
     return Kill(mutant.where, mutant.name, [], "")
 
 
-def _small_checks(where: str) -> Iterator[tuple[str, list[Result]]]:
-    """Case by case, everything that checks this operation or rule at a small size in float64."""
+def _small_checks(mutant: Mutant) -> Iterator[tuple[str, list[Result]]]:
+    """Case by case, everything that checks this operation or rule at a small size in one type."""
+    where = mutant.where
     if where in (rules.UPDATE, rules.DATA):
         for result in rules.rule_results(where):
             yield result.case, [result]
         return
     operation = next(operation for operation in ALL if operation.name == where)
-    for case in operation.cases:
+    for case in sorted(operation.cases, key=lambda case: case.name != mutant.shows):
         if case.kind in ("ordinary", "awkward"):
-            yield case.name, list(results_of(operation, case, "reference", "cpu", (torch.float64,)))
+            yield case.name, list(results_of(operation, case, mutant.backend, "cpu", (mutant.dtype,)))
 
 
 def pair(where: str, name: str, forward: Backward | None = None, backward: Backward | None = None) -> Mutant:

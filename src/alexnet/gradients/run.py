@@ -13,7 +13,7 @@ from alexnet.gradients import CheckGradients
 from alexnet.gradients.bugs import MUTANTS
 from alexnet.gradients.cases import Case, Operation
 from alexnet.gradients.checks import Result, results_of
-from alexnet.gradients.mutants import Kill, hunt
+from alexnet.gradients.mutants import Kill, Mutant, hunt
 from alexnet.gradients.network import (
     NETWORKS,
     STEPS_NET,
@@ -197,10 +197,24 @@ def _worst_parameter(results: list[Result], like: Result) -> Result:
 
 def _mutants(config: CheckGradients, proof: Proof, say: Say) -> None:
     say(f"\n{KILL_HEAD}")
-    for mutant in MUTANTS:
-        if not config.operations or mutant.where in config.operations:
-            proof.kills.append(hunt(mutant))
-            say(kill_row(proof.kills[-1]))
+    for mutant in mutants(config):
+        proof.kills.append(hunt(mutant))
+        say(kill_row(proof.kills[-1]))
+
+
+def mutants(config: CheckGradients) -> Iterator[Mutant]:
+    """The bugs of the pairs that are checked here, and of the rules, which are the same with every pair."""
+    chosen = {name: backends_for(name, config, "cpu", []) for name in OPERATIONS}
+    found = [*MUTANTS]
+    if any(backend in (Backend.compiled, Backend.library) for each in chosen.values() for backend in each):
+        from alexnet.gradients.bugs_of_compiled import MUTANTS_OF_COMPILED  # imports the compiler
+
+        found += MUTANTS_OF_COMPILED
+    for mutant in found:
+        if config.operations and mutant.where not in config.operations:
+            continue
+        if mutant.where not in OPERATIONS or mutant.backend in chosen[mutant.where]:
+            yield mutant
 
 
 # ---- what is printed ------------------------------------------------------------------------------------------
