@@ -108,10 +108,10 @@ SMALL = [
     part("dropout", "scale forgotten in the backward", pointwise, "_dropout_gradient", _scale_forgotten),
     part(
         "dropout",
-        "the next row's mask in the backward",
+        "the next unit's mask in the backward",
         pointwise,
         "_dropout_gradient",
-        lambda right, dy, keep, scale: right(dy, *batched(keep.roll(1, 0)), scale),
+        lambda right, dy, keep, scale: right(dy, *batched(keep.roll(1, 1)), scale),
     ),
     part(
         "dropout",

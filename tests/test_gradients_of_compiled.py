@@ -1,0 +1,43 @@
+"""The compiled pairs under the checks of every gradient: their planted bugs are noticed, ten steps are the same."""
+
+import pytest
+import torch
+
+from alexnet.gradients import network
+from alexnet.gradients.bugs_of_compiled import MUTANTS_OF_COMPILED
+from alexnet.gradients.mutants import hunt
+from alexnet.layers import Backends
+from alexnet.layers.backend import OPERATIONS
+
+# One of each kind that compiles in a second; the others wait for the whole suite.
+QUICK = "y >= 0 for y > 0: never closed", "dw with images out of step"
+
+
+def rows():
+    for mutant in MUTANTS_OF_COMPILED:
+        name = f"{mutant.where}, {mutant.backend}: {mutant.name}"
+        yield pytest.param(mutant, id=name, marks=[] if mutant.name in QUICK else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("mutant", rows())
+def test_planted_bug_is_noticed(mutant):
+    assert hunt(mutant).noticed_by
+
+
+def test_there_are_bugs_in_every_compiled_pair():
+    planted = {(mutant.where, mutant.backend) for mutant in MUTANTS_OF_COMPILED}
+    assert planted == {(operation, "compiled") for operation in OPERATIONS} | {("conv2d", "library")}
+    assert len({(m.where, m.backend, m.name) for m in MUTANTS_OF_COMPILED}) == len(MUTANTS_OF_COMPILED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fast", "fastest"])
+def test_ten_steps_are_those_of_the_reference(backend):
+    """Bounds as between reference and torch: LOSS_BOUND, and WEIGHT_BOUND of each tensor's norm."""
+    chosen = Backends(default=backend).resolve("cpu")
+    ours = network.train_ours(network.STEPS_NET, chosen, "cpu", torch.float64)
+    reference = network.train_ours(network.STEPS_NET, Backends().resolve("cpu"), "cpu", torch.float64)
+    assert set(chosen.values()) == {"compiled"} | ({"library"} if backend == "fastest" else set())
+    assert network._off(ours, reference) < network.LOSS_BOUND
+    for name, w in reference.weights.items():
+        assert network.relative(ours.weights[name], w) < network.WEIGHT_BOUND
