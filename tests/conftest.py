@@ -1,8 +1,13 @@
 """What every test shares: one thread per process, a small synthetic store, and runs that take a second."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported; the processes that tests start inherit it
 
 import hydra
 import pytest

@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from alexnet import build
-from alexnet.callbacks import BestCheckpoint, Stalled, Watchdog
+from alexnet.callbacks import AveragedWeights, BestCheckpoint, Stalled, Watchdog
 from alexnet.checkpoint import load, read
 from alexnet.config import CONF, Evaluate
 from alexnet.data.prepare import PrepareConfig, prepare
@@ -339,10 +340,16 @@ def test_two_processes_have_the_loss_curve_of_one(data_dir: Path, tmp_path: Path
         )
         assert ended.returncode == 0, ended.stderr[-3000:]
         with (tmp_path / "train" / name / "seed0" / "metrics.csv").open() as file:
-            curves.append([(int(r["step"]), float(r["train/loss"])) for r in csv.DictReader(file)])
-    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
-    for (step, one), (_, two) in zip(*curves, strict=True):
-        assert math.isclose(one, two, rel_tol=1e-4), step
+            curves.append(list(csv.DictReader(file)))
+    columns = "train/loss", "holdout/loss", "holdout/top1_error"
+    assert sum(row["holdout/loss"] != "" for row in curves[0]) == 2  # epochs
+    for one, two in zip(*curves, strict=True):
+        assert one["step"] == two["step"]
+        for name in columns:
+            assert math.isclose(float(one[name] or 0), float(two[name] or 0), rel_tol=1e-4), (
+                one["step"],
+                name,
+            )
 
 
 def test_auto_is_bfloat16_with_masters_on_one_device_where_the_hardware_has_it(
@@ -359,6 +366,15 @@ def test_auto_is_bfloat16_with_masters_on_one_device_where_the_hardware_has_it(
         build.precision_for({**two, "precision": "bf16-masters"}, "cpu", compiled)
     monkeypatch.setattr(build, "has_native_bf16", lambda device: False)
     assert build.precision_for(one, "cpu", compiled) == "32-true"
+
+
+def test_the_average_is_kept_where_the_training_is(compose: Callable[..., Any]) -> None:
+    """Lightning sets callbacks up before it moves the network: "meta" stands for a GPU here."""
+    run = build.training(compose("optim.ema_decay=0.9"))
+    (average,) = (c for c in run.trainer.callbacks if isinstance(c, AveragedWeights))  # type: ignore[attr-defined]
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    average.setup(trainer, run.classifier, "fit")  # type: ignore[arg-type]
+    assert {p.device.type for p in average._average_model.parameters()} == {"meta"}  # type: ignore[union-attr]
 
 
 def test_gradients_of_shadows_are_clipped(compose: Callable[..., Any]) -> None:

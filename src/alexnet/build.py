@@ -9,12 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from alexnet.allocator import keep_freed_memory
 from alexnet.callbacks import (
     AtomicCheckpointIO,
+    AveragedWeights,
     BestCheckpoint,
     LastCheckpoint,
     MetricsFile,
@@ -185,7 +186,7 @@ def trainer(config: Train, directory: Path, precision: str, has_holdout: bool) -
         MetricsFile(directory / "metrics.csv", config.log_every),
         Watchdog(config.watchdog, config.watchdog_steps),
         *([Progress()] if bar else []),
-        *([EMAWeightAveraging(decay=config.optim.ema_decay)] if config.optim.ema_decay else []),
+        *([AveragedWeights(decay=config.optim.ema_decay)] if config.optim.ema_decay else []),
         *(instantiate(callback) for callback in config.callbacks.values()),
         *([BestCheckpoint(checkpoints)] if has_holdout else []),
         LastCheckpoint(checkpoints, config.checkpoint_every),

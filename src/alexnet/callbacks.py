@@ -15,7 +15,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
@@ -224,6 +230,18 @@ class BestCheckpoint(ModelCheckpoint):
         paths = {key: here(value) for key, value in state_dict.items() if key.endswith("path")}
         best = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": best})
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """Lightning's exponential average, on the device that trains.
+
+    Lightning makes the average before it moves the network there, and would leave it where it was made: every step
+    would copy all weights to the CPU.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._device = self._device or trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
 
 
 class Watchdog(Callback):
