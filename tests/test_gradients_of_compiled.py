@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from alexnet.gradients import network
-from alexnet.gradients.bugs_of_compiled import MUTANTS_OF_COMPILED
+from alexnet.gradients.bugs_of_compiled import MUTANTS_OF_COMPILED, backward
+from alexnet.gradients.checks import results_of
 from alexnet.gradients.mutants import hunt
+from alexnet.gradients.operations import ALL
 from alexnet.layers import Backends
 from alexnet.layers.backend import OPERATIONS
 
@@ -22,6 +24,24 @@ def rows():
 @pytest.mark.parametrize("mutant", rows())
 def test_planted_bug_is_noticed(mutant):
     assert hunt(mutant).noticed_by
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operation", "backend"), sorted({(m.where, m.backend) for m in MUTANTS_OF_COMPILED})
+)
+def test_every_check_of_the_small_cases_holds(operation, backend):
+    """In every type that a bug is planted in: what the checks notice is the bug and nothing else."""
+    dtypes = {m.dtype for m in MUTANTS_OF_COMPILED if (m.where, m.backend) == (operation, backend)}
+    (checked,) = (found for found in ALL if found.name == operation)
+    for case in checked.cases:
+        if case.kind in ("ordinary", "awkward"):
+            results = results_of(checked, case, backend, "cpu", tuple(dtypes))
+            assert [r for r in results if not r.passed] == []
+
+
+def test_a_bug_that_changes_nothing_survives():
+    assert not hunt(backward("linear", "none", lambda right, *arguments: right(*arguments))).noticed_by
 
 
 def test_there_are_bugs_in_every_compiled_pair():

@@ -58,6 +58,21 @@ def test_a_shadow_is_its_master_rounded_and_brings_the_gradient():
         assert master.dtype == torch.float32
 
 
+@pytest.mark.parametrize("rate_inside", [True, False])
+def test_the_gradient_of_a_shadow_updates_its_master_in_float32(rate_inside):
+    """bfloat16 is what the gradient comes in, and nothing else of the update: 8 bits would show at rtol 1e-6."""
+    network, reference = net(), net()
+    shadows = Shadows(network)
+    fused = FusedKrizhevsky(groups(network), shadows, rate_inside=rate_inside)
+    plain = Krizhevsky(groups(reference), rate_inside=rate_inside)
+    for i in range(2):
+        step(fused, shadows, i)
+        for p, shadow in zip(reference.parameters(), shadows.of.values(), strict=True):
+            p.grad = shadow.grad.float()
+        plain.step()
+    torch.testing.assert_close(network.state_dict(), reference.state_dict(), rtol=1e-6, atol=1e-7)
+
+
 def test_a_new_rate_compiles_nothing_and_rate_zero_freezes():
     network = net()
     optimizer = FusedKrizhevsky(groups(network), Shadows(network))

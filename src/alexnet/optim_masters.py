@@ -6,8 +6,9 @@ w, the velocity and the new shadow in one pass over memory:
 
     v <- 0.9 v - 0.0005 e w - e g;    w <- w + v;    shadow <- round(w)
 
-The parameters of the network stay float32 (the *masters*), so checkpoints, averages and evaluation are as without
-shadows. A shadow is a function of its master and never stored: a resumed run rounds again and goes on bit for bit.
+The parameters of the network stay float32 (the *masters*), so checkpoints, averages and `evaluate.py` are as without
+shadows; the holdout images of a run are judged with the shadows, as it trains. A shadow is a function of its master
+and never stored: a resumed run rounds again and goes on bit for bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -50,14 +51,14 @@ def _krizhevsky(
 ) -> None:
     """optim.krizhevsky_update in one pass; w is rounded into s, where there are shadows."""
     for i, (w_i, g_i, v_i) in enumerate(zip(w, g, v, strict=True)):
-        v_new = momentum * v_i - decay * lr * w_i - lr * g_i
+        v_new = momentum * v_i - decay * lr * w_i - lr * g_i.to(w_i.dtype)
         _write(i, w_i + v_new, v_new, w, v, s)
 
 
 def _sgd(w: Tensors, g: Tensors, v: Tensors, s: Tensors, lr: Tensor, momentum: float, decay: float) -> None:
     """optim.sgd_update in one pass; w is rounded into s, where there are shadows."""
     for i, (w_i, g_i, v_i) in enumerate(zip(w, g, v, strict=True)):
-        v_new = momentum * v_i + decay * w_i + g_i
+        v_new = momentum * v_i + decay * w_i + g_i.to(w_i.dtype)
         _write(i, w_i - lr * v_new, v_new, w, v, s)
 
 

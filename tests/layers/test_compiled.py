@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from alexnet.layers import (
 )
 from alexnet.layers.backend import OPERATIONS, PAIRS, pair_for
 from alexnet.layers.compiled.conv2d import kernel_from_depth, space_to_depth, takes_columns, weight_gradient
+from alexnet.layers.compiled.graph import VARIANTS
 from alexnet.layers.conv2d import _sides, _two, conv2d_backward, conv2d_forward
 from alexnet.model import AlexNet, ModelConfig
 
@@ -164,6 +166,34 @@ def test_columns_for_small_maps_and_few_taps(px, kernel, dtype, columns):
 
 
 @pytest.mark.parametrize("backend", ["compiled", "library"])
+@pytest.mark.parametrize(("channels", "stride"), [(3, 1), (3, 2), (8, 2)])
+def test_saved_tensors_may_come_back_as_copies(channels, stride, backend):
+    """As torch.utils.checkpoint and save_on_cpu hand them out: nothing may hang on which object they are."""
+
+    def convolution(x, w):
+        return conv2d(x, w, None, stride, 1, backend=backend)
+
+    operands = normals(3, channels, 9, 9).bfloat16(), normals(4, channels, 4, 4).bfloat16()
+    expected = outcome(convolution, *operands)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        assert_equal_outcomes(outcome(convolution, *operands), expected)
+
+
+def assert_equal_outcomes(ours, expected):
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_padding_as_wide_as_the_kernel():
+    operands = normals(2, 4, 9, 9).bfloat16(), normals(4, 4, 4, 4).bfloat16(), normals(4).bfloat16()
+
+    def convolution(x, w, b, backend):
+        return conv2d(x, w, b, 1, 4, backend=backend)
+
+    # Sums of 64 products, below 32, where bfloat16 goes by steps of 1/8.
+    assert_equals_the_reference(convolution, *operands, rtol=0, atol=2**-3)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "library"])
 def test_space_to_depth_of_the_first_layer(backend):
     def convolution(x, w, b, backend):
         return conv2d(x, w, b, 4, (0, 3, 0, 3), backend=backend)
@@ -287,6 +317,20 @@ def test_one_graph_serves_every_batch_of_the_network():
     )
 
 
+def test_other_threads_may_compile_as_much():
+    """On CUDA autograd calls the backward from threads of its own, where torch's limit would be 8 graphs."""
+    found = []
+
+    def run():
+        relu(X, backend="compiled")
+        found.append(torch._dynamo.config.recompile_limit)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [VARIANTS]
+
+
 @pytest.mark.slow
 def test_deterministic_mode_raises_nothing():
     block = ReluLrnPool(*SMALL, groups=2, backend="compiled")
@@ -328,6 +372,14 @@ def test_a_missing_compiler_is_one_line_with_the_way_out(monkeypatch):
     nowhere = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
     with nowhere, pytest.raises(UserError, match=one_line):
         Backends(relu="compiled").resolve("cpu")
+
+
+def test_a_missing_triton_is_one_line_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    monkeypatch.delitem(PAIRS, ("relu", "compiled"), raising=False)
+    with pytest.raises(UserError, match=r"no triton .* set backend=reference"):
+        Backends(relu="fast").resolve("cpu")
 
 
 def test_a_missing_header_is_one_line_with_the_way_out(monkeypatch):

@@ -9,13 +9,17 @@
 Every graph serves one layer, type and layout and any batch of two images or more (graph.py). Inductor keeps what
 it compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine waits.
 
-Layout: four-dimensional tensors are worked on and handed out channels-last.
+Layout: convolution, norms, pool and block work on channels-last tensors and hand them out; the pointwise pairs keep
+the layout they are given.
 """
 
 import shutil
 import sysconfig
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from alexnet.errors import UserError
 from alexnet.layers.backend import Pair
@@ -34,7 +38,8 @@ MODULES = {
 }
 
 
-# Where the library's gradient kernel is faster than ours (conv2d.py has the figures), by kind of device.
+# Where the library's gradient kernel is faster than ours, by kind of device: conv2d.py has the figures of a CPU; those
+# of a GPU are not measured yet.
 OURS_LOSES = {"cpu": ("conv2d",), "cuda": ("conv2d",)}
 
 
@@ -59,11 +64,15 @@ def load(operation: str) -> Pair:
 
 
 def missing_tool() -> str | None:
-    """What Inductor would miss: a C++ compiler, or Python's own header."""
+    """What Inductor would miss: a C++ compiler, Python's own header, or on a GPU triton."""
     from torch._inductor import config
 
     compilers = [name for name in config.cpp.cxx if name]
     if not any(shutil.which(name) for name in compilers):
         return f"there is no C++ compiler ({', '.join(compilers)})"
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    return None if header.exists() else f"there is no {header} (package python3-dev)"
+    if not header.exists():
+        return f"there is no {header} (package python3-dev)"
+    if torch.cuda.is_available() and find_spec("triton") is None:
+        return "there is no triton (package triton), which writes the kernels of a GPU"
+    return None

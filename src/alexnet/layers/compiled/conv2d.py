@@ -91,7 +91,7 @@ def conv2d_backward(
     if needs[1] and takes_columns(dy, x, w, stride, padding):
         _, dw, _ = by_columns(dy, x, w, stride, padding, groups, (False, True, False))
     elif needs[1] and max(stride) > 1:
-        blocks = convolved if convolved is not x else space_to_depth(x, w, stride, padding, groups)
+        blocks = convolved if deepens(x, stride) else space_to_depth(x, w, stride, padding, groups)
         dw = kernel_from_depth(weight_gradient(dy, blocks, NO_SIDES, groups), w, stride)
     elif needs[1]:
         dw = weight_gradient(dy, x, padding, groups)
@@ -100,7 +100,10 @@ def conv2d_backward(
 
 def takes_columns(dy: Tensor, x: Tensor, w: Tensor, stride: Two, padding: Sides) -> bool:
     """Whether the weight gradient goes by columns rather than by lines; figures above."""
-    if wide(x.dtype) == x.dtype:
+    left, right, top, bottom = padding
+    # A window that lies wholly in the padding begins before the zeros of its row do.
+    beyond = max(stride) == 1 and (max(top, bottom) >= w.shape[2] or max(left, right) >= w.shape[3])
+    if wide(x.dtype) == x.dtype or beyond:
         return True
     if x.device.type != "cpu" or max(stride) > 1:
         return False
@@ -228,7 +231,7 @@ def library_backward(
     if not needs[1]:
         return dx, None, bias_gradient(dy) if needs[2] else None
     dy = dy.contiguous(memory_format=torch.channels_last)
-    deep = convolved is not x
+    deep = deepens(x, stride)
     operand, kernel = convolved, kernel_to_depth(w, stride) if deep else w
     left, right, top, bottom = padding
     step, sides = ([1, 1], [0, 0]) if deep else (list(stride), [top, left])

@@ -7,7 +7,7 @@ nothing. A batch of one image is a graph of its own, since torch treats the size
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -20,10 +20,23 @@ VARIANTS = 512
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one graph per layer; an error, never a fallback, if torch cannot make it one."""
+    # False: constant unless declared variable.
+    graphs = torch.compile(function, fullgraph=True, dynamic=False)
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        _allow_variants()
+        return graphs(*arguments)
+
+    return call
+
+
+def _allow_variants() -> None:
+    """At every call, since torch keeps its settings for each thread: on CUDA autograd's own run the backward."""
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * VARIANTS)
-    return torch.compile(function, fullgraph=True, dynamic=False)  # False: constant unless declared variable
+    if limits.recompile_limit < VARIANTS:
+        limits.recompile_limit = VARIANTS
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * VARIANTS)
 
 
 def batched(*tensors: Tensor) -> tuple[Tensor, ...]:
