@@ -79,8 +79,8 @@ def test_the_full_smoke_scale_is_over_a_hundred_distinct_runs():
     assert all(distinct[run.name, run.seed] == run.overrides for run in runs)  # one name, one configuration
 
 
-def canned_run(settings: Reproduce, name: str, errors: list[float]) -> None:
-    """A finished tuning run with these training errors, one step and epoch each."""
+def canned_run(settings: Reproduce, name: str, errors: list[float], per_epoch: int = 1) -> None:
+    """A finished tuning run with these training errors, one a step."""
     path = directory(settings, name, 1000)
     path.mkdir(parents=True)
     record = {"state": "finished", "results": {}, "config": {"model": {"num_classes": 10}}}
@@ -89,8 +89,8 @@ def canned_run(settings: Reproduce, name: str, errors: list[float]) -> None:
         rows = csv.writer(file)
         rows.writerow(["step", "epoch", "train/loss", "train/top1_error", "holdout/loss"])
         for i, error in enumerate(errors):
-            rows.writerow([i + 1, i, 1.0, error, ""])
-        rows.writerow([len(errors), len(errors) - 1, 1.0, errors[-1], 1.0])
+            rows.writerow([i + 1, i // per_epoch, 1.0, error, ""])
+        rows.writerow([len(errors), (len(errors) - 1) // per_epoch, 1.0, errors[-1], 1.0])
 
 
 def test_the_rate_that_arrives_first_is_taken_and_else_the_one_that_ends_lowest(data_dir, tmp_path):
@@ -106,6 +106,16 @@ def test_the_rate_that_arrives_first_is_taken_and_else_the_one_that_ends_lowest(
     relu, tanh = jobs_of(claims, settings)[4:]
     assert (relu.config.optim.lr, tanh.config.optim.lr) == (0.01, 0.003)
     assert not relu.undecided
+
+
+def test_a_rate_is_not_chosen_for_one_lucky_row_nor_if_it_ends_in_no_number(data_dir, tmp_path):
+    settings = reduced(data_dir, tmp_path, "s3_1_relu")
+    canned_run(settings, "s3_1_relu/relu_tune_0.003", [0.9, 0.2, 0.9, 0.9], per_epoch=2)
+    canned_run(settings, "s3_1_relu/relu_tune_0.01", [0.9, 0.9, 0.24, 0.24], per_epoch=2)
+    canned_run(settings, "s3_1_relu/tanh_tune_0.003", [0.9, 0.8, 0.7, 0.6], per_epoch=2)
+    canned_run(settings, "s3_1_relu/tanh_tune_0.01", [0.1, 0.1, 0.1, float("nan")], per_epoch=2)
+    chosen = choose(claims_of(settings), settings)
+    assert chosen == {("s3_1_relu", "relu"): 0.01, ("s3_1_relu", "tanh"): 0.003}
 
 
 def test_arms_are_trained_with_the_rates_that_were_just_chosen(data_dir, tmp_path, monkeypatch):

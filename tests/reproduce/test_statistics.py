@@ -127,6 +127,20 @@ def test_time_to_interpolates_the_first_crossing_and_knows_never():
     assert st.time_to([(1.0, float("nan"))], 0.3) is None
 
 
+def test_one_lucky_row_is_no_arrival():
+    """Four rows an epoch: one touches the threshold, the mean of an epoch reaches it at the end only."""
+    rows = [0.9, 0.5, 0.3, 0.4, 0.4, 0.2, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2]
+    curve = [((i + 1) / 4, value) for i, value in enumerate(rows)]
+    assert st.time_to(curve, 0.25) == pytest.approx(1.4375)
+    means = st.trailing_mean(curve)
+    assert [t for t, _ in means] == [t for t, _ in curve]
+    expected = [np.mean(rows[max(0, i - 3) : i + 1]) for i in range(12)]
+    np.testing.assert_allclose([value for _, value in means], expected)
+    assert st.time_to(means, 0.25) == pytest.approx(2.75)
+    assert st.trailing_mean([]) == []
+    assert np.isnan(st.trailing_mean([(1.0, 0.1), (1.5, float("nan"))])[-1][1])
+
+
 def test_a_censored_run_makes_the_ratio_a_bound_that_only_speaks_for_its_side():
     never = st.time_ratio([None, None, 9.0], [2.0, 2.1, 1.9], budget=10.0)
     assert never.bound == ">="

@@ -123,7 +123,7 @@ def test_the_gap_is_val_minus_training_images_in_evaluation_mode():
 
 def curves(times: list[float | None], classes: int = 10) -> dict[int, Evidence]:
     """Training losses that fall below half of ln(classes) at these epochs, within 8."""
-    low, high = 0.4 * math.log(classes), 0.6 * math.log(classes)
+    low, high = 0.3 * math.log(classes), 0.6 * math.log(classes)
     return {
         seed: Evidence(
             curves={
@@ -151,7 +151,8 @@ def test_times_are_compared_by_their_ratio_and_a_fraction_of_chance_is_one_of_ln
     row = judged(claim(TIMES), Gathered({"tanh": curves([6.0, 6.5, 6.0]), "relu": curves([1.5, 1.5, 1.0])}))[
         0
     ]
-    assert row.treatment.mean == pytest.approx(np.mean([6.0, 6.5, 6.0]) - 0.25)
+    # Two rows an epoch: their mean falls from .6 to .45 in the half epoch before.
+    assert row.treatment.mean == pytest.approx(np.mean([6.0, 6.5, 6.0]) - 0.5 / 3)
     assert 3.5 < row.effect.estimate < 6.5
     assert row.verdict.word is Word.HOLDS
 

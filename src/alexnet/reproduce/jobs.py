@@ -4,7 +4,7 @@ A job is an ordinary run in its ordinary directory, so scripts/train.py can do i
 read from that directory and from nothing else.
 
 Where a claim tunes a rate per arm, tuning runs come first; they use a seed of their own and never see val. The value
-with the lowest time to the claim's threshold is taken (where none arrives: the lowest end of that curve).
+with the lowest time to the claim's threshold is taken (where none arrives: the lowest mean over the last epoch).
 """
 
 import copy
@@ -26,8 +26,8 @@ from alexnet.model import layer_table
 from alexnet.reproduce import Reproduce
 from alexnet.reproduce.claims import Claim, Run, load_claims, select
 from alexnet.reproduce.measures import Want, evidence, failure, is_measured, wanted
-from alexnet.reproduce.statistics import time_to
-from alexnet.reproduce.tables import Evidence, threshold_of
+from alexnet.reproduce.statistics import trailing_mean
+from alexnet.reproduce.tables import Evidence, arrival
 from alexnet.run_record import differences
 from alexnet.train import read_metrics
 
@@ -161,12 +161,16 @@ def _tuned_claim(claim: Claim) -> Claim:
 
 
 def _rank(claim: Claim, found: Evidence) -> tuple[float, float]:
-    """(time to the threshold, end of the curve) of the claim's first comparison; less is better."""
+    """(time to the threshold, mean of the last epoch) of the claim's first comparison; less is better.
+
+    A rate with which the loss ends as no number is none that an arm could be trained with.
+    """
     comparison = claim.comparisons[0]
-    curve = found.curves.get(comparison.metric, [])
-    end = curve[-1][1] if curve and math.isfinite(curve[-1][1]) else math.inf
-    time = time_to(curve, threshold_of(comparison, found))
-    return (math.inf if time is None else time, end)
+    curve = trailing_mean(found.curves.get(comparison.metric, []))
+    if not curve or not math.isfinite(curve[-1][1]):
+        return math.inf, math.inf
+    time = arrival(comparison, found)
+    return math.inf if time is None else time, curve[-1][1]
 
 
 # Checks before anything starts --------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ Student's t with n-1 degrees of freedom,
 
 Solving the second line for D at power 0.8 gives the *minimum detectable effect*; solving it for n, the seeds needed.
 
-Times (epochs to a fixed training error) are compared by their ratio: the same arithmetic on log(time), taken back
-by exp. A run that never arrives is *censored*: it enters with its budget, and the ratio becomes a bound.
+Times (epochs until the mean of the last epoch is at a fixed training error) are compared by their ratio: the same
+arithmetic on log(time), taken back by exp. A run that never arrives is *censored*: it enters with its budget, and
+the ratio becomes a bound.
 
 Only where one net is compared with itself (ten views against one) do images, not seeds, carry the interval:
 a bootstrap over images, which says nothing about another training run and is labelled so.
@@ -138,6 +139,19 @@ def time_to(curve: Sequence[tuple[float, float]], threshold: float) -> float | N
             return before[0] + share * (time - before[0])
         before = (time, value)
     return None
+
+
+def trailing_mean(curve: Sequence[tuple[float, float]], span: float = 1.0) -> list[tuple[float, float]]:
+    """Points (epoch, value) -> (epoch, mean of the values of the last `span` epochs).
+
+    A row of metrics.csv is the mean over a few hundred images; the first of them that happens to lie below a
+    threshold says little of the network. Before `span` has passed the mean is over what there is.
+    """
+    times, values = (np.array(column) for column in zip(*curve, strict=True)) if curve else (np.zeros(0),) * 2
+    first = np.searchsorted(times, times - span + 1e-9)  # the row that ends `span` ago is not in it
+    return [
+        (float(t), float(values[a : i + 1].mean())) for i, (t, a) in enumerate(zip(times, first, strict=True))
+    ]
 
 
 def bootstrap_images(

@@ -29,6 +29,7 @@ from alexnet.reproduce.statistics import (
     tested_p,
     time_ratio,
     time_to,
+    trailing_mean,
     verdict,
 )
 
@@ -165,7 +166,7 @@ def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
     seeds = sorted(set(both[0]) & set(both[1]))
     if not seeds:
         return dataclasses.replace(row, note=_missing(row, *both))
-    times = [[time_to(arm[s].curves[c.metric], threshold_of(c, arm[s])) for s in seeds] for arm in both]
+    times = [[arrival(c, arm[s]) for s in seeds] for arm in both]
     budget = max(arm[s].curves[c.metric][-1][0] for arm in both for s in seeds)
     late = [
         f"{name} did not arrive in {column.count(None)} of {len(seeds)} runs"
@@ -245,6 +246,11 @@ def threshold_of(c: Comparison, run: Evidence) -> float:
     """Where the curve of a time_ratio is cut, in units of its metric."""
     assert c.threshold is not None  # claims.py refuses a time_ratio without one
     return c.threshold * math.log(run.classes) if c.threshold_of_chance else c.threshold
+
+
+def arrival(c: Comparison, run: Evidence) -> float | None:
+    """The epoch at which the mean over the last epoch first is at the threshold of a time_ratio, None if never."""
+    return time_to(trailing_mean(run.curves.get(c.metric, [])), threshold_of(c, run))
 
 
 def _expects(row: Row) -> bool:
