@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from alexnet.allocator import keep_freed_memory
-from alexnet.bench import Benchmark, alone, data, layers, networks
-from alexnet.bench.results import describe, headlines, markdown, write
+from alexnet.bench import Benchmark, alone, data, layers, networks, steps
+from alexnet.bench.results import describe, finish, headlines, markdown, save
 from alexnet.bench.timing import Contestant, Kind, Machine, Row, interleave
 from alexnet.data.module import Resident
 from alexnet.errors import UserError
+from alexnet.layers import relu
 from alexnet.model import layer_table
 
 SMALL = {
@@ -88,7 +89,8 @@ def test_the_headline_is_against_the_best_baseline_and_a_loss_is_shown():
 
 
 def test_every_form_of_the_results_is_written(tmp_path):
-    write(rows(), about(), tmp_path)
+    save(rows(), about(), tmp_path)
+    finish(rows(), about(), tmp_path)
     told = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)  # nan is no JSON
     assert len(told["rows"]) == len((tmp_path / "rows.csv").read_text().splitlines()) - 1 == len(rows())
     assert told["about"]["threads"] == torch.get_num_threads()
@@ -119,15 +121,37 @@ def test_a_wrong_gradient_stops_the_benchmark(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_wrong_layer_stops_the_benchmark(monkeypatch):
+    def doubled(x, backend):
+        y = relu(x, backend=backend)
+        return y if backend != "compiled" else y * 1.1
+
+    x = torch.randn(2, 3, 4, 4)
+    layers.check_layer("relu", lambda x, backend: relu(x, backend=backend), x)
+    with pytest.raises(AssertionError, match="nothing is timed"):
+        layers.check_layer("relu", doubled, x)
+
+
+def test_only_the_rows_that_are_asked_for():
+    config = Benchmark(only="weight gradient", dtypes=["float32"], batch=2, rounds=1)
+    assert steps.combinations(config, "step") == steps.combinations(config, "memory") == []
+    assert not list(data.data_rows(config)) + list(data.end_to_end_rows(config))
+    found = {row.row for row in layers._convolution_rows(config, MACHINE, "float32", "conv5")}
+    assert found == {"conv5 weight gradient"}
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_every_step_runs_and_learns(dtype, monkeypatch):
     monkeypatch.setattr(networks, "RATE", 1e-3)
+    monkeypatch.setitem(networks.MODELS, "paper", {**SMALL, "dropout": 0.0})
     given = networks.task("paper", 4, dtype, "cpu")
     eager = [c for c in networks.stock(given, quick=False) if "compiled" not in c.name]
     assert len(eager) == (2 if dtype == "float32" else 3)
     for contestant in [networks.ours(given, "reference"), *eager]:
-        contestant.run()
+        first, *_, last = (float(contestant.run()) for _ in range(5))
+        assert last < first
 
 
 def test_multiply_adds_leave_out_the_gradient_of_the_image():

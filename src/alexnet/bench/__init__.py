@@ -9,8 +9,8 @@
 Rules. All contestants of a row run in one process, in turn (A B C A B C ...), on the same allocator; the median over
 the rounds counts, and the spread is shown. The first call, which compiles, is timed apart. Before anything is timed,
 ours is compared with the reference, and the reference with the stock modules. Headline ratios are against the *best*
-baseline of the row; "as people run it" is stock eager float32 in a fresh process with the default allocator. A bound
-is what this machine, measured in the same run, could do at best. Rows that we lose stay.
+baseline of the row; "as people run it" is stock eager (with autocast for bfloat16) in a fresh process with the default
+allocator. A bound is what this machine, measured in the same run, could do at best. Rows that we lose stay.
 """
 
 from dataclasses import dataclass, field

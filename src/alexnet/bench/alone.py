@@ -1,7 +1,7 @@
 """One contestant's step in a process of its own: python -m alexnet.bench.alone '<order as JSON>'.
 
 Prints its times and its peak of memory as JSON: what the process held at most during steps after the first, less what
-it held before the first (CUDA: the peak of allocated memory).
+it held before the first, so that what the compiler keeps counts too (CUDA: the peak of allocated memory).
 """
 
 import json
@@ -60,7 +60,7 @@ def held(key: str) -> float:
 
 
 def forget_peak() -> None:
-    """Sets VmHWM back to VmRSS: compiling is over, only steps count from here."""
+    """Sets VmHWM back to VmRSS: the peak of compiling is over, that of steps counts from here."""
     Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -116,6 +116,9 @@ def drain(batches: Callable[[], Any]) -> Callable[[], None]:
 
 def data_rows(config: Benchmark) -> Iterator[Row]:
     images, crop, batch = (256 if config.quick else 1024), 224, config.batch_of()
+    row = "images -> augmented batches, 256 -> 224"
+    if config.only not in row:
+        return
     with tempfile.TemporaryDirectory() as directory:
         files = Files(Path(directory), images, px=256)
         jpeg = jpeg_loader(files, crop, batch)
@@ -135,7 +138,6 @@ def data_rows(config: Benchmark) -> Iterator[Row]:
             Contestant("store in a plain DataLoader", Kind.yardstick, drain(lambda: iter(stored))),
         ]
         rounds = config.interleaved_rounds
-        row = "images -> augmented batches, 256 -> 224"
         yield from interleave("data", row, "float32", contestants, rounds, images)
 
 
@@ -144,24 +146,30 @@ def end_to_end_rows(config: Benchmark) -> Iterator[Row]:
     model, dtype = "mini", config.dtypes[-1]
     batch = config.batch_of(model)
     images, crop = batch * (4 if config.quick else 8), model_config(model).image_px
+    whole, trainer = f"epoch of mini, 64 -> 56, batch {batch}", f"the trainer, mini, batch {batch}"
+    if config.only not in whole and config.only not in trainer:
+        return
     with tempfile.TemporaryDirectory() as directory:
         files = Files(Path(directory), images, px=64)
-        contestants = [
-            Contestant("store, bare loop", Kind.ours, _bare_loop(files, model, crop, batch, dtype)),
-            Contestant("the same without data", Kind.yardstick, _steps_only(model, images, batch, dtype)),
-            Contestant("JPEG, stock compiled", Kind.baseline, _stock_loop(files, model, crop, batch, dtype)),
-        ]
         rounds = config.interleaved_rounds
-        row = f"epoch of mini, 64 -> 56, batch {batch}"
-        yield from interleave("end_to_end", row, dtype, contestants, rounds, images)
-        # The same LightningModule in both, so that the difference is the trainer's alone.
-        loop = Loop(files, model, crop, batch, dtype)
-        contestants = [
-            Contestant("Lightning", Kind.ours, loop.lightning),
-            Contestant("bare loop", Kind.baseline, loop.bare),
-        ]
-        row = f"the trainer, mini, batch {batch}"
-        yield from interleave("end_to_end", row, dtype, contestants, rounds, images)
+        if config.only in whole:
+            contestants = [
+                Contestant("store, bare loop", Kind.ours, _bare_loop(files, model, crop, batch, dtype)),
+                Contestant("the same without data", Kind.yardstick, _steps_only(model, images, batch, dtype)),
+                Contestant(
+                    "JPEG, stock compiled", Kind.baseline, _stock_loop(files, model, crop, batch, dtype)
+                ),
+            ]
+            yield from interleave("end_to_end", whole, dtype, contestants, rounds, images)
+        if config.only in trainer:
+            # The same LightningModule in both, so that the difference is the trainer's alone.
+            loop = Loop(files, model, crop, batch, dtype)
+            contestants = [
+                Contestant("Lightning", Kind.ours, loop.lightning),
+                Contestant("bare loop", Kind.baseline, loop.bare),
+            ]
+            trained = len(loop.data.split[0])  # without the holdout images
+            yield from interleave("end_to_end", trainer, dtype, contestants, rounds, trained)
 
 
 class Loop:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet.bench import Benchmark
-from alexnet.bench.networks import model_config
+from alexnet.bench.networks import differences, model_config, stock_compiled
 from alexnet.bench.timing import Contestant, Kind, Machine, Row, interleave
-from alexnet.layers import local_response_norm, relu_lrn_pool
+from alexnet.layers import conv2d, local_response_norm, relu_lrn_pool
 from alexnet.layers.backend import pair_for
 
 NORM = 5, 5e-4, 0.75, 2.0  # the paper's, alpha times the window
@@ -56,11 +56,33 @@ def both_ways(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], o
     return run
 
 
+def check_layer(row: str, function: Callable[..., Tensor], *operands: Tensor) -> None:
+    """AssertionError unless `function(*operands, backend="compiled")` and its gradients are torch's own in float32.
+
+    A hundredth of the norm is let pass, which a few pooling winners take that rounding decides anew, and in bfloat16
+    a quarter more than the reference is off.
+    """
+
+    def outcome(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in operands]
+        y = function(*leaves, backend=backend)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    dtype, exact = operands[0].dtype, outcome("native", torch.float32)
+    allowed = [1.25 * d + 0.01 for d in differences(exact, outcome("reference", dtype))]
+    off = differences(exact, outcome("compiled", dtype))
+    wrong = [f"{d:.1e}" for d, limit in zip(off, allowed, strict=True) if not d <= limit]
+    assert not wrong, f"{row}, {dtype}: output or gradients differ by {', '.join(wrong)}; nothing is timed"
+
+
 def _norm_rows(config: Benchmark, machine: Machine, dtype: str, channels: int, side: int) -> Iterator[Row]:
     x = 10 * noise(config, dtype, config.batch_of(), channels, side, side)
     shape = f"({len(x)},{channels},{side},{side})"
     copy = Contestant("copy", Kind.yardstick, x.clone)
-    wide = dtype != "float32"  # torch's norm has no bfloat16 kernel on a CPU
+    # torch's norm has no bfloat16 kernel on a CPU.
+    wide = dtype != "float32" and config.device == "cpu"
+    layouts = {"": x} if config.quick else {"": x, ", NCHW": x.contiguous()}
 
     def norm(x: Tensor) -> Tensor:
         return F.local_response_norm(x, *NORM)
@@ -70,33 +92,36 @@ def _norm_rows(config: Benchmark, machine: Machine, dtype: str, channels: int, s
         b = norm(a.float()).to(a.dtype) if wide else norm(a)
         return F.max_pool2d(b, 3, 2, ceil_mode=True)
 
-    def our_norm(x: Tensor) -> Tensor:
-        return local_response_norm(x, *NORM, backend="compiled")
+    def our_norm(x: Tensor, backend: str = "compiled") -> Tensor:
+        return local_response_norm(x, *NORM, backend=backend)
 
-    def our_block(x: Tensor) -> Tensor:
-        return relu_lrn_pool(x, *NORM, backend="compiled")
+    def our_block(x: Tensor, backend: str = "compiled") -> Tensor:
+        return relu_lrn_pool(x, *NORM, backend=backend)
 
     for name, mine, theirs, moves in (
         ("response norm", our_norm, norm, NORM_MOVES),
         ("ReLU + norm + pool", our_block, block, BLOCK_MOVES),
     ):
-        if config.only not in name:
+        row = f"{name} {shape}"
+        if config.only not in row:
             continue
-        with_float32 = " (norm in float32)" if wide and theirs is block else ""
-        contestants = [
-            Contestant("compiled pair", Kind.ours, both_ways(mine, x)),
-            Contestant(f"stock eager{with_float32}", Kind.baseline, both_ways(theirs, x)),
-            Contestant(f"stock compiled{with_float32}", Kind.baseline, both_ways(torch.compile(theirs), x)),
-            copy,
-        ]
+        check_layer(row, mine, 30 * x[:2])  # so large that the norm's second term matters
+        how = " (norm in float32)" if wide and theirs is block else ""
+        contestants = [Contestant("compiled pair", Kind.ours, both_ways(mine, x))]
+        for layout, given in layouts.items():
+            eager, compiled = both_ways(theirs, given), both_ways(stock_compiled(theirs), given)
+            contestants.append(Contestant(f"stock eager{how}{layout}", Kind.baseline, eager))
+            contestants.append(Contestant(f"stock compiled{how}{layout}", Kind.baseline, compiled))
         bound = machine.move_ms(moves * x.nbytes)
         rounds = config.interleaved_rounds
-        yield from interleave("layers", f"{name} {shape}", dtype, contestants, rounds, bound_ms=bound)
+        yield from interleave("layers", row, dtype, [*contestants, copy], rounds, bound_ms=bound)
 
 
 def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str) -> Iterator[Row]:
     C, O, side, kernel, stride, sides, groups = CONVOLUTIONS[name]  # noqa: E741
-    if config.only not in name:
+    # Nobody needs the gradient of the image.
+    parts_of = ["forward", "weight gradient", *(["input gradient"] if name != "conv1" else [])]
+    if not any(config.only in f"{name} {part}" for part in parts_of):
         return
     x = noise(config, dtype, config.batch_of(), C, side, side)
     w, b = (
@@ -104,6 +129,11 @@ def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str
         torch.zeros(O, dtype=x.dtype, device=x.device),
     )
     geometry = (stride, stride), sides, groups
+
+    def convolution(x: Tensor, w: Tensor, backend: str) -> Tensor:
+        return conv2d(x, w, None, stride, sides, groups=groups, backend=backend)
+
+    check_layer(name, convolution, x[:2], w)
     ours, library = pair_for("conv2d", "compiled"), pair_for("conv2d", "library")
     assert ours is not None
     assert library is not None
@@ -124,26 +154,27 @@ def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str
     def gradient(*needs: bool) -> object:
         return ours.backward(dy, *saved, *geometry, needs)
 
-    parts: dict[str, list[Contestant]] = {
-        "forward": [
-            Contestant("ours", Kind.ours, lambda: ours.forward(x, w, b, *geometry)),
-            Contestant("library", Kind.baseline, native),
-        ],
-        "weight gradient": [
-            Contestant("ours", Kind.ours, lambda: gradient(False, True, False)),
-            Contestant("library", Kind.baseline, lambda: kernel_of_the_library(False, True, False)),
-        ],
+    parts: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "forward": (lambda: ours.forward(x, w, b, *geometry), native),
+        "weight gradient": (
+            lambda: gradient(False, True, False),
+            lambda: kernel_of_the_library(False, True, False),
+        ),
+        "input gradient": (
+            lambda: gradient(True, False, False),
+            lambda: kernel_of_the_library(True, False, False),
+        ),
     }
-    if name != "conv1":  # nobody needs the gradient of the image
-        parts["input gradient"] = [
-            Contestant("ours", Kind.ours, lambda: gradient(True, False, False)),
-            Contestant("library", Kind.baseline, lambda: kernel_of_the_library(True, False, False)),
-        ]
     macs = {layer.name: layer.macs for layer in _paper_layers()}[name] * len(x)
-    for part, contestants in parts.items():
-        bound = machine.multiply_ms(macs, dtype)
-        rounds = config.interleaved_rounds
-        yield from interleave("layers", f"{name} {part}", dtype, contestants, rounds, bound_ms=bound)
+    bound, rounds = machine.multiply_ms(macs, dtype), config.interleaved_rounds
+    for part in parts_of:
+        if config.only in f"{name} {part}":
+            mine, theirs = parts[part]
+            contestants = [
+                Contestant("ours", Kind.ours, mine),
+                Contestant("library", Kind.baseline, theirs),
+            ]
+            yield from interleave("layers", f"{name} {part}", dtype, contestants, rounds, bound_ms=bound)
 
 
 def _paper_layers() -> list:

@@ -77,12 +77,13 @@ def ours(task: Task, backend: str, own_input: bool = False) -> Contestant:
     optimizer = FusedKrizhevsky(parameter_groups(net, OptimConfig(lr=RATE)), shadows, lr=RATE)
     forward, cast, key = shadows or net, task.cast, torch.tensor(7, device=device)
 
-    def step() -> None:
+    def step() -> Tensor:
         x = task.cast if own_input else cast
         optimizer.zero_grad()
         loss = cross_entropy(forward(x, key), task.labels, backend=net.backends["cross_entropy"])
         loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return Contestant(backend, Kind.ours, step)
 
@@ -118,12 +119,20 @@ class Float32Norm(nn.LocalResponseNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-def bfloat16_weights(net: nn.Sequential) -> nn.Sequential:
-    """The weights themselves in bfloat16, the norms in float32: the cheapest form that stock modules have."""
+def bfloat16_weights(net: nn.Sequential, device_type: str = "cpu") -> nn.Sequential:
+    """The weights themselves in bfloat16 (on a CPU the norms in float32): the cheapest form that stock modules have."""
     modules = [
-        Float32Norm(m.size, m.alpha, m.beta, m.k) if isinstance(m, nn.LocalResponseNorm) else m for m in net
+        Float32Norm(m.size, m.alpha, m.beta, m.k)
+        if isinstance(m, nn.LocalResponseNorm) and device_type == "cpu"
+        else m
+        for m in net
     ]
     return nn.Sequential(*modules).bfloat16()
+
+
+def stock_compiled(function: Any) -> Any:
+    """A baseline through torch.compile at its best: shapes constant, whatever was compiled before it."""
+    return torch.compile(function, dynamic=False)
 
 
 def stock_step(
@@ -133,7 +142,7 @@ def stock_step(
     autocast: bool = False,
     compiled: bool = False,
     own_input: bool = False,
-) -> Callable[[], None]:
+) -> Callable[[], Tensor]:
     """A step of stock modules: torch's loss and SGD, no `.item()`. Tuned: channels-last and fused SGD."""
     layout = torch.channels_last if tuned else torch.contiguous_format
     device = task.images.device
@@ -143,15 +152,16 @@ def stock_step(
         return (task.images if autocast else task.cast).contiguous(memory_format=layout)
 
     optimizer = torch.optim.SGD(net.parameters(), RATE, 0.9, weight_decay=5e-4, fused=tuned or None)
-    forward, fixed = torch.compile(net) if compiled else net, given()
+    forward, fixed = stock_compiled(net) if compiled else net, given()
 
-    def step() -> None:
+    def step() -> Tensor:
         x = given() if own_input else fixed
         optimizer.zero_grad()
         with torch.autocast(device.type, task.dtype, enabled=autocast):
             loss = F.cross_entropy(forward(x).float(), task.labels)
         loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return step
 
@@ -159,30 +169,35 @@ def stock_step(
 def stock(task: Task, quick: bool) -> list[Contestant]:
     """Every form of the stock network worth timing: which is the best differs from machine to machine."""
 
-    def form(name: str, **how: bool) -> Contestant:
-        net = stock_network(task.config)
-        weights = how.pop("weights", False)
-        step = stock_step(bfloat16_weights(net) if weights else net, task, **how)
-        return Contestant(name, Kind.baseline, step)
+    forms = stock_forms(task.dtype)
+    return [stock_named(name, task) for name in (list(forms)[:2] if quick else forms)]
 
-    if task.dtype == torch.float32:
-        forms = [
-            form(f"stock eager, {TUNED}", tuned=True),
-            form(f"stock compiled, {TUNED}", tuned=True, compiled=True),
-        ]
-        more = [form("stock eager", tuned=False), form("stock compiled", tuned=False, compiled=True)]
-        return forms if quick else forms + more
-    forms = [
-        form(f"stock eager, bf16 weights, {TUNED}", tuned=True, weights=True),
-        form(f"stock compiled, bf16 weights, {TUNED}", tuned=True, weights=True, compiled=True),
-    ]
-    more = [
-        form("stock eager, autocast", tuned=False, autocast=True),
-        form(f"stock eager, autocast, {TUNED}", tuned=True, autocast=True),
-        form("stock compiled, autocast", tuned=False, autocast=True, compiled=True),
-        form(f"stock compiled, autocast, {TUNED}", tuned=True, autocast=True, compiled=True),
-    ]
-    return forms if quick else forms + more
+
+def stock_forms(dtype: torch.dtype) -> dict[str, dict[str, bool]]:
+    """By name, how each is made; the first two are usually the best."""
+    if dtype == torch.float32:
+        return {
+            f"stock eager, {TUNED}": {"tuned": True},
+            f"stock compiled, {TUNED}": {"tuned": True, "compiled": True},
+            "stock eager": {"tuned": False},
+            "stock compiled": {"tuned": False, "compiled": True},
+        }
+    return {
+        f"stock eager, bf16 weights, {TUNED}": {"tuned": True, "weights": True},
+        f"stock compiled, bf16 weights, {TUNED}": {"tuned": True, "weights": True, "compiled": True},
+        "stock eager, autocast": {"tuned": False, "autocast": True},
+        f"stock eager, autocast, {TUNED}": {"tuned": True, "autocast": True},
+        "stock compiled, autocast": {"tuned": False, "autocast": True, "compiled": True},
+        f"stock compiled, autocast, {TUNED}": {"tuned": True, "autocast": True, "compiled": True},
+    }
+
+
+def stock_named(name: str, task: Task) -> Contestant:
+    how = dict(stock_forms(task.dtype)[name])
+    net = stock_network(task.config)
+    if how.pop("weights", False):
+        net = bfloat16_weights(net, task.images.device.type)
+    return Contestant(name, Kind.baseline, stock_step(net, task, **how))
 
 
 def torchvision_step(task: Task, compiled: bool) -> Contestant:
@@ -208,15 +223,15 @@ def check(model: str, backend: str, dtype: str, device: str) -> float:
     given, exact = task(model, 2, dtype, device), task(model, 2, "float32", device)
     config = replace(given.config, dropout=0.0)
     expected = _our_gradients(config, "reference", exact)
-    ours = _differences(expected, _our_gradients(config, backend, given))
+    ours = differences(expected, _our_gradients(config, backend, given))
     if dtype == "float32":
         common = replace(config, lrn_within_tower=False, pool_ties=Ties.first)  # what stock modules can do
         stock = _stock_gradients(common, given)
-        ours += _differences(_our_gradients(common, "reference", given), stock)
+        ours += differences(_our_gradients(common, "reference", given), stock)
         allowed = [TOLERANCE] * len(ours)
     else:
         rounded = _our_gradients(config, "reference", given)
-        allowed = [1.25 * d + 0.01 for d in _differences(expected, rounded)]
+        allowed = [1.25 * d + 0.01 for d in differences(expected, rounded)]
     wrong = [f"{d:.1e}" for d, limit in zip(ours, allowed, strict=True) if d > limit]
     assert not wrong, f"{model}, {dtype}, {backend}: gradients differ by {', '.join(wrong)}; nothing is timed"
     return max(ours)
@@ -242,6 +257,6 @@ def _gradients(net: nn.Module, given: Task) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(net.parameters())))
 
 
-def _differences(expected: list[Tensor], actual: list[Tensor]) -> list[float]:
+def differences(expected: list[Tensor], actual: list[Tensor]) -> list[float]:
     both = [(e.float(), a.float()) for e, a in zip(expected, actual, strict=True)]
     return [float((a - e).norm() / e.norm().clamp(min=1e-12)) for e, a in both]

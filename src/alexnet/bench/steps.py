@@ -6,24 +6,38 @@ import sys
 from collections.abc import Iterator
 
 from alexnet.bench import Benchmark
-from alexnet.bench.networks import TUNED, check, multiply_adds, ours, stock, task, torchvision_step
+from alexnet.bench.networks import (
+    TUNED,
+    check,
+    multiply_adds,
+    ours,
+    stock,
+    stock_named,
+    task,
+    torchvision_step,
+)
 from alexnet.bench.timing import Contestant, Kind, Machine, Row, interleave, print_row
 
 OURS = ("fast", "fastest")
 
 
 def step_rows(config: Benchmark, machine: Machine) -> Iterator[Row]:
-    for model, dtype in combinations(config):
+    for model, dtype in combinations(config, "step"):
         for backend in OURS:
             worst = check(model, backend, dtype, config.device)
             print(f"  {model}, {dtype}, {backend}: gradients as they must be, to {worst:.1e}")
         yield from _step_rows(config, machine, model, dtype)
 
 
-def combinations(config: Benchmark) -> list[tuple[str, str]]:
+def combinations(config: Benchmark, suite: str) -> list[tuple[str, str]]:
     """Which networks in which types; quick leaves the small one to bfloat16."""
-    both = [(model, dtype) for model in config.models for dtype in config.dtypes if config.only in model]
+    both = [(model, dtype) for model in config.models for dtype in config.dtypes]
+    both = [pair for pair in both if config.only in row_name(config, suite, pair[0])]
     return [pair for pair in both if not config.quick or pair != ("mini", "float32")]
+
+
+def row_name(config: Benchmark, suite: str, model: str) -> str:
+    return f"{suite}, {model}, batch {config.batch_of(model)}"
 
 
 def _step_rows(config: Benchmark, machine: Machine, model: str, dtype: str) -> Iterator[Row]:
@@ -33,7 +47,7 @@ def _step_rows(config: Benchmark, machine: Machine, model: str, dtype: str) -> I
         contestants += [torchvision_step(given, compiled) for compiled in (False, True)]
     images = len(given.images)
     bound = machine.multiply_ms(multiply_adds(given.config) * images, dtype)
-    name = f"step, {model}, batch {images}"
+    name = row_name(config, "step", model)
     yield from interleave("step", name, dtype, contestants, config.interleaved_rounds, images, bound)
     if config.device == "cpu" and not config.quick:
         yield alone(config, model, dtype, AS_RUN[dtype], "step", name, Kind.as_run, tuned_allocator=False)
@@ -45,8 +59,9 @@ AS_RUN = {"float32": "stock eager", "bfloat16": "stock eager, autocast"}
 
 def memory_rows(config: Benchmark) -> Iterator[Row]:
     """Peak minus what the process held before its first step, with the default allocator."""
-    for model, dtype in combinations(config)[-1:] if config.quick else combinations(config):
-        name = f"memory, {model}, batch {config.batch_of(model)}"
+    chosen = combinations(config, "memory")
+    for model, dtype in chosen[-1:] if config.quick else chosen:
+        name = row_name(config, "memory", model)
         compiled = "stock compiled, " + ("bf16 weights, " if dtype == "bfloat16" else "") + TUNED
         kinds = {"fast": Kind.ours, AS_RUN[dtype]: Kind.baseline}
         if not config.quick:
@@ -80,7 +95,7 @@ def alone(
     call = [sys.executable, "-m", "alexnet.bench.alone", json.dumps(order)]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1]
+        said = [f"ended with {done.returncode}", *done.stderr.strip().splitlines()][-1]
         result = Row(suite, row, dtype, contestant, kind, batch, note=said)
     else:
         told = json.loads(done.stdout.splitlines()[-1])
@@ -93,4 +108,4 @@ def contestant_named(name: str, model: str, batch: int, dtype: str, device: str)
     given = task(model, batch, dtype, device)
     if name in OURS:
         return ours(given, name)
-    return next(c for c in stock(given, quick=False) if c.name == name)
+    return stock_named(name, given)
