@@ -107,15 +107,15 @@ def test_an_unknown_override_is_found_by_composing():
 def test_runs_are_ordinary_runs_named_by_scale_claim_and_arm(tmp_path):
     runs = load_claim(written(tmp_path, overrides=["watchdog=warn"])).runs("cpu", 2)
     assert [(r.name, r.seed) for r in runs] == [
-        ("cpu/s3_3_norms/all", 0),
-        ("cpu/s3_3_norms/none", 0),
         ("cpu/s3_3_norms/all", 1),
         ("cpu/s3_3_norms/none", 1),
+        ("cpu/s3_3_norms/all", 2),
+        ("cpu/s3_3_norms/none", 2),
     ]
     assert runs[1].arguments == [
         "experiment=claims_cpu",
         "name=cpu/s3_3_norms/none",
-        "seed=0",
+        "seed=1",
         "watchdog=warn",
         "model.norm1=false",
     ]
@@ -135,6 +135,13 @@ def test_a_tuned_claim_searches_on_a_seed_of_its_own_and_a_figure_borrows_its_ru
     assert run.name == f"cpu/s3_1_relu/relu_tune_{rate}"
     assert run.overrides[-1] == f"optim.lr={rate}"
     assert run.seed not in range(100)
+    assert {run.seed for c in CLAIMS.values() for run in c.runs("cpu", 5)} == {
+        1,
+        2,
+        3,
+        4,
+        5,
+    }  # 0 is for trials
     assert figure.runs("cpu", 3) == relu.runs("cpu", 3)
     assert figure.tuning_runs("cpu") == tuning
 

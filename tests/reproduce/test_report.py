@@ -94,9 +94,9 @@ def test_what_is_missing_is_listed_with_its_command(finished: Reproduce, capsys)
     )
     reproduce(more)
     out = capsys.readouterr().out
-    assert "4 runs are missing:" in out  # base 2, 3, 4 and the arm without dropout, seed 2
+    assert "4 runs are missing:" in out  # base 3, 4, 5 and the arm without dropout, seed 3
     assert out.count("python scripts/train.py") == 4
-    assert "name=smoke/s4_2_dropout/none seed=2" in out
+    assert "name=smoke/s4_2_dropout/none seed=3" in out
     assert "no results of ensemble, single yet" in out
     text = (report_directory(more) / "report.html").read_text()
     assert "1 runs are missing" not in text

@@ -24,7 +24,7 @@ from alexnet.reproduce.measures import Want
 from alexnet.reproduce.runner import Progress, Sizes, Speed, reproduce, seconds_left
 
 
-def directory(settings: Reproduce, name: str, seed: int = 0) -> Path:
+def directory(settings: Reproduce, name: str, seed: int = 1) -> Path:
     return Path(settings.output_dir) / "train" / "smoke" / name / f"seed{seed}"
 
 
@@ -44,17 +44,17 @@ def test_a_run_that_several_claims_share_is_one_job(data_dir, tmp_path):
     those = jobs_of(claims_of(settings), settings)
     assert [(job.run.name, job.run.seed) for job in those] == [
         *(
-            ("smoke/base", 0),
-            ("smoke/s4_2_dropout/none", 0),
             ("smoke/base", 1),
             ("smoke/s4_2_dropout/none", 1),
+            ("smoke/base", 2),
+            ("smoke/s4_2_dropout/none", 2),
         ),
-        *(("smoke/s5_decay/none", 0), ("smoke/s5_decay/none", 1)),
+        *(("smoke/s5_decay/none", 1), ("smoke/s5_decay/none", 2)),
     ]
     assert {Want.one_view, Want.ten_views} <= those[0].wants
     assert Want.ten_views not in those[1].wants
     assert those[1].config.model.dropout == 0
-    assert those[2].config.seed == 1
+    assert those[2].config.seed == 2
 
 
 def test_a_figure_draws_the_runs_of_its_claim(data_dir, tmp_path):
@@ -139,10 +139,11 @@ def test_arms_are_trained_with_the_rates_that_were_just_chosen(data_dir, tmp_pat
     assert trained == {"relu": 0.01, "tanh": 0.003}
 
 
-def test_tuning_never_sees_val(data_dir, tmp_path):
+def test_training_never_sees_val_and_tuning_is_not_measured(data_dir, tmp_path):
     settings = reduced(data_dir, tmp_path, "s3_1_relu")
     those = jobs_of(claims_of(settings), settings)
-    assert [job.config.evaluate for job in those] == [False] * 4 + [True] * 2
+    assert not any(job.config.evaluate for job in those)
+    assert [Want.one_view in job.wants for job in those] == [False] * 4 + [True] * 2
     assert {job.config.seed for job in those[:4]} == {1000}
 
 
@@ -164,15 +165,17 @@ def test_printed_commands_are_the_jobs(data_dir, tmp_path, no_training, capsys):
 # Runs
 
 
-def test_every_run_is_finished_measured_and_evaluated_once(finished):
+def test_every_run_is_finished_and_measured_and_sees_val_at_its_end_only(finished):
     settings = finished
     those = jobs_of(claims_of(settings), settings)
     assert [job.state for job in those] == [State.finished] * 4
     for job in those:
         record = json.loads((job.directory / "run.json").read_text())
-        assert record["results"].keys() == {"holdout", "val"}
+        assert record["results"].keys() == {"holdout"}
+        basic = json.loads((job.directory / Want.basic).read_text())
+        assert basic["results"].keys() == {"train", "holdout", "val", "conv1"}
         assert job.steps_done == 3
-    assert (directory(settings, "base", 1) / Want.ten_views).exists()
+    assert (directory(settings, "base", 2) / Want.ten_views).exists()
     assert not (directory(settings, "s4_2_dropout/none") / Want.ten_views).exists()
 
 
@@ -358,8 +361,8 @@ def test_the_estimate_counts_steps_and_images(data_dir, tmp_path):
     (job,) = jobs_of(claims_of(settings), settings)
     sizes = check([job])[job.config.data.root]
     assert sizes == Sizes(train=110, holdout=10, val=40)
-    # 3 steps; holdout after the epoch and at the end, val; 110 training images, val once more and ten times.
-    images = 10 + 10 + 40 + 110 + 40 + 400
+    # 3 steps; holdout after the epoch and at the end; then training images and holdout once more, val, ten views.
+    images = 10 + 10 + 110 + 10 + 40 + 400
     assert seconds_left(job, sizes, Speed(100.0, 1.0, 0.0)) == 300 + images
 
 
@@ -368,10 +371,10 @@ def test_the_time_left_follows_the_time_taken(monkeypatch, data_dir, tmp_path, c
     a, b = jobs_of(claims_of(settings), settings)
     clock = [0.0]
     monkeypatch.setattr("alexnet.reproduce.runner.time.monotonic", lambda: clock[0])
-    progress = Progress({(a.run.name, 0): 60.0, (b.run.name, 0): 180.0})
+    progress = Progress({(a.run.name, 1): 60.0, (b.run.name, 1): 180.0})
     clock[0] = 120.0  # twice what was estimated
     progress.report(a, "done")
-    assert capsys.readouterr().out == "[1/2] smoke/base seed 0: done; 2.0 min, 6.0 min left\n"
+    assert capsys.readouterr().out == "[1/2] smoke/base seed 1: done; 2.0 min, 6.0 min left\n"
 
 
 def test_commands_of_finished_runs_are_not_printed(finished):

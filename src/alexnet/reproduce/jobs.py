@@ -3,7 +3,8 @@
 A job is an ordinary run in its ordinary directory, so scripts/train.py can do it as well. What a job's state is, is
 read from that directory and from nothing else.
 
-Where a claim tunes a rate per arm, tuning runs come first; they use a seed of their own and never see val. The value
+Training never sees val (evaluate=false); measures.py does, when a run is over. Where a claim tunes a rate per arm,
+tuning runs come first; they use a seed of their own and are not measured. The value
 with the lowest time to the claim's threshold is taken (where none arrives: the lowest mean over the last epoch).
 """
 
@@ -89,7 +90,6 @@ def jobs_of(claims: Iterable[Claim], settings: Reproduce) -> list[Job]:
     jobs: dict[tuple[str, int], Job] = {}
     for claim in claims:
         for _, _, run in claim.tuning_runs(settings.scale):
-            run = replace(run, overrides=(*run.overrides, "evaluate=false"))
             _add(jobs, _job(claim, run, settings, frozenset()))
     chosen = choose(claims, settings)
     for claim in claims:
@@ -116,6 +116,7 @@ def _tuned(claim: Claim, run: Run, settings: Reproduce, value: float | None) -> 
 
 def _job(claim: Claim, run: Run, settings: Reproduce, wants: frozenset[Want], undecided: bool = False) -> Job:
     file = f"{claim.uses or claim.name}.yaml"
+    run = replace(run, overrides=(*run.overrides, "evaluate=false"))
     try:
         config = _composed(run.recipe, (*settings.overrides, *run.overrides))
     except UserError as error:

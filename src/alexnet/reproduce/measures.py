@@ -1,16 +1,17 @@
-"""What the checkpoint of a finished run says beyond run.json: measured once, kept in the run's directory.
+"""What a trained network says: measured once, when its run is over, and kept in the run's directory.
 
-    measures.json       training images in evaluation mode; chroma of the two halves of conv1
+    val_1view.npz       log-probabilities of val, (N, classes) float32, and its labels
+    val_10view.npz
+    measures.json       errors on val, holdout and training images in evaluation mode; chroma of the halves of conv1
     conv1.npy           its kernels, (O, 3, R, S): Figure 3
     probe.json          what the initialisation probe said of the untrained network
-    val_1view.npz       log-probabilities of val, (N, classes) float32, and its labels: ten views, ensembles
-    val_10view.npz
     nearest_hidden.npz  for test images their six nearest training images by the last hidden layer: Figure 4
     nearest_pixels.npz  the same by raw pixels
     figure4.npz         the pictures that Figure 4 shows
 
-Everything here is of best.ckpt (the epoch with the lowest holdout error), as the val result in run.json is, and is
-written whole or not at all: a kill in between costs one measure. A run that diverged has a reason instead.
+Everything here is of last.ckpt: all arms train equally long and none is stopped where it looks best. (The results in
+run.json are of best.ckpt, for the user of a network.) A file is written whole or not at all: a kill in between costs
+one measure. A run that diverged has a reason instead.
 """
 
 import json
@@ -35,7 +36,7 @@ from alexnet.data.module import ImageData
 from alexnet.data.store import Store
 from alexnet.evaluate import TOP5_CLASSES, average, log_probabilities, score
 from alexnet.probe import probe
-from alexnet.reproduce.claims import METRICS, Claim, Features, Figure, Nets, Test
+from alexnet.reproduce.claims import FIRST_SEED, METRICS, Claim, Features, Figure, Nets, Test
 from alexnet.reproduce.statistics import split_excess
 from alexnet.reproduce.tables import Evidence
 from alexnet.run_record import write_json
@@ -51,24 +52,24 @@ SHOWN, SHOWN_QUERIES = 8, 5  # test images in the left and the right half of Fig
 class Want(StrEnum):
     """A measure, named by its file."""
 
-    basic = "measures.json"
-    kernels = "conv1.npy"
-    probe = "probe.json"
     one_view = "val_1view.npz"
     ten_views = "val_10view.npz"
+    basic = "measures.json"  # after the view it takes val's errors from
+    kernels = "conv1.npy"
+    probe = "probe.json"
     hidden = "nearest_hidden.npz"
     pixels = "nearest_pixels.npz"
     figure4 = "figure4.npz"  # after the neighbours it shows
 
 
 def wanted(claim: Claim, seed: int) -> set[Want]:
-    """What a claim asks of its runs. Pixels know no seed, and Figure 4 shows one net: those of seed 0 will do."""
-    wants = {Want.basic, Want.kernels, *(want_of(test) for test in claim.tests.values())}
+    """What a claim asks of its runs. Pixels know no seed, and Figure 4 shows one net: those of one seed will do."""
+    wants = {Want.one_view, Want.basic, Want.kernels, *(want_of(test) for test in claim.tests.values())}
     if claim.probe:
         wants.add(Want.probe)
     if claim.figure is Figure.retrieval:
         wants |= {Want.hidden, Want.figure4}
-    return wants if seed == 0 else wants - {Want.pixels, Want.figure4}
+    return wants if seed == FIRST_SEED else wants - {Want.pixels, Want.figure4}
 
 
 def want_of(test: Test) -> Want:
@@ -114,7 +115,8 @@ class Net:
 
     @cached_property
     def classifier(self) -> Classifier:
-        classifier = load(self.directory / self.record["checkpoint"], self.record["resolved"]["backend"])
+        path = self.directory / "checkpoints" / "last.ckpt"
+        classifier = load(path, self.record["resolved"]["backend"])
         return classifier.to(self.device)
 
     @cached_property
@@ -133,11 +135,15 @@ class Net:
 def _basic(net: Net, path: Path) -> None:
     """measures.json; `results` in the form of run.json's."""
     started = time.monotonic()
-    store, rows = net.data.train_store, spread(net.data.split[0].numpy(), TRAIN_IMAGES)
-    train = score(net.log_probabilities(store, rows), store.labels[rows], split="train")
+    store, (trained, held_out) = net.data.train_store, (part.numpy() for part in net.data.split)
+    rows = {"train": spread(trained, TRAIN_IMAGES), "holdout": held_out}
+    seen = {s: (net.log_probabilities(store, r), store.labels[r]) for s, r in rows.items() if len(r)}
+    view = np.load(net.directory / Want.one_view)
+    seen["val"] = torch.from_numpy(view["log_probs"]), view["labels"]
+    errors = {split: score(*both, split=split, name="last epoch").as_dict() for split, both in seen.items()}
     first, second = chroma(net.classifier.net.conv1.weight).tensor_split(2)
     split = split_excess(first.numpy(), second.numpy())
-    results = {"train": train.as_dict(), "conv1": {"chroma_split": split}}
+    results = {**errors, "conv1": {"chroma_split": split}}
     write_json(path, {"results": results, "seconds": round(time.monotonic() - started, 1)})
 
 
@@ -249,11 +255,11 @@ def _figure4(net: Net, path: Path) -> None:
 
 
 MAKERS: Mapping[Want, Callable[[Net, Path], None]] = {
+    Want.one_view: _views(1),
+    Want.ten_views: _views(10),
     Want.basic: _basic,
     Want.kernels: _kernels,
     Want.probe: _probe,
-    Want.one_view: _views(1),
-    Want.ten_views: _views(10),
     Want.hidden: _hidden,
     Want.pixels: _pixels,
     Want.figure4: _figure4,
@@ -290,8 +296,7 @@ def evidence(directory: Path) -> Evidence | None:
         nothing = {metric: math.nan for metric in METRICS if not metric.startswith("gap/")}
         return Evidence(nothing, Evidence.of_run({}, rows, classes).curves, classes)
     basic = directory / Want.basic
-    more = json.loads(basic.read_text())["results"] if basic.exists() else {}
-    return Evidence.of_run({**record, "results": {**record["results"], **more}}, rows, classes)
+    return Evidence.of_run(json.loads(basic.read_text()) if basic.exists() else {}, rows, classes)
 
 
 def per_image(test: Test, directories: Collection[Path]) -> dict[str, np.ndarray]:

@@ -113,10 +113,12 @@ def has_diverged(directory: Path, error: UserError) -> bool:
 
 
 def outcome(job: Job) -> str:
+    if is_tuning(job):
+        error = json.loads((job.directory / "run.json").read_text())["train"]["top1_error"]
+        return f"training error {100 * error:.1f} % in the last epoch"
     found = evidence(job.directory)
     assert found is not None
-    split = "holdout" if is_tuning(job) else "val"
-    return f"{split} top-1 error {100 * found.results[f'{split}/top1_error']:.1f} %"
+    return f"val top-1 error {100 * found.results['val/top1_error']:.1f} %"
 
 
 # Time ---------------------------------------------------------------------------------------------------------------
@@ -198,16 +200,16 @@ def steps_per_epoch(config: Train, train_images: int) -> int:
 
 
 def seconds_left(job: Job, sizes: Sizes, speed: Speed) -> float:
-    """Training steps, the holdout after every epoch, val, and what else is wanted."""
+    """Training steps, the holdout after every epoch and at the end, and what is wanted of the trained network."""
     batches = steps_per_epoch(job.config, sizes.train)
     steps = max(0, job.config.optim.epochs * batches - job.steps_done)
     images = 0.0
     if job.state is State.unmeasured:
         steps = 0
     else:
-        images += steps / batches * sizes.holdout + sizes.holdout + sizes.val
+        images += steps / batches * sizes.holdout + sizes.holdout
     costs = {
-        Want.basic: min(TRAIN_IMAGES, sizes.train),
+        Want.basic: min(TRAIN_IMAGES, sizes.train) + sizes.holdout,
         Want.one_view: sizes.val,
         Want.ten_views: 10 * sizes.val,
         Want.hidden: sizes.train,

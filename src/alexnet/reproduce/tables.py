@@ -49,15 +49,17 @@ class Evidence:
     classes: int = 0
 
     @classmethod
-    def of_run(cls, record: Mapping[str, Any], rows: Sequence[Mapping[str, str]], classes: int) -> "Evidence":
-        """From the content of run.json and the rows of metrics.csv.
+    def of_run(
+        cls, measures: Mapping[str, Any], rows: Sequence[Mapping[str, str]], classes: int
+    ) -> "Evidence":
+        """From the content of measures.json and the rows of metrics.csv.
 
         `results` there is {split: {quantity: value}}; the split `train` (evaluation mode) is `train_eval` here.
         Curves are the means over the last few steps against epochs done, a fraction.
         """
         results = {
             f"{'train_eval' if split == 'train' else split}/{quantity}": float(value)
-            for split, values in record.get("results", {}).items()
+            for split, values in measures.get("results", {}).items()
             for quantity, value in values.items()
             if isinstance(value, int | float)
         }
