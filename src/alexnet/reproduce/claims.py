@@ -135,10 +135,9 @@ class Comparison:
         return f"{self.treatment} - {self.control}"
 
     def printed(self, numbers: list[Number], metric: str) -> Number | None:
-        """The number given for this metric: of the same split, or of val (the only split of 2012)."""
-        quantity = metric.rpartition("/")[2]
-        exact = [n for n in numbers if n.metric == metric]
-        return next(iter(exact or [n for n in numbers if n.metric == f"val/{quantity}"]), None)
+        """The number given for this metric; beside a holdout error that of val, the only unseen split of 2012."""
+        alike = (metric, metric.replace("holdout/", "val/"))
+        return next((n for name in alike for n in numbers if n.metric == name), None)
 
 
 @dataclass(frozen=True)
@@ -171,6 +170,8 @@ class Claim:
     overrides: list[str] = field(default_factory=list)  # of every arm
     recipe: dict[str, str] = field(default_factory=lambda: {s: _recipe(s) for s in SCALES})
     scale_overrides: dict[str, list[str]] = field(default_factory=dict)
+    # {scale: {arm: overrides}}, after those of the arm: a number that depends on the network of the recipe.
+    arms_at: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     tests: dict[str, Test] = field(default_factory=dict)
     tune: Tune | None = None
     figure: Figure | None = None
@@ -200,7 +201,8 @@ class Claim:
         return found
 
     def arm_overrides(self, scale: str, arm: str) -> tuple[str, ...]:
-        return (*self.overrides, *self.scale_overrides.get(scale, []), *self.arms[arm])
+        here = self.arms_at.get(scale, {}).get(arm, [])
+        return (*self.overrides, *self.scale_overrides.get(scale, []), *self.arms[arm], *here)
 
     def _run_name(self, scale: str, arm: str) -> str:
         if self.recipe[scale] == _recipe(scale) and not self.arm_overrides(scale, arm) and self.tune is None:
@@ -250,7 +252,7 @@ def _with_borrowed_arms(claim: Claim, claims: Mapping[str, Claim]) -> Claim:
     """A figure drawn from another claim's runs has that claim's arms."""
     if claim.uses is None:
         return claim
-    shared = ("arms", "overrides", "recipe", "scale_overrides", "tune")
+    shared = ("arms", "arms_at", "overrides", "recipe", "scale_overrides", "tune")
     return dataclasses.replace(claim, **{key: getattr(claims[claim.uses], key) for key in shared})
 
 
@@ -305,8 +307,11 @@ def _expect(kind: type[T], value: Any, where: str) -> T:
 def _check(claim: Claim, file: str) -> None:
     if claim.uses is None and not claim.arms:
         raise UserError(f"{file}: arms is empty: name at least one arm, or the claim it uses")
-    for scales in (claim.recipe, claim.scale_overrides, claim.tune.values if claim.tune else {}):
+    values = claim.tune.values if claim.tune else {}
+    for scales in (claim.recipe, claim.scale_overrides, claim.arms_at, values):
         _check_known(scales, SCALES, f"{file}: scale")
+    for scale, arms in claim.arms_at.items():
+        _check_known(arms, claim.arms, f"{file}: arms_at.{scale}: arm")
     if set(claim.recipe) != set(SCALES):
         raise UserError(
             f"{file}: recipe names {', '.join(claim.recipe)}: name one per scale ({', '.join(SCALES)})"
@@ -317,8 +322,9 @@ def _check(claim: Claim, file: str) -> None:
 
 
 def _check_overrides(claim: Claim, file: str) -> None:
+    of_scales = [item for arms in claim.arms_at.values() for item in arms.items()]
     lists = {"overrides": claim.overrides, **claim.arms, **claim.scale_overrides}
-    for where, overrides in lists.items():
+    for where, overrides in (*lists.items(), *of_scales):
         for override in overrides:
             if not re.fullmatch(r"(\+{0,2}[\w./@-]+=.*)|(~[\w./@-]+)", override):
                 raise UserError(f"{file}: {where}: {override!r} is no override: write key=value")
