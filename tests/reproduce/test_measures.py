@@ -1,5 +1,6 @@
 """What is measured of a finished run, against slow versions and against what the run says itself."""
 
+import csv
 import json
 import math
 import shutil
@@ -207,4 +208,22 @@ def test_a_diverged_run_is_evidence_of_nothing_but_its_curves(finished, tmp_path
     assert math.isnan(found.results["val/top1_error"])
     assert math.isnan(found.results["train_eval/cross_entropy"])
     assert len(found.curves["train/loss"]) == 3
+    assert found.diverged
     assert is_measured(tmp_path, [Want.ten_views])
+
+
+@pytest.mark.parametrize("column", ["train/loss", "holdout/loss"])
+def test_a_run_that_ends_finished_with_a_loss_that_is_no_number_has_diverged(finished, tmp_path, column):
+    """watchdog=warn goes on to the end, and best.ckpt is of an epoch before."""
+    shutil.copytree(run(finished, "base"), tmp_path / "seed1")
+    assert not evidence(tmp_path / "seed1").diverged
+    with (tmp_path / "seed1" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rows[-1][column] = "nan"
+    with (tmp_path / "seed1" / "metrics.csv").open("w") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    found = evidence(tmp_path / "seed1")
+    assert found.diverged
+    assert math.isnan(found.results["val/top1_error"])

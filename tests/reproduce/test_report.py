@@ -77,6 +77,7 @@ def test_the_numbers_are_written_as_data(finished: Reproduce):
     assert dropout["runs_missing"] == 0
     assert dropout["rows"][0]["effect"]["n"] == 2
     assert dropout["hardware"]
+    assert content["holm_family"] == 5  # three comparisons of dropout, ten views, Figure 4
     assert dropout["data"] == ["synthetic"]
     views = content["claims"]["s4_1_ten_views"]["rows"][0]
     assert views["effect"]["source"] == "images, nets fixed"

@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,21 @@ def test_a_run_that_diverges_is_a_result_and_is_not_tried_again(data_dir, tmp_pa
     monkeypatch.setattr(runner, "train", None)
     reproduce(settings)
     assert "1 of 1 pairs diverged" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_to_its_end_without_a_loss_is_not_measured(
+    data_dir, tmp_path, monkeypatch, finished
+):
+    settings = reduced(data_dir, tmp_path, "s4_1_ten_views")
+    (job,) = jobs_of(claims_of(settings), settings)
+    shutil.copytree(directory(finished, "base"), job.directory)
+    (job.directory / Want.basic).unlink()
+    path = job.directory / "metrics.csv"
+    path.write_text(path.read_text().rstrip().rpartition("\n")[0] + "\n3,0,0.01,nan,1,2.3,0.9,0.5,,1.0\n")
+    monkeypatch.setattr(runner, "train", None)
+    monkeypatch.setattr(runner, "measure", None)
+    assert runner.run_job(job) == "diverged (the loss ended as no number)"
+    assert job.state is State.finished
 
 
 def test_an_interruption_is_no_divergence(data_dir, tmp_path, monkeypatch):

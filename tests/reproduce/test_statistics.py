@@ -208,8 +208,11 @@ def test_one_seed_and_fewer_than_the_claim_asks_for_resolve_nothing():
 
 
 def test_a_verdict_that_holm_does_not_confirm_says_so():
-    assert "Holm" in st.verdict(BELOW, Direction.LOWER, p_holm=0.2).sentence
-    assert "Holm" not in st.verdict(BELOW, Direction.LOWER, p_holm=0.01).sentence
+    """The word itself, which every table prints, and not only its fine print."""
+    assert st.verdict(BELOW, Direction.LOWER, p_holm=0.2).word == "holds (alone; not after Holm)"
+    assert st.verdict(BELOW, Direction.HIGHER, p_holm=0.2).word == "does not hold (alone; not after Holm)"
+    assert st.verdict(BELOW, Direction.LOWER, p_holm=0.01).word == "holds"
+    assert st.verdict(BELOW, Direction.HIGHER, p_holm=0.01).word == "does not hold"
 
 
 def test_the_split_of_kernels_is_zero_by_chance_and_positive_for_specialised_towers():

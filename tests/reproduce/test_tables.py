@@ -107,6 +107,35 @@ def test_what_is_missing_or_diverged_is_said():
     assert row.note == "1 of 3 pairs diverged"
 
 
+def lost(n: int) -> dict[int, Evidence]:
+    return {s: Evidence({"val/top1_error": math.nan}, diverged=True) for s in range(n)}
+
+
+def test_an_arm_that_diverges_on_every_seed_is_a_result_and_not_missing():
+    row = judged(claim(NORMS), Gathered({"with": RUNS.arms["with"], "without": lost(3)}))[0]
+    assert row.verdict.word is Word.DIVERGED
+    assert row.note == "3 of 3 pairs diverged"
+    assert "-> diverged: no pair of runs is left" in as_text({row.claim: claim(NORMS)}, [row])
+    row = judged(claim(TIMES), Gathered({"tanh": lost(2), "relu": lost(2)}))[0]
+    assert row.verdict.word is Word.DIVERGED
+
+
+def test_a_diverged_run_is_marked_where_curves_or_images_are_compared():
+    tanh = {**curves([6.0, 6.5]), 2: Evidence(classes=10, diverged=True)}
+    row = judged(claim(TIMES), Gathered({"tanh": tanh, "relu": curves([1.5, 1.5, 1.0])}))[0]
+    assert row.effect.n == 3
+    assert row.effect.bound == ">="
+    assert row.note == "tanh did not arrive in 1 of 3 runs; tanh diverged in 1 of 3 runs"
+    c = Comparison("ten", "one", "val/top1_error", Direction.LOWER, Statistic.within_net)
+    nets = {"net": {0: Evidence(), **lost(3)}}
+    that = claim(c, tests={"one": Test(), "ten": Test(views=10)})
+    tests = {name: {"val/top1_error": np.arange(10) % 2} for name in ("one", "ten")}
+    assert judged(that, Gathered(nets, tests))[0].note == "images, nets fixed; 3 of 3 nets diverged"
+    row = judged(that, Gathered(nets))[0]
+    assert row.note == "no results of ten, one yet; 3 of 3 nets diverged"
+    assert row.verdict.word is Word.DIVERGED
+
+
 def test_the_gap_is_val_minus_training_images_in_evaluation_mode():
     def arm(gap: float) -> dict[int, Evidence]:
         return {
@@ -190,6 +219,17 @@ def test_holm_runs_over_expectations_and_leaves_what_is_only_reported_out():
     assert main[0].p_holm == pytest.approx(3 * main[0].effect.p)
     assert main[3].p_holm is None
     assert main[3].verdict.word is Word.REPORTED
+
+
+def test_what_holm_does_not_confirm_says_so_in_every_table():
+    weak = Gathered({"with": runs([0.400, 0.410, 0.420]), "without": runs([0.408, 0.424, 0.434])})
+    those = claim(*[NORMS] * 9)
+    rows = judged(those, weak)
+    assert rows[0].effect.p < 0.05 < rows[0].p_holm
+    alone = "holds (alone; not after Holm)"
+    assert f"-> {alone} (p " in as_text({those.name: those}, rows)
+    assert f"| {alone} |" in as_markdown({those.name: those}, rows)
+    assert as_json({those.name: those}, rows)[0]["verdict"] == alone
 
 
 def test_the_claim_file_decides_how_many_seeds_are_enough():

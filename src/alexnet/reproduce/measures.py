@@ -87,6 +87,14 @@ def failure(directory: Path) -> str:
     return str(json.loads(path.read_text()).get("failed", "")) if path.exists() else ""
 
 
+def diverged(directory: Path) -> bool:
+    """Whether the loss of training, or of the holdout after it, ended as no number: weights do not come back."""
+    path = directory / "metrics.csv"
+    rows = read_metrics(path) if path.exists() else []
+    last = [rows[-1][name] for name in ("train/loss", "holdout/loss")] if rows else []
+    return not all(math.isfinite(float(value)) for value in last if value)
+
+
 def record_failure(directory: Path, reason: str) -> None:
     write_json(directory / Want.basic, {"failed": reason})
 
@@ -288,13 +296,14 @@ def evidence(directory: Path) -> Evidence | None:
     if not record_path.exists():
         return None
     record = json.loads(record_path.read_text())
-    failed = failure(directory)
+    failed = bool(failure(directory))
     if record["state"] != "finished" and not failed:
         return None
+    failed = failed or diverged(directory)
     rows, classes = read_metrics(directory / "metrics.csv"), record["config"]["model"]["num_classes"]
     if failed:
         nothing = {metric: math.nan for metric in METRICS if not metric.startswith("gap/")}
-        return Evidence(nothing, Evidence.of_run({}, rows, classes).curves, classes)
+        return Evidence(nothing, Evidence.of_run({}, rows, classes).curves, classes, diverged=True)
     basic = directory / Want.basic
     return Evidence.of_run(json.loads(basic.read_text()) if basic.exists() else {}, rows, classes)
 

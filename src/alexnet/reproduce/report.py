@@ -24,7 +24,6 @@ from alexnet.reproduce import Reproduce
 from alexnet.reproduce.claims import Claim, Figure, Nets, Run
 from alexnet.reproduce.jobs import Chosen, Job, State, choose, command, jobs_of, own_command
 from alexnet.reproduce.measures import Want, evidence, per_image, want_of
-from alexnet.reproduce.statistics import Word
 from alexnet.reproduce.tables import (
     Evidence,
     Gathered,
@@ -96,7 +95,12 @@ def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
     missing = {(job.run.name, job.run.seed): job for section in sections for job in section.missing}
     lines = [as_text(by_name, rows), "", *_missing_lines(list(missing.values()), settings)]
     return "\n".join(
-        [*lines, f"results   {directory / 'results.json'}", f"report    {directory / 'report.html'}"]
+        [
+            *lines,
+            f"Holm      over the {holm_family(sections)} comparisons of this report that have an expectation",
+            f"results   {directory / 'results.json'}",
+            f"report    {directory / 'report.html'}",
+        ]
     )
 
 
@@ -179,6 +183,7 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
         "scale": str(settings.scale),
         "seeds": settings.seeds,
         "overrides": settings.overrides,
+        "holm_family": holm_family(sections),
         "claims": {
             s.claim.name: {
                 "title": s.claim.title,
@@ -196,6 +201,11 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
         },
         "rendered_with": environment(),
     }
+
+
+def holm_family(sections: Sequence[Section]) -> int:
+    """How many comparisons Holm's correction runs over: those of this report that have an expectation and a p."""
+    return sum(row.p_holm is not None for s in sections for row in s.rows)
 
 
 def provenance(done: Sequence[Done]) -> dict[str, Any]:
@@ -242,7 +252,7 @@ def page_values(sections: Sequence[Section], directory: Path, settings: Reproduc
     return {
         "scale": str(settings.scale),
         "seeds": settings.seeds,
-        "words": [str(word) for word in Word],
+        "family": holm_family(sections),
         "summary": [_summary_line(s.claim, row) for s in sections for row in s.rows if row.main],
         "sections": [section_values(s, directory, settings) for s in sections],
         "provenance": provenance(list(done.values())),

@@ -10,11 +10,9 @@ import contextlib
 import copy
 import io
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -30,12 +28,12 @@ from alexnet.reproduce.jobs import Job, Sizes, State, check, claims_of, commands
 from alexnet.reproduce.measures import (
     TRAIN_IMAGES,
     Want,
+    diverged,
     evidence,
-    failure,
     measure,
     record_failure,
 )
-from alexnet.train import read_metrics, train
+from alexnet.train import train
 
 WARM_UP, TIMED = 2, 3  # steps of the probe of speed
 
@@ -89,27 +87,26 @@ def run_all(
 
 
 def run_job(job: Job) -> str:
-    """Trains (from where it stopped) and measures; returns a line of what came out."""
+    """Trains (from where it stopped) and measures; returns a line of what came out.
+
+    A loss that is no number, or a stop by the watchdog, is a result and no mistake of the user's.
+    """
+    reason = ""
     if job.state in (State.new, State.interrupted):
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 train(copy.deepcopy(job.config))
         except UserError as error:
-            if not has_diverged(job.directory, error):
+            if not isinstance(error, Stalled) and not diverged(job.directory):
                 raise
-            record_failure(job.directory, str(error).splitlines()[0])
-            return f"diverged ({str(error).splitlines()[0]})"
-    if not failure(job.directory):
-        measure(job.directory, job.config, job.wants)
+            reason = str(error).splitlines()[0]
+    if not reason and diverged(job.directory):
+        reason = "the loss ended as no number"
+    if reason:
+        record_failure(job.directory, reason)
+        return f"diverged ({reason})"
+    measure(job.directory, job.config, job.wants)
     return outcome(job)
-
-
-def has_diverged(directory: Path, error: UserError) -> bool:
-    """Stopped by the watchdog, or with a loss that is no number: a result, and no mistake of the user's."""
-    if isinstance(error, Stalled):
-        return True
-    rows = read_metrics(directory / "metrics.csv") if (directory / "metrics.csv").exists() else []
-    return bool(rows) and not math.isfinite(float(rows[-1]["train/loss"]))
 
 
 def outcome(job: Job) -> str:

@@ -264,12 +264,15 @@ def equivalence_p(effect: Effect, margin: float) -> float:
 
 
 class Word(StrEnum):
-    """The four things a verdict can say."""
+    """What a verdict can say. `alone`: so says its own interval, but not the p corrected for all that was tested."""
 
     HOLDS = "holds"
+    HOLDS_ALONE = "holds (alone; not after Holm)"
     FAILS = "does not hold"
+    FAILS_ALONE = "does not hold (alone; not after Holm)"
     OPEN = "not resolved at this scale"
     REPORTED = "reported"
+    DIVERGED = "diverged"  # there is nothing to compare
 
 
 @dataclass(frozen=True)
@@ -305,9 +308,10 @@ def verdict(
         right, wrong = (below, above) if direction is Direction.LOWER else (above, below)
     if not right and not wrong:
         return Verdict(Word.OPEN, f"{Word.OPEN} ({_would_need(effect, direction, margin, paper)})")
-    word = Word.HOLDS if right else Word.FAILS
-    alone = "" if p_holm is None or p_holm <= 1 - LEVEL else ", taken alone; not after Holm's correction"
-    return Verdict(word, f"{word}{alone}")
+    confirmed = p_holm is None or p_holm <= 1 - LEVEL
+    words = (Word.HOLDS, Word.FAILS) if confirmed else (Word.HOLDS_ALONE, Word.FAILS_ALONE)
+    word = words[0] if right else words[1]
+    return Verdict(word, str(word))
 
 
 def tested_p(effect: Effect, direction: Direction, margin: float) -> float:

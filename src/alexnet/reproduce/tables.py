@@ -22,6 +22,7 @@ from alexnet.reproduce.statistics import (
     Source,
     Summary,
     Verdict,
+    Word,
     bootstrap_images,
     holm,
     paired_difference,
@@ -41,12 +42,14 @@ class Evidence:
     """What one finished run says.
 
     `results`: {metric: value} as in run.json, `curves`: {metric: [(epoch, value), ...]} from metrics.csv,
-    `classes`: of its data set, for thresholds given as a fraction of ln(classes).
+    `classes`: of its data set, for thresholds given as a fraction of ln(classes). A run that `diverged` ended in a
+    loss that is no number: its results are nan.
     """
 
     results: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     classes: int = 0
+    diverged: bool = False
 
     @classmethod
     def of_run(
@@ -145,7 +148,7 @@ def _row(claim: Claim, c: Comparison, metric: str) -> Row:
 
 def _measured(row: Row, gathered: Gathered) -> Row:
     if row.comparison.statistic is Statistic.within_net:
-        return _within_net(row, gathered.tests)
+        return _within_net(row, gathered)
     if row.unit is Unit.times:
         return _times(row, gathered.arms)
     return _differences(row, gathered.arms)
@@ -157,7 +160,7 @@ def _differences(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
     ]
     a, b, note = _pairs(row, *values)
     if not a:
-        return dataclasses.replace(row, note=note)
+        return _without_pairs(row, note, diverged=bool(set(values[0]) & set(values[1])))
     effect = paired_difference(a, b)
     return dataclasses.replace(row, treatment=summarise(a), control=summarise(b), effect=effect, note=note)
 
@@ -166,14 +169,19 @@ def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
     c = row.comparison
     both = [_with_curve(arms.get(arm, {}), c.metric) for arm in (c.treatment, c.control)]
     seeds = sorted(set(both[0]) & set(both[1]))
-    if not seeds:
-        return dataclasses.replace(row, note=_missing(row, *both))
+    ends = [arm[s].curves[c.metric][-1][0] for arm in both for s in seeds if arm[s].curves.get(c.metric)]
+    if not ends:
+        return _without_pairs(row, _missing(row, *both) if not seeds else "", diverged=bool(seeds))
     times = [[arrival(c, arm[s]) for s in seeds] for arm in both]
-    budget = max(arm[s].curves[c.metric][-1][0] for arm in both for s in seeds)
+    budget = max(ends)
     late = [
         f"{name} did not arrive in {column.count(None)} of {len(seeds)} runs"
         for name, column in zip((c.treatment, c.control), times, strict=True)
         if None in column
+    ] + [
+        f"{name} diverged in {count} of {len(seeds)} runs"
+        for name, arm in zip((c.treatment, c.control), both, strict=True)
+        if (count := sum(arm[s].diverged for s in seeds))
     ]
     filled = [[budget if t is None else t for t in column] for column in times]
     return dataclasses.replace(
@@ -186,21 +194,31 @@ def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
 
 
 def _with_curve(runs: Mapping[int, Evidence], metric: str) -> dict[int, Evidence]:
-    return {seed: run for seed, run in runs.items() if run.curves.get(metric)}
+    """A run that diverged before its first epoch was over has none, and never arrived."""
+    return {seed: run for seed, run in runs.items() if run.curves.get(metric) or run.diverged}
 
 
-def _within_net(row: Row, tests: Mapping[str, Mapping[str, ArrayLike]]) -> Row:
-    c = row.comparison
+def _without_pairs(row: Row, note: str, diverged: bool) -> Row:
+    """Nothing to compare: not there yet, or there and diverged, which is a result."""
+    said = Verdict(Word.DIVERGED, f"{Word.DIVERGED}: no pair of runs is left to compare")
+    return dataclasses.replace(row, note=note, verdict=said if diverged and row.main else None)
+
+
+def _within_net(row: Row, gathered: Gathered) -> Row:
+    c, tests = row.comparison, gathered.tests
+    nets = [run.diverged for arm in gathered.arms.values() for run in arm.values()]
+    lost = [f"{sum(nets)} of {len(nets)} nets diverged"] if any(nets) else []
     missing = [name for name in (c.treatment, c.control) if row.metric not in tests.get(name, {})]
     if missing:
-        return dataclasses.replace(row, note=f"no results of {', '.join(missing)} yet")
+        note = "; ".join([f"no results of {', '.join(missing)} yet", *lost])
+        return _without_pairs(row, note, diverged=bool(nets) and all(nets))
     a, b = tests[c.treatment][row.metric], tests[c.control][row.metric]
     return dataclasses.replace(
         row,
         treatment=_over_nets(a),
         control=_over_nets(b),
         effect=bootstrap_images(a, b),
-        note=str(Source.IMAGES),
+        note="; ".join([str(Source.IMAGES), *lost]),
     )
 
 
