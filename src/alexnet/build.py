@@ -135,12 +135,16 @@ def training(config: Train) -> Training:
     return Training(classifier, data, made, record, directory)
 
 
-def identity(config: Train, data: ImageData) -> dict[str, Any]:
-    """What decides whether two runs are the same: the configuration, and the images and split it is about."""
+def identity(config: Train, data: ImageData | None) -> dict[str, Any]:
+    """What decides whether two runs are the same: the configuration, and the images and split it is about.
+
+    Without `data` (a store that is not on this machine) only the configuration.
+    """
     content = plain(config)
-    manifest = data.train_store.manifest
-    arrays = {name: manifest["sha256"][name] for name in ("images.npy", "labels.npy")}
-    content["store"] = {**arrays, "holdout": manifest["holdout"]}
+    if data is not None:
+        manifest = data.train_store.manifest
+        arrays = {name: manifest["sha256"][name] for name in ("images.npy", "labels.npy")}
+        content["store"] = {**arrays, "holdout": manifest["holdout"]}
     for key in NOT_IDENTITY:
         del content[key]
     del content["data"]["root"], content["data"]["resident"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,12 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+@cache
 def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout this package lies in and whether it was changed; None without one."""
+    """Commit of the checkout this package lies in and whether it was changed; None without one.
+
+    Read once: a process that trains for hours goes on with the code it has imported, whatever is committed meanwhile.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

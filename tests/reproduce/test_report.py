@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -106,9 +107,26 @@ def test_what_is_missing_is_listed_with_its_command(finished: Reproduce, capsys)
 
 def test_a_report_of_nothing_is_a_list_of_commands(data_dir, tmp_path, capsys):
     reproduce(reduced(data_dir, tmp_path, "s3_3_lrn", "s3_1_relu", "figure1", "figure3", report=True))
-    assert "runs are missing:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "runs are missing:" in out
     assert not (tmp_path / "train").exists()
-    assert len(list(tmp_path.rglob("report.html"))) == 1
+    (page,) = tmp_path.rglob("report.html")
+    for text in (out, page.read_text()):  # tuning runs, but no arm at a rate that is not chosen yet
+        assert "name=smoke/s3_1_relu/relu_tune_0.003" in text
+        assert "name=smoke/s3_1_relu/relu " not in text
+        assert "2 runs whose rate the tuning runs above decide" in text
+
+
+def test_runs_of_several_states_of_the_code_are_marked(finished: Reproduce, tmp_path, capsys):
+    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
+    mixed = dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
+    reproduce(mixed)
+    assert "WARNING" not in capsys.readouterr().out
+    record = json.loads((path := tmp_path / "train/smoke/s4_2_dropout/none/seed1/run.json").read_text())
+    path.write_text(json.dumps({**record, "git": {"commit": "f" * 40, "changed": True}}))
+    reproduce(mixed)
+    assert "WARNING   s4_2_dropout compares runs of 2 states" in capsys.readouterr().out
+    assert "Runs of 2 states of the code" in (report_directory(mixed) / "report.html").read_text()
 
 
 def test_an_ensemble_is_of_five_however_many_there_are(finished: Reproduce):

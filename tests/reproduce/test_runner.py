@@ -1,5 +1,6 @@
 """Jobs, checks, estimates, resume: what happens around the training of a hundred runs."""
 
+import contextlib
 import csv
 import json
 import os
@@ -19,10 +20,12 @@ from alexnet import build
 from alexnet.callbacks import CLOCK_COLUMNS
 from alexnet.config import CONF, compose
 from alexnet.errors import UserError
-from alexnet.reproduce import Reproduce, jobs, runner
+from alexnet.reproduce import Reproduce, Scale, jobs, runner
 from alexnet.reproduce.jobs import State, check, choose, claims_of, commands, jobs_of
 from alexnet.reproduce.measures import Want
+from alexnet.reproduce.report import training_seconds
 from alexnet.reproduce.runner import Progress, Sizes, Speed, reproduce, seconds_left
+from alexnet.run_record import git_state, write_json
 
 
 def directory(settings: Reproduce, name: str, seed: int = 1) -> Path:
@@ -83,7 +86,7 @@ def test_the_full_smoke_scale_is_over_a_hundred_distinct_runs():
 def canned_run(settings: Reproduce, name: str, errors: list[float], per_epoch: int = 1) -> None:
     """A finished tuning run with these training errors, one a step."""
     path = directory(settings, name, 1000)
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     record = {"state": "finished", "results": {}, "config": {"model": {"num_classes": 10}}}
     (path / "run.json").write_text(json.dumps(record))
     with (path / "metrics.csv").open("w") as file:
@@ -117,6 +120,21 @@ def test_a_rate_is_not_chosen_for_one_lucky_row_nor_if_it_ends_in_no_number(data
     canned_run(settings, "s3_1_relu/tanh_tune_0.01", [0.1, 0.1, 0.1, float("nan")], per_epoch=2)
     chosen = choose(claims_of(settings), settings)
     assert chosen == {("s3_1_relu", "relu"): 0.01, ("s3_1_relu", "tanh"): 0.003}
+
+
+def test_a_rate_at_the_end_of_its_list_is_said_plainly():
+    claim = claims_of(Reproduce(claims=["s3_1_relu"]))[0]
+    settings = Reproduce(scale=Scale.cpu)
+
+    def said(relu: float, tanh: float) -> list[str]:
+        chosen = {("s3_1_relu", "relu"): relu, ("s3_1_relu", "tanh"): tanh}
+        return jobs.rates([claim], chosen, settings)
+
+    assert said(0.001, 0.02) == [
+        "relu: optim.lr = 0.001 of 5 (the smallest tried: a smaller one might be better)",
+        "tanh: optim.lr = 0.02 of 5 (the largest tried: a larger one might be better)",
+    ]
+    assert said(0.005, 0.01) == ["relu: optim.lr = 0.005 of 5", "tanh: optim.lr = 0.01 of 5"]
 
 
 def test_arms_are_trained_with_the_rates_that_were_just_chosen(data_dir, tmp_path, monkeypatch):
@@ -233,6 +251,34 @@ def test_an_interruption_is_no_divergence(data_dir, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no space left"):
             reproduce(settings)
     assert jobs_of(claims_of(settings), settings)[0].state is State.interrupted
+
+
+def test_a_run_that_another_process_is_at_comes_last_and_is_not_done_twice(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    """Locks of two files hold each other off within one process too. The other is killed, then finishes its second."""
+    settings = reduced(data_dir, tmp_path, "s5_decay", seeds=2)
+    those = jobs_of(claims_of(settings), settings)
+    killed, theirs = those[0], those[1]
+    done, finished = [], set()
+    monkeypatch.setattr(runner, "run_job", lambda job: done.append(job.run.arm + str(job.run.seed)) or "")
+    monkeypatch.setattr(
+        jobs.Job,
+        "state",
+        property(lambda job: State.finished if job.directory in finished else State.new),
+    )
+    with contextlib.ExitStack() as other:
+        for job in (killed, theirs):
+            assert other.enter_context(runner.locked(job.directory))
+
+        def wait(seconds: float) -> None:
+            finished.add(theirs.directory)
+            other.close()
+
+        monkeypatch.setattr("alexnet.reproduce.runner.time.sleep", wait)
+        runner.run_jobs(those, Progress({(job.run.name, job.run.seed): 1.0 for job in those}))
+    assert done == ["decay2", "none2", "decay1"]
+    assert f"[4/4] {theirs.run.name} seed 1: done by another process" in capsys.readouterr().out
 
 
 FORKER = """
@@ -358,6 +404,43 @@ def test_a_directory_with_another_run_is_refused_before_any_training(finished, n
         reproduce(changed)
 
 
+def test_a_page_is_not_rendered_from_runs_of_another_configuration(finished, tmp_path):
+    """Also where the store is not there to compare the images with."""
+    changed = reduced(tmp_path, Path(finished.output_dir), "s4_2_dropout", report=True)
+    changed.overrides += ["optim.lr=0.5"]
+    with pytest.raises(
+        UserError, match=r"s4_2_dropout.yaml, arm dropout: .* another configuration \(optim.lr"
+    ):
+        reproduce(changed)
+    changed.overrides.pop()
+    jobs.refuse_other_runs(jobs_of(claims_of(changed), changed))
+
+
+def test_an_arm_trained_with_another_rate_than_the_one_just_chosen_is_refused(
+    data_dir, tmp_path, monkeypatch
+):
+    settings = reduced(data_dir, tmp_path, "s3_1_relu")
+    claims = claims_of(settings)
+    those = jobs_of(claims, settings)
+
+    def pretend(job):
+        assert jobs.is_tuning(job), "an arm was trained"
+        best = job.config.optim.lr < 0.005
+        canned_run(settings, job.run.name.removeprefix("smoke/"), [0.9, 0.1 if best else 0.8])
+        return ""
+
+    relu = build.identity(those[4].config, build.image_data(those[4].config))
+    relu["optim"]["lr"] = 0.01
+    directory(settings, "s3_1_relu/relu").mkdir(parents=True)
+    write_json(
+        directory(settings, "s3_1_relu/relu") / "run.json",
+        {"state": "finished", "config": {**relu, "model": {**relu["model"], "num_classes": 10}}},
+    )
+    monkeypatch.setattr(runner, "run_job", pretend)
+    with pytest.raises(UserError, match=r"\(optim.lr: 0.01 there, 0.003 now\)"):
+        runner.run_all(claims, those, check(those), settings)
+
+
 def test_the_script_reads_its_claims_and_ends_in_one_line(tmp_path, monkeypatch, capsys):
     script = str(CONF.parent / "scripts" / "reproduce.py")
     monkeypatch.setattr(sys, "argv", [script, "claim=s3_3_lrn,nothing", f"output_dir={tmp_path}"])
@@ -369,7 +452,20 @@ def test_the_script_reads_its_claims_and_ends_in_one_line(tmp_path, monkeypatch,
     assert "claim=nothing is unknown" in refused
 
 
-# Time
+# What is written of the code and of time
+
+
+def test_the_commit_is_that_of_the_code_when_the_process_started(monkeypatch):
+    first = git_state()
+    monkeypatch.setattr("alexnet.run_record.subprocess.run", None)
+    assert git_state() is first
+
+
+def test_a_suspended_run_counts_its_training_only():
+    record = {"config": {"data": {"batch_size": 64}}}
+    rows = [{"step": str(10 * i), "images_per_second": "320.0" if i != 3 else "0.1"} for i in range(1, 6)]
+    rows.append({"step": "50", "images_per_second": ""})
+    assert training_seconds(record, rows) == 10.0
 
 
 def test_the_estimate_counts_steps_and_images(data_dir, tmp_path):

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alexnet import build
 from alexnet.config import CONF, Train, compose
+from alexnet.data.module import ImageData
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.model import layer_table
@@ -174,6 +175,21 @@ def _rank(claim: Claim, found: Evidence) -> tuple[float, float]:
     return math.inf if time is None else time, curve[-1][1]
 
 
+def rates(claims: Iterable[Claim], chosen: Chosen, settings: Reproduce) -> list[str]:
+    """What was chosen, in words: the best at the end of a list might have been better beyond it."""
+    lines = []
+    for claim in claims:
+        tried = claim.tune.values[settings.scale] if claim.tune else []
+        for arm in claim.arms:
+            value = chosen.get((claim.uses or claim.name, arm))
+            if claim.tune is None or value is None:
+                continue
+            ends = {min(tried): "smallest tried: a smaller", max(tried): "largest tried: a larger"}
+            edge = f" (the {ends[value]} one might be better)" if value in ends else ""
+            lines.append(f"{arm}: {claim.tune.key} = {value:g} of {len(tried)}{edge}")
+    return list(dict.fromkeys(lines))
+
+
 # Checks before anything starts --------------------------------------------------------------------------------------
 
 
@@ -197,9 +213,9 @@ def check(jobs: Iterable[Job]) -> dict[str, Sizes]:
             if job.run.overrides not in arms:  # seeds differ in nothing that is checked here
                 sizes[job.config.data.root] = check_arm(job.config)
             arms.add(job.run.overrides)
-            refuse_another_run(job)
         except UserError as error:
             raise UserError(f"{job.file}, arm {job.run.arm}: {error}") from error
+    refuse_other_runs(jobs)
     return sizes
 
 
@@ -212,23 +228,32 @@ def check_arm(config: Train) -> Sizes:
     return Sizes(len(data.split[0]), len(data.split[1]), len(data.val_store))
 
 
-def refuse_another_run(job: Job) -> None:
-    """A directory that holds a run with another configuration, left by an older claim file say."""
-    path = job.directory / "run.json"
-    if job.undecided or not path.exists():
-        return
-    there, now = (
-        json.loads(path.read_text())["config"],
-        build.identity(job.config, build.image_data(job.config)),
-    )
+def refuse_other_runs(jobs: Iterable[Job]) -> None:
+    """UserError for a directory that holds a run with another configuration, left by an older claim file say.
+
+    Where a store is not on this machine, a run's images are taken on trust.
+    """
+    opened: dict[str, ImageData | None] = {}
+    for job in jobs:
+        path, root = job.directory / "run.json", job.config.data.root
+        if job.undecided or not path.exists():
+            continue
+        if root not in opened:
+            opened[root] = build.image_data(job.config) if (Path(root) / "train").exists() else None
+        changed = _changed(json.loads(path.read_text())["config"], build.identity(job.config, opened[root]))
+        if changed:
+            raise UserError(
+                f"{job.file}, arm {job.run.arm}: {job.directory} holds a run with another configuration "
+                f"({'; '.join(changed[:4])}): choose another output_dir=..., or delete it"
+            )
+
+
+def _changed(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if now["model"]["num_classes"] is None:  # as many as the data have, and those are compared by name
         now["model"]["num_classes"] = there["model"]["num_classes"]
-    changed = differences(there, now)
-    if changed:
-        raise UserError(
-            f"{job.directory} holds a run with another configuration ({'; '.join(changed[:4])}): "
-            "choose another output_dir=..., or delete it"
-        )
+    if "store" not in now:
+        there.pop("store", None)
+    return differences(there, now)
 
 
 # The same by hand ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ so that the page can be rendered again anywhere, from whatever is finished.
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,17 @@ from alexnet.figures import Curve
 from alexnet.report import picture, render
 from alexnet.reproduce import Reproduce
 from alexnet.reproduce.claims import Claim, Figure, Nets, Run
-from alexnet.reproduce.jobs import Chosen, Job, State, choose, command, jobs_of, own_command
+from alexnet.reproduce.jobs import (
+    Chosen,
+    Job,
+    State,
+    choose,
+    commands,
+    jobs_of,
+    own_command,
+    rates,
+    refuse_other_runs,
+)
 from alexnet.reproduce.measures import Want, evidence, per_image, want_of
 from alexnet.reproduce.tables import (
     Evidence,
@@ -72,9 +82,14 @@ class Section:
 
     claim: Claim
     done: list[Done]
+    tuning: list[Done]
     missing: list[Job]
     rows: list[Row]
     chosen: Chosen
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return provenance(self.done, self.tuning)
 
     @property
     def by_arm(self) -> dict[str, list[Done]]:
@@ -93,7 +108,7 @@ def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
     page = render("claims.html", **page_values(sections, directory, settings))
     (directory / "report.html").write_text(page, encoding="utf-8")
     missing = {(job.run.name, job.run.seed): job for section in sections for job in section.missing}
-    lines = [as_text(by_name, rows), "", *_missing_lines(list(missing.values()), settings)]
+    lines = [as_text(by_name, rows), "", *_mixed(sections), *_missing_lines(list(missing.values()), settings)]
     return "\n".join(
         [
             *lines,
@@ -110,40 +125,46 @@ def report_directory(settings: Reproduce) -> Path:
     return directory if settings.claims == ["all"] else directory / "+".join(settings.claims)
 
 
-def _missing_lines(missing: Sequence[Job], settings: Reproduce) -> list[str]:
-    if not missing:
-        return []
-    named = [command(job, settings) for job in missing if job.state in (State.new, State.interrupted)]
+def _mixed(sections: Sequence[Section]) -> list[str]:
+    """A warning where runs of different code are compared."""
+    commits = {s.claim.name: s.provenance["commits"] for s in sections}
     return [
-        f"{len(missing)} runs are missing:",
-        *named,
-        f"or all at once: {own_command(settings.claims, settings)}",
-        "",
+        f"WARNING   {name} compares runs of {len(of)} states of the code: {', '.join(of)}"
+        for name, of in commits.items()
+        if len(of) > 1
     ]
 
 
+def _missing_lines(missing: Sequence[Job], settings: Reproduce) -> list[str]:
+    return [f"{len(missing)} runs are missing:", commands(missing, settings), ""] if missing else []
+
+
 def sections_of(claims: Sequence[Claim], settings: Reproduce) -> list[Section]:
-    """Every claim with its runs; the verdicts are made together, since Holm's correction runs over all of them."""
+    """Every claim with its runs; the verdicts are made together, since Holm's correction runs over all of them.
+
+    Raises UserError for runs made with another configuration than the claims have now.
+    """
     jobs = {(job.run.name, job.run.seed): job for job in jobs_of(claims, settings)}
+    refuse_other_runs(jobs.values())
     chosen = choose(claims, settings)
-    runs = {claim.name: claim.runs(settings.scale, settings.seeds) for claim in claims}
-    done = {
-        name: [
-            Done(run, jobs[run.name, run.seed].directory)
-            for run in those
-            if is_over(jobs[run.name, run.seed])
-        ]
-        for name, those in runs.items()
-    }
+    tuning = {c.name: [run for *_, run in c.tuning_runs(settings.scale)] for c in claims}
+    runs = {c.name: c.runs(settings.scale, settings.seeds) for c in claims}
+
+    def over(those: Sequence[Run]) -> list[Done]:
+        found = [(run, jobs[run.name, run.seed]) for run in those]
+        return [Done(run, job.directory) for run, job in found if is_over(job)]
+
+    done = {name: over(those) for name, those in runs.items()}
     rows = [row for claim in claims for row in measure(claim, gathered(claim, done[claim.name]))]
     judged = judge({claim.name: claim for claim in claims}, rows)
     return [
         Section(
             claim,
             done[claim.name],
+            over(tuning[claim.name]),
             [
                 jobs[run.name, run.seed]
-                for run in runs[claim.name]
+                for run in (*tuning[claim.name], *runs[claim.name])
                 if jobs[run.name, run.seed].state is not State.finished
             ],
             [row for row in judged if row.claim == claim.name],
@@ -194,7 +215,7 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
                 "tuned": {arm: value for (_, arm), value in s.chosen.items()},
                 "probe": probes(s),
                 "confounds": s.claim.confounds,
-                **provenance(s.done),
+                **s.provenance,
                 "runs_missing": len(s.missing),
             }
             for s in sections
@@ -208,20 +229,28 @@ def holm_family(sections: Sequence[Section]) -> int:
     return sum(row.p_holm is not None for s in sections for row in s.rows)
 
 
-def provenance(done: Sequence[Done]) -> dict[str, Any]:
+def provenance(done: Sequence[Done], tuning: Sequence[Done]) -> dict[str, Any]:
     """Where the runs were made: everything that is the same for all is there once."""
-    records = [d.record for d in done]
+    records = [d.record for d in (*done, *tuning)]
     hardware = {_machine(r["hardware"]) for r in records}
     commits = {_commit(r["git"]) for r in records}
     return {
-        "runs": len(records),
-        "minutes": round(sum(float(r.get("seconds", 0.0)) for r in records) / 60, 1),
+        "runs": len(done),
+        "tuning_runs": len(tuning),
+        "minutes": round(sum(training_seconds(d.record, d.rows) for d in (*done, *tuning)) / 60, 1),
         "hardware": sorted(hardware),
         "commits": sorted(commits),
         "torch": sorted({r["versions"]["torch"] for r in records}),
         "data": sorted({r["config"]["data"]["name"] for r in records}),
         "device": sorted({f"{r['resolved']['device']}, {r['resolved']['precision']}" for r in records}),
     }
+
+
+def training_seconds(record: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> float:
+    """Of all images at the median speed: a clock would count the hours in which a run was suspended as well."""
+    speeds = [float(row["images_per_second"]) for row in rows if row["images_per_second"]]
+    images = int(rows[-1]["step"]) * record["config"]["data"]["batch_size"] if rows else 0
+    return images / float(np.median(speeds)) if speeds else 0.0
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:
@@ -249,13 +278,14 @@ def probes(section: Section) -> dict[str, Any]:
 
 def page_values(sections: Sequence[Section], directory: Path, settings: Reproduce) -> dict[str, Any]:
     done = {(d.run.name, d.run.seed): d for s in sections for d in s.done}
+    tuning = {(d.run.name, d.run.seed): d for s in sections for d in s.tuning}
     return {
         "scale": str(settings.scale),
         "seeds": settings.seeds,
         "family": holm_family(sections),
         "summary": [_summary_line(s.claim, row) for s in sections for row in s.rows if row.main],
         "sections": [section_values(s, directory, settings) for s in sections],
-        "provenance": provenance(list(done.values())),
+        "provenance": provenance(list(done.values()), list(tuning.values())),
         "command": own_command(settings.claims, settings),
     }
 
@@ -280,30 +310,13 @@ def section_values(section: Section, directory: Path, settings: Reproduce) -> di
         ],
         "figures": [*claim_figures(section, directory), *arms_figures(section, directory)],
         "arms": {arm: list(claim.arm_overrides(settings.scale, arm)) for arm in claim.arms},
-        "tuned": _tuned(section, settings),
+        "tuned": rates([claim], section.chosen, settings),
         "probes": probes(section),
-        "provenance": provenance(section.done),
+        "provenance": section.provenance,
         "command": own_command([claim.name], settings),
-        "missing": [command(job, settings) for job in section.missing],
+        "missing": len(section.missing),
+        "commands": commands(section.missing, replace(settings, claims=[claim.name])),
     }
-
-
-def _tuned(section: Section, settings: Reproduce) -> list[str]:
-    """The chosen rates; one at the end of its list might have been better beyond."""
-    if section.claim.tune is None:
-        return []
-    tried = section.claim.tune.values[settings.scale]
-    lines = []
-    for (_, arm), value in section.chosen.items():
-        edge = (
-            " (the largest tried)"
-            if value == max(tried)
-            else " (the smallest tried)"
-            if value == min(tried)
-            else ""
-        )
-        lines.append(f"{arm}: {section.claim.tune.key} = {value:g}{edge}, of {len(tried)}")
-    return lines
 
 
 # Pictures -----------------------------------------------------------------------------------------------------------

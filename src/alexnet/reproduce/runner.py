@@ -3,16 +3,19 @@
     claims -> jobs -> checks -> estimate, from a few measured steps of every distinct network -> runs -> report
 
 What is there is never done again: finished runs are skipped, interrupted ones resume with the same bits, and a kill
-at any moment costs what was trained since the last checkpoint.
+at any moment costs what was trained since the last checkpoint. A run is locked while it is worked on, so that several
+processes, one a core say, can be given the same claims.
 """
 
 import contextlib
 import copy
+import fcntl
 import io
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -24,7 +27,19 @@ from alexnet.data.module import Batch
 from alexnet.errors import UserError
 from alexnet.reproduce import Reproduce
 from alexnet.reproduce.claims import Claim
-from alexnet.reproduce.jobs import Job, Sizes, State, check, claims_of, commands, is_tuning, jobs_of
+from alexnet.reproduce.jobs import (
+    Job,
+    Sizes,
+    State,
+    check,
+    choose,
+    claims_of,
+    commands,
+    is_tuning,
+    jobs_of,
+    rates,
+    refuse_other_runs,
+)
 from alexnet.reproduce.measures import (
     TRAIN_IMAGES,
     Want,
@@ -33,9 +48,11 @@ from alexnet.reproduce.measures import (
     measure,
     record_failure,
 )
+from alexnet.run_record import git_state
 from alexnet.train import train
 
 WARM_UP, TIMED = 2, 3  # steps of the probe of speed
+PATIENCE = 10.0  # seconds between two looks at a run that another process is at
 
 
 # The verb -----------------------------------------------------------------------------------------------------------
@@ -47,6 +64,7 @@ def reproduce(settings: Reproduce) -> None:
     Raises UserError before any training for an unknown claim, override or store, for a directory that holds another
     run, and when the estimate exceeds `budget_minutes`.
     """
+    git_state()  # of the code that runs, not of what is committed in the hours to come
     claims = claims_of(settings)
     if not settings.report:
         jobs = jobs_of(claims, settings)
@@ -78,12 +96,46 @@ def run_all(
             "raise it, or choose fewer claims or seeds"
         )
     progress = Progress(estimates)
-    for job in jobs:
-        if is_tuning(job) and job.state is not State.finished:
-            progress.report(job, run_job(job))
-    for job in jobs_of(claims, settings):  # the rates are chosen now
-        if job.state is not State.finished:
-            progress.report(job, run_job(job))
+    run_jobs([job for job in jobs if is_tuning(job)], progress)
+    arms = [job for job in jobs_of(claims, settings) if not is_tuning(job)]  # the rates are chosen now
+    if any(job.undecided for job in jobs):
+        refuse_other_runs(arms)
+        print(*_rate_lines(claims, settings), sep="\n", flush=True)
+    run_jobs(arms, progress)
+
+
+def run_jobs(jobs: Sequence[Job], progress: "Progress") -> None:
+    """One after another. What another process is at comes last, and is done here should that one have been killed."""
+    jobs = [job for job in jobs if job.state is not State.finished]
+    while jobs:
+        busy = []
+        for job in jobs:
+            with locked(job.directory) as ours:
+                if not ours:
+                    busy.append(job)
+                elif job.state is State.finished:
+                    progress.report(job, "done by another process")
+                else:
+                    progress.report(job, run_job(job))
+        if len(busy) == len(jobs):
+            time.sleep(PATIENCE)
+        jobs = busy
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[bool]:
+    """Whether this process now has the run to itself; a lock ends with its process, however that ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # also for a child that inherited the file
 
 
 def run_job(job: Job) -> str:
@@ -226,8 +278,13 @@ def plan(claims: Sequence[Claim], jobs: Sequence[Job], settings: Reproduce) -> s
             f"claims    {', '.join(claim.name for claim in claims)}",
             f"scale     {settings.scale}, {settings.seeds} seed{'s' * (settings.seeds > 1)}",
             f"runs      {len(jobs)}: {', '.join(parts)}" + (f"; {tuning} of them tuning" if tuning else ""),
+            *_rate_lines(claims, settings),
         ]
     )
+
+
+def _rate_lines(claims: Sequence[Claim], settings: Reproduce) -> list[str]:
+    return [f"rate      {line}" for line in rates(claims, choose(claims, settings), settings)]
 
 
 class Progress:
