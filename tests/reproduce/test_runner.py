@@ -131,10 +131,10 @@ def test_a_rate_at_the_end_of_its_list_is_said_plainly():
         return jobs.rates([claim], chosen, settings)
 
     assert said(0.001, 0.02) == [
-        "relu: optim.lr = 0.001 of 5 (the smallest tried: a smaller one might be better)",
-        "tanh: optim.lr = 0.02 of 5 (the largest tried: a larger one might be better)",
+        "relu: optim.lr = 0.001, of 5 tried (the smallest: a smaller one might be better)",
+        "tanh: optim.lr = 0.02, of 5 tried (the largest: a larger one might be better)",
     ]
-    assert said(0.005, 0.01) == ["relu: optim.lr = 0.005 of 5", "tanh: optim.lr = 0.01 of 5"]
+    assert said(0.005, 0.01) == ["relu: optim.lr = 0.005, of 5 tried", "tanh: optim.lr = 0.01, of 5 tried"]
 
 
 def test_arms_are_trained_with_the_rates_that_were_just_chosen(data_dir, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@
 give, the arms, and what is compared with what, in which metric and with which expectation. An arm is a list of
 overrides of a training recipe; arm and seed make an ordinary run:
 
-    python scripts/train.py experiment=claims_cpu name=cpu/s3_3_lrn/none seed=0 model.norm1=false ...
+    python scripts/train.py experiment=claims_cpu name=cpu/s3_3_lrn/none seed=1 model.norm1=false ...
 
 The expectation stands in the file before anything runs. An arm without overrides is the recipe itself; all claims
 share its runs under the name `<scale>/base`. A mistake in a file is a UserError of one line, before any training.

@@ -184,9 +184,9 @@ def rates(claims: Iterable[Claim], chosen: Chosen, settings: Reproduce) -> list[
             value = chosen.get((claim.uses or claim.name, arm))
             if claim.tune is None or value is None:
                 continue
-            ends = {min(tried): "smallest tried: a smaller", max(tried): "largest tried: a larger"}
+            ends = {min(tried): "smallest: a smaller", max(tried): "largest: a larger"}
             edge = f" (the {ends[value]} one might be better)" if value in ends else ""
-            lines.append(f"{arm}: {claim.tune.key} = {value:g} of {len(tried)}{edge}")
+            lines.append(f"{arm}: {claim.tune.key} = {value:g}, of {len(tried)} tried{edge}")
     return list(dict.fromkeys(lines))
 
 

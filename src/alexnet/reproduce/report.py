@@ -112,7 +112,7 @@ def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
     return "\n".join(
         [
             *lines,
-            f"Holm      over the {holm_family(sections)} comparisons of this report that have an expectation",
+            f"Holm      comparisons of this report with an expectation: {holm_family(sections)}",
             f"results   {directory / 'results.json'}",
             f"report    {directory / 'report.html'}",
         ]
