@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from alexnet.data.augment import AugmentConfig
+from alexnet.data.augment import Augment, AugmentConfig
 from alexnet.data.module import (
     Batch,
     DataConfig,
@@ -33,10 +33,11 @@ AUGMENT = AugmentConfig(crop_px=4)
 
 
 def write_store(path: Path, n: int, with_mean: bool) -> None:
-    """n images; the first two bytes of each say which row it is."""
+    """n images; the first two bytes of each pixel say which row it is."""
     path.mkdir(parents=True)
     images = np.random.default_rng(n).integers(0, 256, (n, PX, PX, 3), dtype=np.uint8)
-    images[:, 0, 0, 0], images[:, 0, 0, 1] = np.arange(n) % 256, np.arange(n) // 256
+    number = np.arange(n)[:, None, None]
+    images[..., 0], images[..., 1] = number % 256, number // 256
     arrays: dict[str, np.ndarray] = {
         "images.npy": images,
         "labels.npy": np.arange(n, dtype=np.int64) % CLASSES,
@@ -107,6 +108,15 @@ def test_an_epoch_visits_every_training_image_once(data: ImageData) -> None:
     assert [len(batch.labels) for batch in batches] == [8] * 9
     for batch in batches:
         assert (batch.labels == torch.tensor(rows_of(batch.images)) % CLASSES).all()
+
+
+@pytest.mark.parametrize("resident", [Resident.always, Resident.never])
+def test_the_loader_cuts_what_augment_would_have_cut(data: ImageData, resident: Resident) -> None:
+    augment = Augment(AUGMENT, PX, data.statistics)
+    for batch in loader_of(data, resident):
+        assert batch.images.shape[1] == AUGMENT.crop_px < PX
+        whole = torch.from_numpy(np.array(data.train_store.images))[rows_of(batch.images)]
+        assert torch.equal(augment(batch.images, batch.draws), augment(whole, batch.draws))
 
 
 def test_seed_and_epoch_decide_the_batches(data: ImageData) -> None:

@@ -204,17 +204,18 @@ class Augment(nn.Module):
     def forward(self, images: Tensor, draws: Draws, colour_on: bool = True) -> Tensor:
         """images (N, px, px, 3) uint8 and their draws -> (N, 3, c, c) float32. Colour noise only if `colour_on`.
 
-        A CPU works through the batch in slabs that stay in its cache; a GPU takes it whole.
+        Images of the crop's side, as the loader cuts them (data/module.py), are taken as they are. A CPU works
+        through the batch in slabs that stay in its cache; a GPU takes it whole.
         """
         side, n = self.config.crop_px, len(images)
+        crops = images if images.shape[1] == side else crop_rows(images, draws.top, draws.left, side)
         noisy = colour_on and self.config.colour != Colour.none
+        noise = self.colour_noise(draws.colour).repeat(1, side) if noisy else None
         out = torch.empty(n, side, side, 3, device=images.device)
         step = max(SLAB // (side * side * 3), 1) if images.device.type == "cpu" else max(n, 1)
-        for start in range(0, n, step):
-            part = draws.rows(start, start + step)
-            crops = crop_rows(images[start : start + step], part.top, part.left, side)
-            noise = self.colour_noise(part.colour) if noisy else None
-            self._to_input(mirror(crops, part.flip), noise, out[start : start + step])
+        for slab in (slice(start, start + step) for start in range(0, n, step)):
+            mirrored = mirror(crops[slab], draws.flip[slab])
+            self._to_input(mirrored, None if noise is None else noise[slab], out[slab])
         return out.permute(0, 3, 1, 2)
 
     def centre(self, images: Tensor) -> Tensor:
@@ -249,7 +250,7 @@ class Augment(nn.Module):
         return images[:, top : top + side, left : left + side]
 
     def _to_input(self, crops: Tensor, noise: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """(N, c, c, 3) uint8 -> (crops - mean + noise) / divisors, float32 of the same shape; noise (N, 3).
+        """(N, c, c, 3) uint8 -> (crops - mean + noise) / divisors, float32 of the same shape; noise (N, c * 3).
 
         Works on rows of c pixels x 3 channels, so that the innermost loop is long.
         """
@@ -259,7 +260,7 @@ class Augment(nn.Module):
         per_pixel = self.config.input == InputScale.mean_image
         rows -= self.mean.view(side, side * 3) if per_pixel else self.mean.repeat(side)
         if noise is not None:
-            rows += noise.repeat(1, side)[:, None]
+            rows += noise[:, None]
             if self.config.colour_divide:
                 rows /= 1 + self.config.colour_std
         if self.config.input == InputScale.normalised:
@@ -273,31 +274,34 @@ class Augment(nn.Module):
         )
 
 
-def crop_rows(images: Tensor, top: Tensor, left: Tensor, side: int) -> Tensor:
-    """images (N, H, W, 3), a corner per image -> (N, side, side, 3).
+def crop_rows(images: Tensor, top: Tensor, left: Tensor, side: int, rows: Tensor | None = None) -> Tensor:
+    """images (M, H, W, 3), a corner (N,) for each of the N `rows` (by default all) -> (N, side, side, 3).
 
     Read as one line of bytes, a row of a crop is `side * 3` consecutive elements. A view that holds the run starting
     at *every* element (overlapping, without memory of its own) makes the whole crop one `index_select` of N x side
-    runs, each a plain copy: 10 to 70 times faster than indexing pixel by pixel.
+    runs, each a plain copy: 10 to 70 times faster than indexing pixel by pixel, and nothing outside a crop is read.
     """
     images = images.contiguous()
-    n, _, width, channels = images.shape
+    width, channels = images.shape[2:]
     run = side * channels
     runs = images.as_strided((images.numel() - run + 1, run), (1, 1))
-    image_start = torch.arange(n, device=images.device) * images.stride(0)
-    start = image_start + (top * width + left) * channels
+    rows = torch.arange(len(images), device=images.device) if rows is None else rows
+    start = rows * images.stride(0) + (top * width + left) * channels
     row = torch.arange(side, device=images.device) * (width * channels)
-    return runs.index_select(0, (start[:, None] + row).flatten()).view(n, side, side, channels)
+    return runs.index_select(0, (start[:, None] + row).flatten()).view(len(rows), side, side, channels)
 
 
 def mirror(crops: Tensor, flip: Tensor) -> Tensor:
-    """Mirrors left to right the crops (N, c, c, 3) whose flip (N,) is true.
+    """A copy of the crops (N, c, c, 3) in which those whose flip (N,) is true are mirrored left to right.
 
-    Both versions are made and one is copied per image: no data-dependent shape, so no wait for the device.
+    A GPU makes both versions and copies one per image: no data-dependent shape, so no wait for the device. A CPU
+    goes through those to be mirrored, which costs a third of that (10 against 30 us for each image of 224 pixels).
     """
-    mirrored = (
-        crops.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)
-    )  # torch's fast path for bytes, channels last
+    if crops.device.type == "cpu":
+        crops = crops.clone()
+        for i in flip.nonzero()[:, 0].tolist():
+            crops[i] = crops[i].flip(1)
+        return crops
     n = len(crops)
-    both = torch.cat([crops, mirrored])
+    both = torch.cat([crops, crops.flip(2)])
     return both.index_select(0, torch.arange(n, device=crops.device) + n * flip)

@@ -27,7 +27,15 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from alexnet.data.augment import AugmentConfig, Draws, draw_epoch, margin_of, statistics_of, stream
+from alexnet.data.augment import (
+    AugmentConfig,
+    Draws,
+    crop_rows,
+    draw_epoch,
+    margin_of,
+    statistics_of,
+    stream,
+)
 from alexnet.data.store import Store, open_store
 from alexnet.errors import UserError
 
@@ -60,7 +68,7 @@ class DataConfig:
 class Batch(NamedTuple):
     """One device's part of a training batch."""
 
-    images: Tensor  # (N, px, px, 3) uint8
+    images: Tensor  # (N, c, c, 3) uint8: the crops, which is all that is read of a stored image
     labels: Tensor  # (N,) int64
     draws: Draws
     first_row: int  # this part's first row in the batch of all devices; dropout masks are cut there
@@ -92,13 +100,18 @@ class Pixels:
         self.labels = torch.from_numpy(np.array(store.labels, dtype=np.int64)).to(self.images.device)
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows (N,) int64, where the images are -> images (N, px, px, 3) uint8 and labels (N,) int64.
+        """rows (N,) int64, where the images are -> images (N, px, px, 3) uint8 and labels (N,) int64."""
+        return self._ready(self.images.index_select(0, rows), self.labels.index_select(0, rows))
 
-        A streamed batch for a GPU comes in pinned memory, so that its copy to the device does not wait.
-        """
-        taken = self.images.index_select(0, rows), self.labels.index_select(0, rows)
+    def take_crops(self, rows: Tensor, top: Tensor, left: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """The same, of each image the square from its corner (top, left) on: (N, side, side, 3) and (N,)."""
+        crops = crop_rows(self.images, top, left, side, rows)
+        return self._ready(crops, self.labels.index_select(0, rows))
+
+    def _ready(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A streamed batch for a GPU comes in pinned memory, so that its copy to the device does not wait."""
         pin = not self.resident and self.device.type == "cuda"
-        return (taken[0].pin_memory(), taken[1].pin_memory()) if pin else taken
+        return (images.pin_memory(), labels.pin_memory()) if pin else (images, labels)
 
     def batches(self, make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
         """make(b) for each b, in order; made ahead of time by a thread if the images are streamed."""
@@ -209,8 +222,9 @@ class EpochLoader:
 
         def make(number: int) -> Batch:
             start, stop, first_row = self._part(number)
-            images, labels = self.pixels.take(rows[start:stop])
-            return Batch(images, labels, draws.rows(start, stop), first_row)
+            part = draws.rows(start, stop)
+            crops = self.pixels.take_crops(rows[start:stop], part.top, part.left, self.augment.crop_px)
+            return Batch(*crops, part, first_row)
 
         for batch in self.pixels.batches(make, range(first, len(self))):
             self.position += 1
