@@ -1,6 +1,7 @@
 """Suite `layers`: the response norm, the block, and each convolution, forward and backward."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,6 @@ def _norm_rows(config: Benchmark, machine: Machine, dtype: str, channels: int, s
         row = f"{name} {shape}"
         if config.only not in row:
             continue
-        check_layer(row, mine, 30 * x[:2])  # so large that the norm's second term matters
         how = " (norm in float32)" if wide and theirs is block else ""
         contestants = [Contestant("compiled pair", Kind.ours, both_ways(mine, x))]
         for layout, given in layouts.items():
@@ -114,7 +114,9 @@ def _norm_rows(config: Benchmark, machine: Machine, dtype: str, channels: int, s
             contestants.append(Contestant(f"stock compiled{how}{layout}", Kind.baseline, compiled))
         bound = machine.move_ms(moves * x.nbytes)
         rounds = config.interleaved_rounds
-        yield from interleave("layers", row, dtype, [*contestants, copy], rounds, bound_ms=bound)
+        # So large that the norm's second term matters.
+        check = partial(check_layer, row, mine, 30 * x[:2])
+        yield from interleave("layers", row, dtype, [*contestants, copy], rounds, bound_ms=bound, check=check)
 
 
 def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str) -> Iterator[Row]:
@@ -133,7 +135,7 @@ def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str
     def convolution(x: Tensor, w: Tensor, backend: str) -> Tensor:
         return conv2d(x, w, None, stride, sides, groups=groups, backend=backend)
 
-    check_layer(name, convolution, x[:2], w)
+    check = partial(check_layer, name, convolution, x[:2], w)
     ours, library = pair_for("conv2d", "compiled"), pair_for("conv2d", "library")
     assert ours is not None
     assert library is not None
@@ -174,7 +176,8 @@ def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str
                 Contestant("ours", Kind.ours, mine),
                 Contestant("library", Kind.baseline, theirs),
             ]
-            yield from interleave("layers", f"{name} {part}", dtype, contestants, rounds, bound_ms=bound)
+            row = f"{name} {part}"
+            yield from interleave("layers", row, dtype, contestants, rounds, bound_ms=bound, check=check)
 
 
 def _paper_layers() -> list:

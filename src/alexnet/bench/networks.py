@@ -259,4 +259,4 @@ def _gradients(net: nn.Module, given: Task) -> list[Tensor]:
 
 def differences(expected: list[Tensor], actual: list[Tensor]) -> list[float]:
     both = [(e.float(), a.float()) for e, a in zip(expected, actual, strict=True)]
-    return [float((a - e).norm() / e.norm().clamp(min=1e-12)) for e, a in both]
+    return [float((a - e).detach().norm() / e.detach().norm().clamp(min=1e-12)) for e, a in both]

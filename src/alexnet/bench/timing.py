@@ -68,9 +68,14 @@ def interleave(
     rounds: int,
     images: int = 0,
     bound_ms: float = NOTHING,
+    check: Callable[[], object] = lambda: None,
 ) -> list[Row]:
-    """Times all contestants in turn, `rounds` times. One that raises is kept, with what it said."""
+    """Times all contestants in turn, `rounds` times. One that raises is kept, with what it said.
+
+    `check` raises if ours is wrong; it comes after the first calls, which compile, and before anything is timed.
+    """
     started = [(c, *_first_call(c)) for c in contestants]
+    check()
     repeats = {c.name: _repeats(c) for c, _, said in started if not said}
     samples: dict[str, list[float]] = {name: [] for name in repeats}
     gc.collect()
