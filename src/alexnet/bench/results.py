@@ -203,4 +203,10 @@ def picture(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     lines = [line for line in headlines(rows) if not math.isnan(line["ratio"])]
     names = [f"{line['row']}, {line['dtype']}: {line['ours']}" for line in lines]
     title = f"{about['processor']}, {about['date']}" + (" (quick run)" if about["quick"] else "")
-    ratios_figure(names, [line["ratio"] for line in lines], path, "times the best baseline's speed", title)
+    ratios_figure(
+        names,
+        [line["ratio"] for line in lines],
+        path,
+        "times as fast as the best baseline (memory: as small)",
+        title,
+    )
