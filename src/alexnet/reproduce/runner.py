@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from alexnet import build
@@ -213,7 +214,9 @@ def measure_speed(config: Train) -> Speed:
     start = time.monotonic() - started
     with torch.autocast(resolved["device"], torch.bfloat16, enabled=resolved["precision"] == "bf16-mixed"):
         steps = [_step_seconds(classifier, optimizer, batch) for _ in range(WARM_UP + TIMED)]
-    return Speed(min(steps[WARM_UP:]), _evaluation_seconds(classifier, batch.images), start)
+    stored = np.array(run.data.train_store.images[: len(batch.images)])  # whole, as evaluation sees them
+    whole = torch.from_numpy(stored).to(classifier.device)
+    return Speed(min(steps[WARM_UP:]), _evaluation_seconds(classifier, whole), start)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
