@@ -122,7 +122,7 @@ def test_an_error_of_ours_keeps_its_traceback() -> None:
 
 def test_no_space_left_is_one_line() -> None:
     write = OSError(28, "No space left on device", "outputs/x")
-    copy = OSError(28, "No space left on device", "/tmp/x", None, "outputs/x")
+    copy = OSError(28, "No space left on device", "a/x", None, "outputs/x")
     for error in (write, copy):
         line = one_line(error, "train")
         assert (

@@ -18,6 +18,8 @@ from alexnet.data.augment import (
     Flip,
     InputScale,
     draw_epoch,
+    mirror,
+    mirror_without_waiting,
     principal_colours,
     stream,
 )
@@ -99,6 +101,15 @@ def test_crop_flip_and_mean_equal_the_slow_version(scale: InputScale) -> None:
     )
     # one rounding of the mean and one of the difference (and of the quotient): 3 halves of 2^-24 x 255
     torch.testing.assert_close(augment(images, draws).double(), expected, rtol=1e-6, atol=3e-5)
+
+
+def test_both_ways_to_mirror_are_one_and_leave_their_input_alone() -> None:
+    images, flip = images_of(5), torch.tensor([True, False, True, True, False])
+    before = images.clone()
+    expected = torch.stack([i.flip(1) if f else i for i, f in zip(images, flip, strict=True)])
+    for way in (mirror, mirror_without_waiting):
+        assert torch.equal(way(images, flip), expected)
+    assert torch.equal(images, before)
 
 
 def test_crops_and_flips_copy_bytes_exactly() -> None:

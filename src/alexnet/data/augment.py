@@ -294,14 +294,18 @@ def crop_rows(images: Tensor, top: Tensor, left: Tensor, side: int, rows: Tensor
 def mirror(crops: Tensor, flip: Tensor) -> Tensor:
     """A copy of the crops (N, c, c, 3) in which those whose flip (N,) is true are mirrored left to right.
 
-    A GPU makes both versions and copies one per image: no data-dependent shape, so no wait for the device. A CPU
-    goes through those to be mirrored, which costs a third of that (10 against 30 us for each image of 224 pixels).
+    A CPU goes through those to be mirrored: 8 us and the copy for an image of 224 pixels, against 30 for both versions.
     """
-    if crops.device.type == "cpu":
-        crops = crops.clone()
-        for i in flip.nonzero()[:, 0].tolist():
-            crops[i] = crops[i].flip(1)
-        return crops
+    if crops.device.type != "cpu":
+        return mirror_without_waiting(crops, flip)
+    crops = crops.clone()
+    for i in flip.nonzero()[:, 0].tolist():
+        crops[i] = crops[i].flip(1)
+    return crops
+
+
+def mirror_without_waiting(crops: Tensor, flip: Tensor) -> Tensor:
+    """The same for a GPU: both versions are made and one is copied per image, so no shape depends on the draws."""
     n = len(crops)
     both = torch.cat([crops, crops.flip(2)])
     return both.index_select(0, torch.arange(n, device=crops.device) + n * flip)
