@@ -51,10 +51,10 @@ class Classifier(pl.LightningModule):
         self.optim_config = typed(OptimConfig, optim)
         augment_config = typed(AugmentConfig, augment)
         self.net = AlexNet(typed(ModelConfig, model), backend, seed)
-        self.augment = Augment(augment_config, px, statistics)
+        self.compiles = "compiled" in backend.values()
+        self.augment = Augment(augment_config, px, statistics, in_one_pass=self.compiles)
         self.colour_until = augment_config.colour_until
         self.loss_backend = backend["cross_entropy"]
-        self.compiles = "compiled" in backend.values()
         if self.compiles:  # the layout its graphs work in
             self.net.to(memory_format=torch.channels_last)
         self.masters = masters

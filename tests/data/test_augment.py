@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torchvision.transforms.v2 import functional as tv
 
 from alexnet.data.augment import (
@@ -175,6 +176,24 @@ def test_a_batch_cut_anywhere_gives_the_same_bits(monkeypatch: pytest.MonkeyPatc
     whole = augment(images, draws)
     parts = [augment(images[a:b], draws.rows(a, b)) for a, b in ((0, 1), (1, 18), (18, 45))]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("colour_on", [True, False])
+@pytest.mark.parametrize("scale", list(InputScale))
+def test_one_pass_gives_the_bits_of_several(scale: InputScale, colour_on: bool) -> None:
+    """The same roundings in the same order; one graph for every batch but that of a single image."""
+    several = augment_of(input=scale, colour=Colour.stdev, colour_divide=True)
+    one = augment_of(input=scale, colour=Colour.stdev, colour_divide=True)
+    one.in_one_pass = True
+    images, draws = images_of(19), draws_of(19, one.config)
+    torch.compiler.reset()
+    counters.clear()
+    for n in (19, 7, 2):
+        part = images[:n], draws.rows(0, n), colour_on
+        assert torch.equal(one(*part), several(*part))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(one(images[:1], draws.rows(0, 1)), several(images[:1], draws.rows(0, 1)))
 
 
 def test_non_contiguous_images_are_read_correctly() -> None:

@@ -56,7 +56,15 @@ def composed(*overrides: str, recipe: str = "claims_cpu") -> Train:
 
 def test_the_claims_are_those_of_the_paper():
     assert list(CLAIMS) == [
-        *("s3_1_relu", "s3_1_relu_he", "s3_2_towers", "s3_3_lrn", "s3_4_overlap", "s4_1_colour", "s4_1_crops"),
+        *(
+            "s3_1_relu",
+            "s3_1_relu_he",
+            "s3_2_towers",
+            "s3_3_lrn",
+            "s3_4_overlap",
+            "s4_1_colour",
+            "s4_1_crops",
+        ),
         *("s4_1_ten_views", "s4_2_dropout", "s5_bias", "s5_decay", "s5_init", "s6_ensemble", "s7_depth"),
         *("figure1", "figure3", "figure4"),
     ]

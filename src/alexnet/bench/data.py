@@ -97,7 +97,7 @@ def our_batches(files: Files, crop: int, batch: int, resident: Resident) -> Epoc
     config = AugmentConfig(crop_px=crop)
     pixels = Pixels(files.store, torch.device("cpu"), resident)
     loader = EpochLoader(pixels, torch.arange(len(files.store)), files.px, config, batch, seed=0)
-    augment = Augment(config, files.px, statistics_of(files.store))
+    augment = Augment(config, files.px, statistics_of(files.store), in_one_pass=True)  # as under backend=fast
 
     def epoch() -> Iterator[tuple[Tensor, Batch]]:
         for taken in loader:

@@ -4,7 +4,8 @@ One image passes through
 
     crop (px -> crop_px)  ->  mirror  ->  minus the mean  ->  plus colour noise  ->  times a scale
 
-and the whole batch passes at once, on whatever device it lives: no step runs image by image.
+and the whole batch passes at once, on whatever device it lives. What follows the mirror is arithmetic on each number
+alone; compiled, it is one pass over memory instead of three, with the same bits.
 
 Colour noise. Write a pixel as a vector x = (R, G, B) in 0..255 and let S be the 3x3 covariance of all training
 pixels. S is symmetric and positive, so S = V diag(l1, l2, l3) V' with orthonormal columns V = (v1, v2, v3): along
@@ -47,6 +48,7 @@ from torch import Tensor, nn
 
 from alexnet.data.store import Store
 from alexnet.errors import UserError
+from alexnet.layers.compiled.graph import batched, compiled
 
 CHUNK = 32  # images that share one draw in the 2012 code (crop_chunk)
 SLAB = 1 << 19  # pixels x channels that a CPU augments at a time: 2 MB of float32
@@ -171,6 +173,7 @@ class Augment(nn.Module):
     statistics: what `statistics_of` returns, or None when a checkpoint will fill the buffers. All buffers are
     float32, in 0..255 units, and saved with the model, so evaluation needs no training data:
     mean (c, c, 3) for mean_image, else (3,); std (3,); eigenvalues (3,); eigenvectors (3, 3) in columns.
+    in_one_pass: training images go through `torch.compile`; the result is the same.
     """
 
     mean: Tensor
@@ -178,9 +181,15 @@ class Augment(nn.Module):
     eigenvalues: Tensor
     eigenvectors: Tensor
 
-    def __init__(self, config: AugmentConfig, px: int, statistics: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: AugmentConfig,
+        px: int,
+        statistics: dict[str, Any] | None = None,
+        in_one_pass: bool = False,
+    ) -> None:
         super().__init__()
-        self.config, self.px = config, px
+        self.config, self.px, self.in_one_pass = config, px, in_one_pass
         self.margin = margin_of(config, px)
         side = config.crop_px
         per_pixel = config.input == InputScale.mean_image
@@ -204,18 +213,19 @@ class Augment(nn.Module):
     def forward(self, images: Tensor, draws: Draws, colour_on: bool = True) -> Tensor:
         """images (N, px, px, 3) uint8 and their draws -> (N, 3, c, c) float32. Colour noise only if `colour_on`.
 
-        Images of the crop's side, as the loader cuts them (data/module.py), are taken as they are. A CPU works
-        through the batch in slabs that stay in its cache; a GPU takes it whole.
+        Images of the crop's side, as the loader cuts them (data/module.py), are taken as they are. What needs several
+        passes works through the batch in slabs that stay in a CPU's cache; a GPU takes it whole.
         """
         side, n = self.config.crop_px, len(images)
         crops = images if images.shape[1] == side else crop_rows(images, draws.top, draws.left, side)
         noisy = colour_on and self.config.colour != Colour.none
         noise = self.colour_noise(draws.colour).repeat(1, side) if noisy else None
         out = torch.empty(n, side, side, 3, device=images.device)
-        step = max(SLAB // (side * side * 3), 1) if images.device.type == "cpu" else max(n, 1)
+        several = images.device.type == "cpu" and not self.in_one_pass
+        step = max(SLAB // (side * side * 3) if several else n, 1)
         for slab in (slice(start, start + step) for start in range(0, n, step)):
             mirrored = mirror(crops[slab], draws.flip[slab])
-            self._to_input(mirrored, None if noise is None else noise[slab], out[slab])
+            self._to_input(mirrored, None if noise is None else noise[slab], out[slab], self.in_one_pass)
         return out.permute(0, 3, 1, 2)
 
     def centre(self, images: Tensor) -> Tensor:
@@ -249,22 +259,27 @@ class Augment(nn.Module):
         side = self.config.crop_px
         return images[:, top : top + side, left : left + side]
 
-    def _to_input(self, crops: Tensor, noise: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """(N, c, c, 3) uint8 -> (crops - mean + noise) / divisors, float32 of the same shape; noise (N, c * 3).
-
-        Works on rows of c pixels x 3 channels, so that the innermost loop is long.
-        """
-        side = self.config.crop_px
+    def _to_input(
+        self,
+        crops: Tensor,
+        noise: Tensor | None = None,
+        out: Tensor | None = None,
+        in_one_pass: bool = False,
+    ) -> Tensor:
+        """(N, c, c, 3) uint8 -> `to_input` of them, float32 of the same shape; noise (N, c * 3)."""
+        config, side = self.config, self.config.crop_px
         out = torch.empty(crops.shape, device=crops.device) if out is None else out
-        rows = out.copy_(crops).view(-1, side, side * 3)
-        per_pixel = self.config.input == InputScale.mean_image
-        rows -= self.mean.view(side, side * 3) if per_pixel else self.mean.repeat(side)
-        if noise is not None:
-            rows += noise[:, None]
-            if self.config.colour_divide:
-                rows /= 1 + self.config.colour_std
-        if self.config.input == InputScale.normalised:
-            rows /= self.std.repeat(side)
+        lines, rows = out.view(-1, side, side * 3), crops.reshape(-1, side, side * 3)
+        per_pixel = config.input == InputScale.mean_image
+        mean = self.mean.view(side, side * 3) if per_pixel else self.mean.repeat(side)
+        std = self.std.repeat(side) if config.input == InputScale.normalised else None
+        divisor = 1 + config.colour_std if config.colour_divide else 1.0
+        if in_one_pass:
+            lines, rows = batched(lines, rows)
+            noise = None if noise is None else batched(noise)[0]
+            compiled_to_input(lines, rows, mean, noise, divisor, std)
+        else:
+            to_input(lines, rows, mean, noise, divisor, std)
         return out
 
     def extra_repr(self) -> str:
@@ -272,6 +287,27 @@ class Augment(nn.Module):
         return (
             f"{self.px} -> {c.crop_px} px, crop={c.crop}, flip={c.flip}, input={c.input}, colour={c.colour}"
         )
+
+
+def to_input(
+    out: Tensor, rows: Tensor, mean: Tensor, noise: Tensor | None, divisor: float, std: Tensor | None
+) -> None:
+    """Writes ((rows - mean + noise) / divisor) / std to `out`; without noise no divisor.
+
+    Rows of c pixels x 3 channels, so that the innermost loop is long: out (N, c, c * 3) float32, rows the same in
+    uint8, mean (c, c * 3) or (c * 3,), noise (N, c * 3), std (c * 3,).
+    """
+    out.copy_(rows)
+    out -= mean
+    if noise is not None:
+        out += noise[:, None]
+        if divisor != 1:
+            out /= divisor
+    if std is not None:
+        out /= std
+
+
+compiled_to_input = compiled(to_input)
 
 
 def crop_rows(images: Tensor, top: Tensor, left: Tensor, side: int, rows: Tensor | None = None) -> Tensor:

@@ -136,11 +136,9 @@ def _mean_mirrored_too(self: Augment, images: Tensor, draws: augment.Draws, colo
     return torch.where(draws.flip[:, None, None, None], out.flip(3), out)
 
 
-def _divided_first(
-    self: Augment, crops: Tensor, noise: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
+def _divided_first(self: Augment, crops: Tensor, noise: Tensor | None = None, *rest: Any) -> Tensor:
     divided = self.config.colour_divide and noise is not None
-    return _input(self, crops, noise * 1.1 if divided and noise is not None else noise, out)
+    return _input(self, crops, noise * 1.1 if divided and noise is not None else noise, *rest)
 
 
 def _views_upside_down(self: Augment, images: Tensor) -> Tensor:
