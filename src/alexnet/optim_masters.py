@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from alexnet.layers.compiled.graph import compiled
+from alexnet.graphs import compiled
 from alexnet.optim import Krizhevsky, OptimConfig, Rule, parameter_groups
 
 Tensors = list[Tensor]

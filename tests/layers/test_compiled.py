@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet.errors import UserError
+from alexnet.graphs import VARIANTS
 from alexnet.layers import (
     Backends,
     Conv2d,
@@ -32,7 +33,6 @@ from alexnet.layers import (
 )
 from alexnet.layers.backend import OPERATIONS, PAIRS, pair_for
 from alexnet.layers.compiled.conv2d import kernel_from_depth, space_to_depth, takes_columns, weight_gradient
-from alexnet.layers.compiled.graph import VARIANTS
 from alexnet.layers.conv2d import _sides, _two, conv2d_backward, conv2d_forward
 from alexnet.model import AlexNet, ModelConfig
 

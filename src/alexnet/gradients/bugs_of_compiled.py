@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet.gradients.mutants import Mutant
+from alexnet.graphs import batched
 from alexnet.layers.backend import PAIRS, Pair, pair_for, wide
 from alexnet.layers.compiled import local_response_norm as norm
 from alexnet.layers.compiled import max_pool2d as pool
 from alexnet.layers.compiled import pointwise, relu_lrn_pool, same_map_norm
-from alexnet.layers.compiled.graph import batched
 
 # The package's own `conv2d` is the function.
 conv = import_module("alexnet.layers.compiled.conv2d")

@@ -6,8 +6,8 @@
     conv2d                library forward convolutions and matrix products on operands we derive
     pointwise             relu, tanh, dropout, cross_entropy: the reference formulas, compiled; linear as it is
 
-Every graph serves one layer, type and layout and any batch of two images or more (graph.py). Inductor keeps what
-it compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine waits.
+Every graph serves one layer, type and layout and any batch of two images or more (graphs.py). Inductor keeps what it
+compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine waits.
 
 Layout: convolution, norms, pool and block work on channels-last tensors and hand them out; the pointwise pairs keep
 the layout they are given.

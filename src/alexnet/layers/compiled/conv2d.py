@@ -40,8 +40,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet.graphs import batched, compiled
 from alexnet.layers.backend import wide
-from alexnet.layers.compiled.graph import batched, bordered, compiled
+from alexnet.layers.compiled.layout import bordered
 from alexnet.layers.conv2d import Gradients, Sides, output_size
 from alexnet.layers.conv2d import conv2d_backward as by_columns
 

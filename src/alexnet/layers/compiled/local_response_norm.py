@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet.graphs import batched, compiled
 from alexnet.layers.backend import wide
-from alexnet.layers.compiled.graph import batched, compiled, constant
+from alexnet.layers.compiled.layout import constant
 from alexnet.layers.local_response_norm import inverse_power
 
 Reach = tuple[int, int]  # neighbours (before, after)

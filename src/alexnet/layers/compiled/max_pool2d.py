@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet.graphs import batched, compiled
 from alexnet.layers.backend import wide
-from alexnet.layers.compiled.graph import batched, bordered, channels_last, compiled, constant
+from alexnet.layers.compiled.layout import bordered, channels_last, constant
 from alexnet.layers.max_pool2d import Size, Two, output_size
 
 BITS = 7  # places to an int8

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet.graphs import batched, compiled
 from alexnet.layers.backend import wide
-from alexnet.layers.compiled.graph import batched, compiled, constant
+from alexnet.layers.compiled.layout import constant
 from alexnet.layers.cross_entropy import cross_entropy_forward as loss_value
 from alexnet.layers.cross_entropy import reduced
 from alexnet.layers.dropout import mix, row_words, unit_words

@@ -10,7 +10,8 @@ Computing the gather inside those passes instead was measured slower: every gath
 import torch
 from torch import Tensor
 
-from alexnet.layers.compiled.graph import batched, channels_last, compiled
+from alexnet.graphs import batched, compiled
+from alexnet.layers.compiled.layout import channels_last
 from alexnet.layers.compiled.local_response_norm import Norm, backward, neighbours, norm_rows
 from alexnet.layers.compiled.max_pool2d import NOBODY, gather, pooled
 from alexnet.layers.max_pool2d import Two, output_size

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet.graphs import batched, compiled
 from alexnet.layers.backend import wide
-from alexnet.layers.compiled.graph import batched, channels_last, compiled
+from alexnet.layers.compiled.layout import channels_last
 from alexnet.layers.compiled.local_response_norm import Norm, gain_and_slope
 from alexnet.layers.local_response_norm import inverse_power
 

@@ -7,7 +7,7 @@ nothing. A batch of one image is a graph of its own, since torch treats the size
 """
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -46,30 +46,3 @@ def batched(*tensors: Tensor) -> tuple[Tensor, ...]:
         if view.shape[0] > 1:
             torch._dynamo.mark_dynamic(view, 0)
     return views
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x (N, C, H, W) -> its (N, H, W, C) contiguous form: a view where x is channels-last, else a copy."""
-    return x.detach().permute(0, 2, 3, 1).contiguous()
-
-
-def bordered(x: Tensor, left: int, right: int, top: int, bottom: int, value: float = 0.0) -> Tensor:
-    """x (N, H, W, C) with a border of `value`; F.pad fills the whole of it first, which takes twice as long."""
-    N, H, W, C = x.shape
-    out = x.new_empty((N, top + H + bottom, left + W + right, C))
-    out[:, top : top + H, left : left + W] = x
-    rows = out[:, top : top + H]
-    for part in (out[:, :top], out[:, top + H :], rows[:, :, :left], rows[:, :, left + W :]):
-        part.fill_(value)
-    return out
-
-
-def constant(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Caches a small tensor that depends on numbers only. Made outside inference mode, so it serves everywhere."""
-
-    @cache
-    def made(*arguments: Any) -> Any:
-        with torch.inference_mode(False):
-            return make(*arguments)
-
-    return made
