@@ -166,6 +166,17 @@ def test_a_tuned_claim_searches_on_a_seed_of_its_own_and_a_figure_borrows_its_ru
     assert figure.tuning_runs("cpu") == tuning
 
 
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "gpu"])
+def test_no_arm_spells_out_the_recipe(scale):
+    """It would be trained under a second name."""
+    recipe = composed(recipe=f"claims_{scale}")
+    for claim in CLAIMS.values():
+        for arm in claim.arms:
+            overrides = claim.arm_overrides(scale, arm)
+            if overrides and claim.tune is None and claim.recipe[scale] == f"claims_{scale}":
+                assert composed(*overrides, recipe=f"claims_{scale}") != recipe, (claim.name, arm)
+
+
 @pytest.mark.parametrize(
     ("name", "start"), [("s3_1_relu", ("mean_image", "fan_in")), ("s3_1_relu_he", ("normalised", "he"))]
 )
