@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from alexnet import build
+from alexnet import build, run_record
 from alexnet.callbacks import AveragedWeights, BestCheckpoint, Stalled, Watchdog
 from alexnet.checkpoint import load, read
 from alexnet.config import CONF, Evaluate
@@ -24,6 +24,7 @@ from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.evaluate import evaluate
 from alexnet.layers import Backend, Backends
+from alexnet.run_record import locked
 from alexnet.train import read_metrics, train
 from tests.conftest import SMALL_NET
 from tests.test_resume import Crash, crash_at
@@ -190,6 +191,24 @@ def test_a_mistake_leaves_nothing_behind(compose: Callable[..., Any], tmp_path: 
         with pytest.raises(Exception):  # noqa: B017, PT011 (ours, or what instantiate makes of lightning's)
             build.training(compose(mistake))
         assert not (tmp_path / "train").exists(), mistake
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(compose: Callable[..., Any]) -> None:
+    config = compose()
+    directory = build.run_directory(config)
+    with locked(directory), pytest.raises(UserError, match="is being trained by another process"):
+        train(config)
+    assert [path.name for path in directory.iterdir()] == ["lock"]
+
+
+def test_a_resume_under_other_code_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for commit in "aabc":  # resumed under the same code, then under another, then under a third
+        monkeypatch.setattr(run_record, "git_state", lambda c=commit: {"commit": c, "changed": False})
+        record = run_record.open_record(tmp_path, {}, {}, fresh=False)
+        record.start({"device": "cpu"})
+    assert record.content["git"]["commit"] == "c"
+    assert [git["commit"] for git in record.content["git_before"]] == ["a", "b"]
+    assert "versions_before" not in record.content
 
 
 def test_probing_deletes_nothing(run: Path, compose: Callable[..., Any]) -> None:

@@ -4,12 +4,15 @@ A run directory is named by what is run, never by the clock, so the same command
 or says that it is finished. Another configuration in the same directory is an error that shows the difference.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -45,11 +48,14 @@ class RunRecord:
     def start(self, resolved: dict[str, Any]) -> None:
         """Written when everything else of the run could be built. A run that goes on elsewhere says what it was."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        before = self.content.get("resolved", resolved)
-        if before != resolved:
-            self.content.setdefault("resolved_before", []).append(before)
+        here = environment()
+        now = {"resolved": resolved, "git": here["git"], "versions": here["versions"]}
+        for key, value in now.items():
+            before = self.content.get(key, value)
+            if before != value:
+                self.content.setdefault(f"{key}_before", []).append(before)
         started = self.content.get("started", time.strftime("%Y-%m-%d %H:%M:%S"))
-        self.update(resolved=resolved, started=started)
+        self.update(**now, started=started)
 
 
 def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any], fresh: bool) -> RunRecord:
@@ -71,6 +77,30 @@ def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any
         return record
     content = {"state": "running", "command": command_line(), "config": config, "resolved": resolved}
     return RunRecord(directory, {**content, **environment()})
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[bool]:
+    """Whether this process now has the run to itself; a lock ends with its process, however that ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # also for a child that inherited the file
+
+
+def in_progress(directory: Path) -> bool:
+    """Whether another process has it."""
+    if not (directory / "lock").exists():
+        return False
+    with locked(directory) as ours:
+        return not ours
 
 
 def differences(there: Any, now: Any, key: str = "") -> list[str]:

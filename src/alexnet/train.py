@@ -1,6 +1,7 @@
 """The verb `train`: fit, evaluate val once, draw the picture, close the record."""
 
 import csv
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ from alexnet import build
 from alexnet.checkpoint import load
 from alexnet.config import Train
 from alexnet.data.module import ImageData
+from alexnet.errors import UserError
 from alexnet.evaluate import Result, log_probabilities, score, table
 from alexnet.probe import probe
-from alexnet.run_record import RunRecord
+from alexnet.run_record import RunRecord, locked
 
 PROBE_IMAGES = 64
 
 
-def train(config: Train) -> float | None:
+def train(config: Train, lock: bool = True) -> float | None:
     """Runs `config` to its end and returns the holdout's top-1 error, for sweepers; None after `probe=true`.
 
-    The same configuration again resumes where it stopped, or only shows what a finished run left.
+    The same configuration again resumes where it stopped, or only shows what a finished run left. Raises UserError
+    where another process is at the same run; with lock=False nobody looks.
     """
     run = build.training(config)
     if config.probe:
@@ -31,8 +34,16 @@ def train(config: Train) -> float | None:
     if run.record.finished:
         print(f"This run is finished; overwrite=true starts it anew.\n\n{_summary(run.record)}")
         return holdout_error(run.record)
-    run.fit()
-    return finish(run, config) if build.is_rank_zero() else None
+    if not build.is_rank_zero():
+        run.fit()
+        return None
+    with locked(run.directory) if lock else nullcontext(True) as ours:
+        if not ours:
+            raise UserError(
+                f"{run.directory} is being trained by another process: wait for it, or choose another name=..."
+            )
+        run.fit()
+        return finish(run, config)
 
 
 def finish(run: build.Training, config: Train) -> float | None:

@@ -14,7 +14,7 @@ from tests.reproduce.conftest import reduced
 from alexnet.reproduce import Reproduce
 from alexnet.reproduce.claims import Nets, Test
 from alexnet.reproduce.jobs import claims_of
-from alexnet.reproduce.report import _band, gathered, report_directory, sections_of
+from alexnet.reproduce.report import _band, curved, gathered, report_directory, sections_of
 from alexnet.reproduce.runner import reproduce
 
 
@@ -123,7 +123,7 @@ def test_runs_of_several_states_of_the_code_are_marked(finished: Reproduce, tmp_
     reproduce(mixed)
     assert "WARNING" not in capsys.readouterr().out
     record = json.loads((path := tmp_path / "train/smoke/s4_2_dropout/none/seed1/run.json").read_text())
-    path.write_text(json.dumps({**record, "git": {"commit": "f" * 40, "changed": True}}))
+    path.write_text(json.dumps({**record, "git_before": [{"commit": "f" * 40, "changed": True}]}))  # resumed
     reproduce(mixed)
     assert "WARNING   s4_2_dropout compares runs of 2 states" in capsys.readouterr().out
     assert "Runs of 2 states of the code" in (report_directory(mixed) / "report.html").read_text()
@@ -141,6 +141,40 @@ def test_an_ensemble_is_of_five_however_many_there_are(finished: Reproduce):
     np.testing.assert_array_equal(
         first_only["single"]["val/top1_error"], first_only["ensemble"]["val/top1_error"]
     )
+
+
+def test_two_tests_are_compared_on_the_same_nets(finished: Reproduce, tmp_path):
+    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
+    partial = dataclasses.replace(finished, output_dir=str(tmp_path))
+    (tmp_path / "train/smoke/base/seed2/val_10view.npz").unlink()
+    views = next(s for s in sections_of(claims_of(partial), partial) if s.claim.name == "s4_1_ten_views")
+    tests = gathered(views.claim, views.done).tests
+    assert {test["val/top1_error"].shape for test in tests.values()} == {(1, 40)}
+
+
+def test_a_diverged_run_is_in_no_curve_and_one_without_an_epoch_stops_no_page(finished: Reproduce, tmp_path):
+    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
+    lost = dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
+    for seed, rows_left in ((1, 1), (2, 3)):  # only the header; some steps
+        run = tmp_path / f"train/smoke/s4_2_dropout/none/seed{seed}"
+        lines = (run / "metrics.csv").read_text().splitlines()
+        (run / "metrics.csv").write_text("\n".join(lines[:rows_left]) + "\n")
+        (run / "measures.json").write_text(json.dumps({"failed": "the loss ended as no number"}))
+    reproduce(lost)
+    section = sections_of(claims_of(lost), lost)[0]
+    assert curved(section.by_arm["none"]) == []
+    text = (report_directory(lost) / "report.html").read_text()
+    assert "diverged: no pair of runs is left to compare</b>; 2 of 2 pairs diverged" in text
+
+
+def test_a_page_says_at_its_top_what_is_missing(finished: Reproduce, tmp_path):
+    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
+    partial = dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
+    complete = (report_directory(finished) / "report.html").read_text()
+    assert "missing: what stands here" not in complete
+    shutil.rmtree(tmp_path / "train/smoke/s4_2_dropout/none/seed2")
+    reproduce(partial)
+    assert "1 run is missing: what stands here" in (report_directory(partial) / "report.html").read_text()
 
 
 def test_bands_are_one_standard_deviation_around_the_mean(finished: Reproduce):

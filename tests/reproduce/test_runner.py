@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import runpy
@@ -83,8 +84,10 @@ def test_the_full_smoke_scale_is_over_a_hundred_distinct_runs():
     assert all(distinct[run.name, run.seed] == run.overrides for run in runs)  # one name, one configuration
 
 
-def canned_run(settings: Reproduce, name: str, errors: list[float], per_epoch: int = 1) -> None:
-    """A finished tuning run with these training errors, one a step."""
+def canned_run(
+    settings: Reproduce, name: str, errors: list[float], per_epoch: int = 1, loss: float = 1.0
+) -> None:
+    """A finished tuning run with these training errors, one a step. Its errors are numbers even if its loss is none."""
     path = directory(settings, name, 1000)
     path.mkdir(parents=True, exist_ok=True)
     record = {"state": "finished", "results": {}, "config": {"model": {"num_classes": 10}}}
@@ -94,7 +97,7 @@ def canned_run(settings: Reproduce, name: str, errors: list[float], per_epoch: i
         rows.writerow(["step", "epoch", "train/loss", "train/top1_error", "holdout/loss"])
         for i, error in enumerate(errors):
             rows.writerow([i + 1, i // per_epoch, 1.0, error, ""])
-        rows.writerow([len(errors), (len(errors) - 1) // per_epoch, 1.0, errors[-1], 1.0])
+        rows.writerow([len(errors), (len(errors) - 1) // per_epoch, loss, errors[-1], loss])
 
 
 def test_the_rate_that_arrives_first_is_taken_and_else_the_one_that_ends_lowest(data_dir, tmp_path):
@@ -105,7 +108,7 @@ def test_the_rate_that_arrives_first_is_taken_and_else_the_one_that_ends_lowest(
     assert [job.undecided for job in jobs_of(claims, settings)] == [False] * 4 + [True] * 2
     canned_run(settings, "s3_1_relu/relu_tune_0.01", [0.5, 0.2, 0.9])
     canned_run(settings, "s3_1_relu/tanh_tune_0.003", [0.9, 0.7, 0.5])
-    canned_run(settings, "s3_1_relu/tanh_tune_0.01", [0.5, 0.4, float("nan")])
+    canned_run(settings, "s3_1_relu/tanh_tune_0.01", [0.5, 0.2, 0.9], loss=float("nan"))
     assert choose(claims, settings) == {("s3_1_relu", "relu"): 0.01, ("s3_1_relu", "tanh"): 0.003}
     relu, tanh = jobs_of(claims, settings)[4:]
     assert (relu.config.optim.lr, tanh.config.optim.lr) == (0.01, 0.003)
@@ -117,13 +120,15 @@ def test_a_rate_is_not_chosen_for_one_lucky_row_nor_if_it_ends_in_no_number(data
     canned_run(settings, "s3_1_relu/relu_tune_0.003", [0.9, 0.2, 0.9, 0.9], per_epoch=2)
     canned_run(settings, "s3_1_relu/relu_tune_0.01", [0.9, 0.9, 0.24, 0.24], per_epoch=2)
     canned_run(settings, "s3_1_relu/tanh_tune_0.003", [0.9, 0.8, 0.7, 0.6], per_epoch=2)
-    canned_run(settings, "s3_1_relu/tanh_tune_0.01", [0.1, 0.1, 0.1, float("nan")], per_epoch=2)
+    canned_run(settings, "s3_1_relu/tanh_tune_0.01", [0.1, 0.1, 0.1, 0.9], per_epoch=2, loss=float("nan"))
     chosen = choose(claims_of(settings), settings)
     assert chosen == {("s3_1_relu", "relu"): 0.01, ("s3_1_relu", "tanh"): 0.003}
 
 
 def test_a_rate_at_the_end_of_its_list_is_said_plainly():
     claim = claims_of(Reproduce(claims=["s3_1_relu"]))[0]
+    tune = dataclasses.replace(claim.tune, values={"cpu": [0.001, 0.002, 0.005, 0.01, 0.02]})
+    claim = dataclasses.replace(claim, tune=tune)
     settings = Reproduce(scale=Scale.cpu)
 
     def said(relu: float, tanh: float) -> list[str]:
@@ -242,7 +247,7 @@ def test_a_run_that_goes_on_to_its_end_without_a_loss_is_not_measured(
 def test_an_interruption_is_no_divergence(data_dir, tmp_path, monkeypatch):
     settings = reduced(data_dir, tmp_path, "s5_decay")
 
-    def full_disk(config):
+    def full_disk(config, lock):
         build.training(config)
         raise UserError("no space left")
 

@@ -132,13 +132,14 @@ def test_one_lucky_row_is_no_arrival():
     rows = [0.9, 0.5, 0.3, 0.4, 0.4, 0.2, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2]
     curve = [((i + 1) / 4, value) for i, value in enumerate(rows)]
     assert st.time_to(curve, 0.25) == pytest.approx(1.4375)
-    means = st.trailing_mean(curve)
-    assert [t for t, _ in means] == [t for t, _ in curve]
+    means = st.running_mean(curve)
+    # in the middle of what it is the mean of: half of all before an epoch is over, then half an epoch ago
+    np.testing.assert_allclose([t for t, _ in means], [min(t, 1) / 2 + max(t - 1, 0) for t, _ in curve])
     expected = [np.mean(rows[max(0, i - 3) : i + 1]) for i in range(12)]
     np.testing.assert_allclose([value for _, value in means], expected)
-    assert st.time_to(means, 0.25) == pytest.approx(2.75)
-    assert st.trailing_mean([]) == []
-    assert np.isnan(st.trailing_mean([(1.0, 0.1), (1.5, float("nan"))])[-1][1])
+    assert st.time_to(means, 0.25) == pytest.approx(2.25)
+    assert st.running_mean([]) == []
+    assert np.isnan(st.running_mean([(1.0, 0.1), (1.5, float("nan"))])[-1][1])
 
 
 def test_a_censored_run_makes_the_ratio_a_bound_that_only_speaks_for_its_side():
@@ -188,6 +189,31 @@ def test_sameness_needs_an_interval_inside_the_margin():
     # and its p agrees with its interval
     half = (BELOW.high - BELOW.low) / 2
     assert st.tested_p(BELOW, Direction.SAME, 1.0 + half) == pytest.approx(0.05, abs=1e-6)
+    # on either side: what lies outside the margin can be confirmed as well
+    assert st.tested_p(BELOW, Direction.SAME, 1.0 - half) == pytest.approx(0.05, abs=1e-6)
+    assert st.tested_p(BELOW, Direction.SAME, 0.5 * (1.0 - half)) < 0.05
+    p_holm = st.tested_p(BELOW, Direction.SAME, 0.5)
+    assert st.verdict(BELOW, Direction.SAME, margin=0.5, p_holm=p_holm).word is Word.FAILS
+    assert np.isnan(st.tested_p(st.paired_difference([1.0], [2.0]), Direction.SAME, 0.5))
+
+
+def test_the_seeds_for_sameness_are_those_that_show_it():
+    """Power by simulation: no difference, sd 1; 80 % of the intervals lie within the margin."""
+    margin, n = 1.0, st.seeds_needed(1.0, 1.0, st.power_of_equivalence)
+    d = np.random.default_rng(0).normal(size=(4000, n))
+    half = stats.t.ppf(0.975, n - 1) * d.std(1, ddof=1) / np.sqrt(n)
+    within = (np.abs(d.mean(1)) + half < margin).mean()
+    assert within == pytest.approx(
+        st.power_of_equivalence(margin, 1.0, n), abs=0.02
+    )  # 3 x sqrt(.8 x .2 / 4000)
+    assert st.power_of_equivalence(margin, 1.0, n - 1) < 0.8 <= st.power_of_equivalence(margin, 1.0, n)
+
+
+def test_equal_differences_decide_nothing():
+    """A val of 1,000 images gives errors in steps of .1 point: three equal differences are no certainty."""
+    equal = st.paired_difference([0.5, 0.6, 0.7], [0.504, 0.604, 0.704])
+    assert np.isnan(equal.p)
+    assert st.verdict(equal, Direction.LOWER).word is Word.OPEN
 
 
 def test_an_open_verdict_says_how_many_seeds_the_papers_effect_needs():

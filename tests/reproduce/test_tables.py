@@ -1,5 +1,6 @@
 """Canned runs in, rows out."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -123,14 +124,17 @@ def test_an_arm_that_diverges_on_every_seed_is_a_result_and_not_missing():
 def test_a_diverged_run_is_marked_where_curves_or_images_are_compared():
     tanh = {**curves([6.0, 6.5]), 2: Evidence(classes=10, diverged=True)}
     row = judged(claim(TIMES), Gathered({"tanh": tanh, "relu": curves([1.5, 1.5, 1.0])}))[0]
-    assert row.effect.n == 3
-    assert row.effect.bound == ">="
-    assert row.note == "tanh did not arrive in 1 of 3 runs; tanh diverged in 1 of 3 runs"
+    assert row.effect.n == 2
+    assert row.effect.bound == ""
+    assert row.note == "1 of 3 pairs diverged"
+    late = {**curves([6.0, 6.5]), 2: dataclasses.replace(curves([1.0])[0], diverged=True)}
+    row = judged(claim(TIMES), Gathered({"tanh": late, "relu": curves([1.5, 1.5, 1.0])}))[0]
+    assert row.note == "1 of 3 pairs diverged"  # though it had arrived
     c = Comparison("ten", "one", "val/top1_error", Direction.LOWER, Statistic.within_net)
     nets = {"net": {0: Evidence(), **lost(3)}}
     that = claim(c, tests={"one": Test(), "ten": Test(views=10)})
     tests = {name: {"val/top1_error": np.arange(10) % 2} for name in ("one", "ten")}
-    assert judged(that, Gathered(nets, tests))[0].note == "images, nets fixed; 3 of 3 nets diverged"
+    assert judged(that, Gathered(nets, tests))[0].note == "images, nets fixed (1 net); 3 of 3 nets diverged"
     row = judged(that, Gathered(nets))[0]
     assert row.note == "no results of ten, one yet; 3 of 3 nets diverged"
     assert row.verdict.word is Word.DIVERGED
@@ -180,9 +184,10 @@ def test_times_are_compared_by_their_ratio_and_a_fraction_of_chance_is_one_of_ln
     row = judged(claim(TIMES), Gathered({"tanh": curves([6.0, 6.5, 6.0]), "relu": curves([1.5, 1.5, 1.0])}))[
         0
     ]
-    # Two rows an epoch: their mean falls from .6 to .45 in the half epoch before.
-    assert row.treatment.mean == pytest.approx(np.mean([6.0, 6.5, 6.0]) - 0.5 / 3)
-    assert 3.5 < row.effect.estimate < 6.5
+    # Two rows an epoch: their mean falls from .6 to .45 in the half epoch before, and stands half an epoch earlier.
+    assert row.treatment.mean == pytest.approx(np.mean([6.0, 6.5, 6.0]) - 0.5 / 3 - 0.5)
+    # The last of ReLU arrives while its first epoch is not over: half-way from .25 to .5, two thirds of it.
+    assert row.effect.estimate == pytest.approx((6.4 * 7.0 * (16 / 3) / (0.25 + 1 / 6)) ** (1 / 3))
     assert row.verdict.word is Word.HOLDS
 
 
@@ -293,3 +298,14 @@ def test_every_metric_of_the_claims_fits_its_column():
             row = SimpleNamespace(metric=metric, comparison=c, unit=Unit.times if timed else Unit.points)
             assert len(_label(row)) <= _TEXT_WIDTHS[1]
     assert sum(_TEXT_WIDTHS) + len(_TEXT_WIDTHS) <= WIDTH + 1
+
+
+def test_an_unmeasured_comparison_is_in_holms_family():
+    """Else a verdict would weaken when the runs of others arrive."""
+    both = {"a": claim(NORMS), "b": claim(NORMS)}
+    both = {name: dataclasses.replace(c, name=name) for name, c in both.items()}
+    rows = [*measure(both["a"], RUNS), *measure(both["b"], Gathered())]
+    alone = judge({"a": both["a"]}, measure(both["a"], RUNS))[0]
+    beside = next(row for row in judge(both, rows) if row.claim == "a" and row.main)
+    assert beside.p_holm == pytest.approx(2 * alone.p_holm)
+    assert all(row.p_holm is None and row.verdict is None for row in judge(both, rows) if row.claim == "b")

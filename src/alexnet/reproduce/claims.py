@@ -132,7 +132,8 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        return f"{self.treatment} - {self.control}"
+        sign = "/" if self.statistic is Statistic.time_ratio else "-"
+        return f"{self.treatment} {sign} {self.control}"
 
     def printed(self, numbers: list[Number], metric: str) -> Number | None:
         """The number given for this metric; beside a holdout error that of val, the only unseen split of 2012."""
@@ -245,7 +246,7 @@ def select(claims: Mapping[str, Claim], names: str) -> list[Claim]:
             raise UserError(
                 f"claim={name} is unknown{_closest(name, claims)}: use all, or {', '.join(claims)}"
             )
-    return [claims[name] for name in wanted]
+    return [claims[name] for name in dict.fromkeys(wanted)]
 
 
 def _with_borrowed_arms(claim: Claim, claims: Mapping[str, Claim]) -> Claim:

@@ -28,9 +28,9 @@ from alexnet.model import layer_table
 from alexnet.reproduce import Reproduce
 from alexnet.reproduce.claims import Claim, Run, load_claims, select
 from alexnet.reproduce.measures import Want, evidence, failure, is_measured, wanted
-from alexnet.reproduce.statistics import trailing_mean
+from alexnet.reproduce.statistics import running_mean
 from alexnet.reproduce.tables import Evidence, arrival
-from alexnet.run_record import differences
+from alexnet.run_record import differences, in_progress
 from alexnet.train import read_metrics
 
 CLAIMS = CONF / "claim"
@@ -165,11 +165,11 @@ def _tuned_claim(claim: Claim) -> Claim:
 def _rank(claim: Claim, found: Evidence) -> tuple[float, float]:
     """(time to the threshold, mean of the last epoch) of the claim's first comparison; less is better.
 
-    A rate with which the loss ends as no number is none that an arm could be trained with.
+    A rate with which the loss ends as no number is none that an arm could be trained with; its errors are numbers.
     """
     comparison = claim.comparisons[0]
-    curve = trailing_mean(found.curves.get(comparison.metric, []))
-    if not curve or not math.isfinite(curve[-1][1]):
+    curve = running_mean(found.curves.get(comparison.metric, []))
+    if found.diverged or not curve:
         return math.inf, math.inf
     time = arrival(comparison, found)
     return math.inf if time is None else time, curve[-1][1]
@@ -220,7 +220,7 @@ def check(jobs: Iterable[Job]) -> dict[str, Sizes]:
 
 
 def check_arm(config: Train) -> Sizes:
-    if config.data.name == SMOKE_DATA and not Path(config.data.root).exists():
+    if config.data.name == SMOKE_DATA:  # what is there is left as it is, what a kill left is completed
         prepare(PrepareConfig(SMOKE_DATA, config.data.root, n_train=500, n_val=200, workers=0))
     data = build.image_data(config)
     layer_table(replace(config.model, num_classes=build.checked_classes(config.model.num_classes, data)))
@@ -262,7 +262,11 @@ def _changed(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def commands(jobs: Sequence[Job], settings: Reproduce) -> str:
     """The commands of the runs that are not trained; those whose rate waits for tuning are only counted."""
     missing = [job for job in jobs if job.state in (State.new, State.interrupted)]
-    lines = [command(job, settings) for job in missing if not job.undecided]
+    lines = []
+    for job in missing:
+        if not job.undecided:
+            at_work = "# in progress: " if in_progress(job.directory) else ""
+            lines.append(at_work + command(job, settings))
     waiting = sum(job.undecided for job in missing)
     if waiting:
         lines.append(f"# then print=true again: {waiting} runs whose rate the tuning runs above decide")

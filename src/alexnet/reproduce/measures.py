@@ -39,7 +39,7 @@ from alexnet.probe import probe
 from alexnet.reproduce.claims import FIRST_SEED, METRICS, Claim, Features, Figure, Nets, Test
 from alexnet.reproduce.statistics import split_excess
 from alexnet.reproduce.tables import Evidence
-from alexnet.run_record import write_json
+from alexnet.run_record import git_state, write_json
 from alexnet.train import PROBE_IMAGES, read_metrics
 
 TRAIN_IMAGES = 2000  # seen once more in evaluation mode: a standard error of one point at most
@@ -152,7 +152,9 @@ def _basic(net: Net, path: Path) -> None:
     first, second = chroma(net.classifier.net.conv1.weight).tensor_split(2)
     split = split_excess(first.numpy(), second.numpy())
     results = {**errors, "conv1": {"chroma_split": split}}
-    write_json(path, {"results": results, "seconds": round(time.monotonic() - started, 1)})
+    write_json(
+        path, {"results": results, "seconds": round(time.monotonic() - started, 1), "git": git_state()}
+    )
 
 
 def chroma(weight: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from alexnet.reproduce.tables import (
     as_markdown,
     as_text,
     cells,
+    expects,
     judge,
     measure,
 )
@@ -71,6 +72,12 @@ class Done:
     @cached_property
     def rows(self) -> list[dict[str, str]]:
         return read_metrics(self.directory / "metrics.csv")
+
+    @property
+    def measured_by(self) -> dict[str, Any] | None:
+        """The state of the code that measured it."""
+        path = self.directory / Want.basic
+        return json.loads(path.read_text()).get("git") if path.exists() else None
 
     def has(self, want: Want) -> bool:
         return (self.directory / want).exists()
@@ -181,15 +188,19 @@ def is_over(job: Job) -> bool:
 def gathered(claim: Claim, done: Sequence[Done]) -> Gathered:
     """What the tables take: evidence per arm and seed; of the claim's tests the values per image.
 
-    An ensemble is of as many nets as the claim says (`seeds`), however many there are.
+    Two tests are compared on the same nets: those that have passed all of them (pixels know no net). An ensemble is
+    of as many nets as the claim says (`seeds`), however many there are.
     """
     arms: dict[str, dict[int, Evidence]] = {}
     for d in done:
         arms.setdefault(d.run.arm, {})[d.run.seed] = d.evidence
     together = any(test.nets is Nets.all for test in claim.tests.values())
     tests = {}
+    wants = {name: want_of(test) for name, test in claim.tests.items()}
+    of_nets = set(wants.values()) - {Want.pixels}
+    tested = [d for d in done if all(d.has(want) for want in of_nets)]
     for name, test in claim.tests.items():
-        directories = [d.directory for d in done if d.has(want_of(test))]
+        directories = [d.directory for d in tested if d.has(wants[name])]
         if len(directories) >= (claim.seeds if together else 1):
             tests[name] = per_image(test, directories[: claim.seeds] if together else directories)
     return Gathered(arms, tests)
@@ -225,22 +236,26 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
 
 
 def holm_family(sections: Sequence[Section]) -> int:
-    """How many comparisons Holm's correction runs over: those of this report that have an expectation and a p."""
-    return sum(row.p_holm is not None for s in sections for row in s.rows)
+    """How many comparisons Holm's correction runs over: those of this report that have an expectation."""
+    return sum(expects(row) for s in sections for row in s.rows)
 
 
 def provenance(done: Sequence[Done], tuning: Sequence[Done]) -> dict[str, Any]:
     """Where the runs were made: everything that is the same for all is there once."""
     records = [d.record for d in (*done, *tuning)]
     hardware = {_machine(r["hardware"]) for r in records}
-    commits = {_commit(r["git"]) for r in records}
+    measured = [d.measured_by for d in done]
+    commits = {_commit(git) for r in records for git in (r["git"], *r.get("git_before", []))}
+    commits |= {_commit(git) for git in measured if git}
     return {
         "runs": len(done),
         "tuning_runs": len(tuning),
         "minutes": round(sum(training_seconds(d.record, d.rows) for d in (*done, *tuning)) / 60, 1),
         "hardware": sorted(hardware),
         "commits": sorted(commits),
-        "torch": sorted({r["versions"]["torch"] for r in records}),
+        "torch": sorted(
+            {v["torch"] for r in records for v in (r["versions"], *r.get("versions_before", []))}
+        ),
         "data": sorted({r["config"]["data"]["name"] for r in records}),
         "device": sorted({f"{r['resolved']['device']}, {r['resolved']['precision']}" for r in records}),
     }
@@ -283,6 +298,7 @@ def page_values(sections: Sequence[Section], directory: Path, settings: Reproduc
         "scale": str(settings.scale),
         "seeds": settings.seeds,
         "family": holm_family(sections),
+        "missing": sum(len(s.missing) for s in sections),
         "summary": [_summary_line(s.claim, row) for s in sections for row in s.rows if row.main],
         "sections": [section_values(s, directory, settings) for s in sections],
         "provenance": provenance(list(done.values()), list(tuning.values())),
@@ -304,10 +320,7 @@ def section_values(section: Section, directory: Path, settings: Reproduce) -> di
     claim = section.claim
     return {
         "claim": claim,
-        "rows": [
-            {**cells(row), "main": row.main, "kind": _kind(row), "expected": row.comparison.direction}
-            for row in section.rows
-        ],
+        "rows": [{**cells(row), "main": row.main, "kind": _kind(row)} for row in section.rows],
         "figures": [*claim_figures(section, directory), *arms_figures(section, directory)],
         "arms": {arm: list(claim.arm_overrides(settings.scale, arm)) for arm in claim.arms},
         "tuned": rates([claim], section.chosen, settings),
@@ -324,7 +337,7 @@ def section_values(section: Section, directory: Path, settings: Reproduce) -> di
 
 def arms_figures(section: Section, directory: Path) -> list[dict[str, Any]]:
     """Loss and holdout error of every arm; the claim about one arm (ten views, say) has none."""
-    by_arm = {arm: done for arm, done in section.by_arm.items() if done}
+    by_arm = {arm: curved(done) for arm, done in section.by_arm.items() if curved(done)}
     if len(by_arm) < 2 or section.claim.figure is not None:
         return []
     panels = {
@@ -337,13 +350,22 @@ def arms_figures(section: Section, directory: Path) -> list[dict[str, Any]]:
         },
     }
     path = figures.arms_figure(panels, directory / f"{section.claim.name}.svg")
-    seeds = max(len(done) for done in by_arm.values())
-    return [
-        drawn(
-            path,
-            f"Mean over {seeds} seeds; the bands are one standard deviation." if seeds > 1 else "One seed.",
-        )
-    ]
+    return [drawn(path, _seeds_drawn(section, by_arm))]
+
+
+def curved(done: Sequence[Done]) -> list[Done]:
+    """The runs whose curves can be averaged: a diverged one's mean no more than its results do."""
+    return [d for d in done if not d.evidence.diverged and d.evidence.curves]
+
+
+def _seeds_drawn(section: Section, by_arm: Mapping[str, Sequence[Done]]) -> str:
+    counts = {len(done) for done in by_arm.values()}
+    seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
+    mean = (
+        f"Mean over {seeds} seeds; the bands are one standard deviation." if max(counts) > 1 else "One seed."
+    )
+    diverged = sum(d.evidence.diverged for d in section.done)
+    return mean + (f" {diverged} diverged runs are left out." if diverged else "")
 
 
 def _band(done: Sequence[Done], metric: str, split: str, place: int = 0, scale: float = 1.0) -> Curve:
@@ -368,10 +390,12 @@ def claim_figures(section: Section, directory: Path) -> list[dict[str, Any]]:
 def _figure1(section: Section, directory: Path) -> list[dict[str, Any]]:
     curves = {}
     for arm, style in (("relu", "-"), ("tanh", "--")):  # solid and dashed as in the paper
-        if section.by_arm.get(arm):
-            band = _band(section.by_arm[arm], "top1_error", "train", 0, 100.0)
+        if curved(section.by_arm.get(arm, [])):
+            band = _band(curved(section.by_arm[arm]), "top1_error", "train", 0, 100.0)
             name = {"relu": "ReLUs", "tanh": "tanh"}[arm]
             curves[name] = Curve(band.x, band.y, band.low, band.high, style)
+    if not curves:
+        return []
     both = [
         figures.curves_figure(curves, directory / f"figure1{kind}", level=25.0) for kind in (".png", ".svg")
     ]

@@ -9,13 +9,11 @@ processes, one a core say, can be given the same claims.
 
 import contextlib
 import copy
-import fcntl
 import io
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,7 +47,7 @@ from alexnet.reproduce.measures import (
     measure,
     record_failure,
 )
-from alexnet.run_record import git_state
+from alexnet.run_record import git_state, in_progress, locked
 from alexnet.train import train
 
 WARM_UP, TIMED = 2, 3  # steps of the probe of speed
@@ -123,22 +121,6 @@ def run_jobs(jobs: Sequence[Job], progress: "Progress") -> None:
         jobs = busy
 
 
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[bool]:
-    """Whether this process now has the run to itself; a lock ends with its process, however that ends."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # also for a child that inherited the file
-
-
 def run_job(job: Job) -> str:
     """Trains (from where it stopped) and measures; returns a line of what came out.
 
@@ -148,7 +130,7 @@ def run_job(job: Job) -> str:
     if job.state in (State.new, State.interrupted):
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                train(copy.deepcopy(job.config))
+                train(copy.deepcopy(job.config), lock=False)  # it is ours already
         except UserError as error:
             if not isinstance(error, Stalled) and not diverged(job.directory):
                 raise
@@ -276,11 +258,14 @@ def plan(claims: Sequence[Claim], jobs: Sequence[Job], settings: Reproduce) -> s
     states = [job.state for job in jobs]
     parts = [f"{states.count(state)} {state}" for state in State if state in states]
     tuning = sum(is_tuning(job) and job.state is not State.finished for job in jobs)
+    elsewhere = sum(job.state is not State.finished and in_progress(job.directory) for job in jobs)
     return "\n".join(
         [
             f"claims    {', '.join(claim.name for claim in claims)}",
             f"scale     {settings.scale}, {settings.seeds} seed{'s' * (settings.seeds > 1)}",
-            f"runs      {len(jobs)}: {', '.join(parts)}" + (f"; {tuning} of them tuning" if tuning else ""),
+            f"runs      {len(jobs)}: {', '.join(parts)}"
+            + (f"; {tuning} of them tuning" if tuning else "")
+            + (f"; {elsewhere} in progress in another process" if elsewhere else ""),
             *_rate_lines(claims, settings),
         ]
     )

@@ -10,7 +10,7 @@ Student's t with n-1 degrees of freedom,
 
 Solving the second line for D at power 0.8 gives the *minimum detectable effect*; solving it for n, the seeds needed.
 
-Times (epochs until the mean of the last epoch is at a fixed training error) are compared by their ratio: the same
+Times (epochs until the mean over an epoch is at a fixed training error) are compared by their ratio: the same
 arithmetic on log(time), taken back by exp. A run that never arrives is *censored*: it enters with its budget, and
 the ratio becomes a bound.
 
@@ -20,7 +20,7 @@ a bootstrap over images, which says nothing about another training run and is la
 Units: errors are fractions and cross-entropies nats here; tables.py multiplies by 100.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -35,6 +35,7 @@ SIGN_FLIP_SEEDS = range(
     6, 25
 )  # below 6 the smallest possible p, 2/2**n, exceeds 5 %; above 24 we stop listing
 QUANTILES = (np.arange(2000) + 0.5) / 2000
+NO_SPREAD = 1e-12  # below it differences are equal but for rounding: errors go in steps of an image
 MOST_SEEDS = 100_000  # nobody will run more: answered with None
 
 Array = NDArray[np.float64]
@@ -141,16 +142,18 @@ def time_to(curve: Sequence[tuple[float, float]], threshold: float) -> float | N
     return None
 
 
-def trailing_mean(curve: Sequence[tuple[float, float]], span: float = 1.0) -> list[tuple[float, float]]:
-    """Points (epoch, value) -> (epoch, mean of the values of the last `span` epochs).
+def running_mean(curve: Sequence[tuple[float, float]], span: float = 1.0) -> list[tuple[float, float]]:
+    """Points (epoch, value) -> (middle of the `span` epochs that end there, mean of their values).
 
     A row of metrics.csv is the mean over a few hundred images; the first of them that happens to lie below a
-    threshold says little of the network. Before `span` has passed the mean is over what there is.
+    threshold says little of the network. Before `span` has passed the mean is over what there is. Dated at its end,
+    a mean would be late by half a span, which pulls a ratio of short times towards 1.
     """
     times, values = (np.array(column) for column in zip(*curve, strict=True)) if curve else (np.zeros(0),) * 2
     first = np.searchsorted(times, times - span + 1e-9)  # the row that ends `span` ago is not in it
     return [
-        (float(t), float(values[a : i + 1].mean())) for i, (t, a) in enumerate(zip(times, first, strict=True))
+        (float(t - min(t, span) / 2), float(values[a : i + 1].mean()))
+        for i, (t, a) in enumerate(zip(times, first, strict=True))
     ]
 
 
@@ -226,7 +229,12 @@ def _detectable_in_sd(n: int) -> float:
     return float(optimize.brentq(lambda d: power(d, 1.0, n) - POWER, 0.0, top))
 
 
-def seeds_needed(effect: float, sd: float) -> int | None:
+def power_of_equivalence(margin: float, sd: float, n: int) -> float:
+    """Chance that the 95 % interval of n pairs lies within +-margin when there is no difference."""
+    return float(np.mean(np.maximum(2 * special.ndtr(margin * np.sqrt(n) / sd - _limits(n)) - 1, 0)))
+
+
+def seeds_needed(effect: float, sd: float, power: Callable[[float, float, int], float] = power) -> int | None:
     """Fewest pairs that find `effect` with 80 % power; None above MOST_SEEDS (and for no effect at all)."""
     if not np.isfinite(sd) or effect == 0 or power(effect, max(sd, 1e-300), MOST_SEEDS) < POWER:
         return None
@@ -253,14 +261,19 @@ def split_excess(first: ArrayLike, second: ArrayLike, permutations: int = 2000, 
 
 
 def equivalence_p(effect: Effect, margin: float) -> float:
-    """p of "the difference is at least `margin`": below 5 % when the 95 % interval lies within +-margin."""
+    """The p of what the interval says of a margin: below 5 % where it lies within +-margin, or wholly outside.
+
+    Within: p of "the difference is at least the margin"; else p of "it is at most the margin". nan below two seeds.
+    """
+    if effect.n < 2:
+        return float("nan")
     low, high, estimate = (
         np.log(x) if effect.ratio else x for x in (effect.low, effect.high, effect.estimate)
     )
     error = (high - low) / 2 / stats.t.ppf((1 + LEVEL) / 2, effect.n - 1)
     if error == 0:
-        return float(abs(estimate) >= margin)
-    return float(min(1.0, 2 * stats.t.sf((margin - abs(estimate)) / error, effect.n - 1)))
+        return float("nan")
+    return float(min(1.0, 2 * stats.t.sf(abs(margin - abs(estimate)) / error, effect.n - 1)))
 
 
 class Word(StrEnum):
@@ -301,6 +314,10 @@ def verdict(
         return Verdict(Word.REPORTED, f"reported: {_seen(effect)}")
     if effect.source is Source.SEEDS and effect.n < min_n:
         return Verdict(Word.OPEN, f"{Word.OPEN} (would need {min_n} seeds, has {effect.n})")
+    if effect.sd < NO_SPREAD:
+        return Verdict(
+            Word.OPEN, f"{Word.OPEN} (all differences are equal: nothing tells how much they vary)"
+        )
     below, above = _outside(effect, margin if direction is Direction.SAME else 0.0)
     if direction is Direction.SAME:
         right, wrong = _inside(effect, margin), below or above
@@ -340,14 +357,16 @@ def _would_need(effect: Effect, direction: Direction, margin: float, paper: floa
     unit = "seeds" if effect.source is Source.SEEDS else "images"
     if effect.bound:
         return "censored runs: would need a larger budget"
-    observed = _linear(effect)[2]
-    targets = [("the margin", margin)] if direction is Direction.SAME else []
-    if paper is not None and direction is not Direction.SAME:
-        targets.append(("the paper's effect", float(np.log(paper)) if effect.ratio else paper))
-    for what, target in targets:
-        needed = seeds_needed(target, effect.sd)
+    if direction is Direction.SAME:
+        needed = seeds_needed(margin, effect.sd, power_of_equivalence)
         if needed is None or needed > effect.n:
-            return f"would need {_count(needed)} {unit} for {what}"
+            return f"would need {_count(needed)} {unit} to show a difference of 0 to be within the margin"
+        return f"the margin is within the interval; {_count(needed)} {unit} would do if the difference were 0"
+    observed = _linear(effect)[2]
+    if paper is not None:
+        needed = seeds_needed(float(np.log(paper)) if effect.ratio else paper, effect.sd)
+        if needed is None or needed > effect.n:
+            return f"would need {_count(needed)} {unit} for the paper's effect"
     return f"would need {_count(seeds_needed(observed, effect.sd))} {unit} for the effect observed"
 
 
@@ -370,7 +389,7 @@ def _t_effect(d: Array) -> Effect:
         return Effect(mean, -inf, inf, float("nan"), n, float("nan"))
     sd = float(d.std(ddof=1))
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / np.sqrt(n)
-    p = float(2 * stats.t.sf(abs(mean) / (sd / np.sqrt(n)), n - 1)) if sd > 0 else float(mean == 0)
+    p = float(2 * stats.t.sf(abs(mean) / (sd / np.sqrt(n)), n - 1)) if sd >= NO_SPREAD else float("nan")
     flip = sign_flip_p(d) if n in SIGN_FLIP_SEEDS else None
     return Effect(mean, mean - half, mean + half, sd, n, p, flip, minimum_detectable_effect(sd, n))
 

@@ -26,11 +26,11 @@ from alexnet.reproduce.statistics import (
     bootstrap_images,
     holm,
     paired_difference,
+    running_mean,
     summarise,
     tested_p,
     time_ratio,
     time_to,
-    trailing_mean,
     verdict,
 )
 
@@ -125,11 +125,15 @@ def measure(claim: Claim, gathered: Gathered) -> list[Row]:
 
 
 def judge(claims: Mapping[str, Claim], rows: Sequence[Row]) -> list[Row]:
-    """The verdicts of all rows; Holm's correction runs over every comparison that has an expectation."""
-    tested = [i for i, row in enumerate(rows) if row.effect is not None and _expects(row)]
+    """The verdicts of all rows; Holm's correction runs over every comparison that has an expectation.
+
+    One without a p, not measured yet say, is in the family with p = 1, so no verdict weakens when others arrive.
+    """
+    tested = [i for i, row in enumerate(rows) if expects(row)]
     p = {i: _p(rows[i]) for i in tested}
-    known = [i for i in tested if not math.isnan(p[i])]
-    adjusted = dict(zip(known, holm([p[i] for i in known]), strict=True)) if known else {}
+    filled = [1.0 if math.isnan(p[i]) else p[i] for i in tested]
+    corrected = dict(zip(tested, holm(filled), strict=True)) if tested else {}
+    adjusted = {i: float(value) for i, value in corrected.items() if not math.isnan(p[i])}
     return [_judged(row, claims[row.claim], adjusted.get(i)) for i, row in enumerate(rows)]
 
 
@@ -168,20 +172,17 @@ def _differences(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
 def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
     c = row.comparison
     both = [_with_curve(arms.get(arm, {}), c.metric) for arm in (c.treatment, c.control)]
-    seeds = sorted(set(both[0]) & set(both[1]))
-    ends = [arm[s].curves[c.metric][-1][0] for arm in both for s in seeds if arm[s].curves.get(c.metric)]
-    if not ends:
-        return _without_pairs(row, _missing(row, *both) if not seeds else "", diverged=bool(seeds))
+    pairs = sorted(set(both[0]) & set(both[1]))
+    seeds = [s for s in pairs if not (both[0][s].diverged or both[1][s].diverged)]
+    lost = [f"{len(pairs) - len(seeds)} of {len(pairs)} pairs diverged"] if len(seeds) < len(pairs) else []
+    if not seeds:
+        return _without_pairs(row, "; ".join(lost) or _missing(row, *both), diverged=bool(pairs))
     times = [[arrival(c, arm[s]) for s in seeds] for arm in both]
-    budget = max(ends)
-    late = [
+    budget = max(arm[s].curves[c.metric][-1][0] for arm in both for s in seeds)
+    late = lost + [
         f"{name} did not arrive in {column.count(None)} of {len(seeds)} runs"
         for name, column in zip((c.treatment, c.control), times, strict=True)
         if None in column
-    ] + [
-        f"{name} diverged in {count} of {len(seeds)} runs"
-        for name, arm in zip((c.treatment, c.control), both, strict=True)
-        if (count := sum(arm[s].diverged for s in seeds))
     ]
     filled = [[budget if t is None else t for t in column] for column in times]
     return dataclasses.replace(
@@ -194,7 +195,7 @@ def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
 
 
 def _with_curve(runs: Mapping[int, Evidence], metric: str) -> dict[int, Evidence]:
-    """A run that diverged before its first epoch was over has none, and never arrived."""
+    """A run that diverged before its first epoch was over has none, but it was run."""
     return {seed: run for seed, run in runs.items() if run.curves.get(metric) or run.diverged}
 
 
@@ -218,8 +219,13 @@ def _within_net(row: Row, gathered: Gathered) -> Row:
         treatment=_over_nets(a),
         control=_over_nets(b),
         effect=bootstrap_images(a, b),
-        note="; ".join([str(Source.IMAGES), *lost]),
+        note="; ".join([f"{Source.IMAGES} ({_nets(a, b)})", *lost]),
     )
+
+
+def _nets(a: ArrayLike, b: ArrayLike) -> str:
+    n = max(len(np.atleast_2d(np.asarray(values))) for values in (a, b))
+    return "1 net" if n == 1 else f"{n} nets"
 
 
 def _over_nets(values: ArrayLike) -> Summary:
@@ -269,16 +275,18 @@ def threshold_of(c: Comparison, run: Evidence) -> float:
 
 
 def arrival(c: Comparison, run: Evidence) -> float | None:
-    """The epoch at which the mean over the last epoch first is at the threshold of a time_ratio, None if never."""
-    return time_to(trailing_mean(run.curves.get(c.metric, [])), threshold_of(c, run))
+    """The middle of the first epoch-long stretch whose mean is at the threshold of a time_ratio, None if never."""
+    return time_to(running_mean(run.curves.get(c.metric, [])), threshold_of(c, run))
 
 
-def _expects(row: Row) -> bool:
+def expects(row: Row) -> bool:
+    """Whether a verdict is due, so that the row counts in Holm's correction."""
     return row.main and row.comparison.direction is not Direction.REPORT
 
 
 def _p(row: Row) -> float:
-    assert row.effect is not None
+    if row.effect is None:
+        return math.nan
     return tested_p(row.effect, row.comparison.direction, row.comparison.margin or 0.0)
 
 
@@ -338,15 +346,30 @@ def as_markdown(claims: Mapping[str, Claim], rows: Iterable[Row]) -> str:
 def cells(row: Row) -> dict[str, str]:
     """What a table prints of a row, by column."""
     names = ("metric", "paper", "notes_2012", "difference", "interval", "n")
+    over_images = row.effect is not None and row.effect.source is Source.IMAGES
     return {
         "comparison": row.comparison.name,
         "arms": " / ".join(_summary(row, s) for s in (row.treatment, row.control) if s),
         "named_arms": _named_arms(row),
+        "expected": _expected(row),
+        "sources": "; ".join(f"{n.value:g}: {n.source}" for n in (row.paper, row.notes_2012) if n),
         **dict(zip(names, _cells(row), strict=True)),
+        "of": "images" if over_images else "seeds",
         "verdict": row.verdict.sentence if row.verdict else "",
         "fine_print": _fine_print(row, row.effect).strip(" ()") if row.verdict and row.effect else "",
         "note": row.note,
     }
+
+
+def _expected(row: Row) -> str:
+    """lower, higher, or the same within the margin; empty for a row without an expectation."""
+    if not expects(row):
+        return ""
+    c = row.comparison
+    if c.direction is not Direction.SAME:
+        return str(c.direction)
+    unit = {Unit.points: "points", Unit.nats: "nats", Unit.times: "times", Unit.number: ""}[row.unit]
+    return f"the same within {(c.margin or 0.0) * _scale(row.unit):g} {unit}".strip()
 
 
 def as_json(claims: Mapping[str, Claim], rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -407,7 +430,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         return (metric, *printed, "-", "-", "0")
     e, scale = row.effect, _scale(row.unit)
     spread = "" if math.isnan(e.sd) or e.source is Source.IMAGES else f" ± {_spread(row, e)}"
-    ours = f"{e.bound}{_number(e.estimate * scale, row.unit)}{spread}"
+    times = "x" if e.ratio else ""
+    ours = f"{e.bound}{_number(e.estimate * scale, row.unit)}{times}{spread}"
     interval = f"[{_number(e.low * scale, row.unit)}, {_number(e.high * scale, row.unit)}]"
     return (metric, *printed, ours, "-" if e.n < 2 else interval, f"{e.n}")
 
@@ -485,6 +509,7 @@ def _plain(row: Row, claim: Claim) -> dict[str, Any]:
             "unit": str(row.unit),
             "statistic": str(c.statistic),
             "expected": str(c.direction) if row.main else None,
+            "margin": c.margin,
             "paper": row.paper and dataclasses.asdict(row.paper),
             "notes_2012": row.notes_2012 and dataclasses.asdict(row.notes_2012),
             "arms": {
