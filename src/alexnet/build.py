@@ -28,7 +28,7 @@ from alexnet.data.module import ImageData, check_batch_size
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.optim import Schedule
-from alexnet.run_record import RunRecord, open_record
+from alexnet.run_record import RunRecord, in_progress, open_record
 
 # A precision of our own, beside lightning's.
 MASTERS = "bf16-masters"
@@ -100,7 +100,7 @@ def run_directory(config: Train) -> Path:
     return Path(config.output_dir) / "train" / str(config.name) / f"seed{config.seed}"
 
 
-def training(config: Train) -> Training:
+def training(config: Train, look_for_others: bool = True) -> Training:
     """Opens the data, the run's directory and the network. Raises UserError before anything is written."""
     torch.set_float32_matmul_precision("highest")
     data = image_data(config)
@@ -128,11 +128,19 @@ def training(config: Train) -> Training:
     made = trainer(config, directory, precision, has_holdout)
     check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)
     if is_rank_zero() and not config.probe and not record.finished:
+        if look_for_others and in_progress(directory):
+            raise taken(directory)
         if config.overwrite:
             shutil.rmtree(directory, ignore_errors=True)
         record.start(resolved)
         record.update(keeps_freed_memory=keeps)
     return Training(classifier, data, made, record, directory)
+
+
+def taken(directory: Path) -> UserError:
+    return UserError(
+        f"{directory} is being trained by another process: wait for it, or choose another name=..."
+    )
 
 
 def identity(config: Train, data: ImageData | None) -> dict[str, Any]:

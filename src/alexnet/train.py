@@ -11,7 +11,6 @@ from alexnet import build
 from alexnet.checkpoint import load
 from alexnet.config import Train
 from alexnet.data.module import ImageData
-from alexnet.errors import UserError
 from alexnet.evaluate import Result, log_probabilities, score, table
 from alexnet.probe import probe
 from alexnet.run_record import RunRecord, locked
@@ -25,7 +24,7 @@ def train(config: Train, lock: bool = True) -> float | None:
     The same configuration again resumes where it stopped, or only shows what a finished run left. Raises UserError
     where another process is at the same run; with lock=False nobody looks.
     """
-    run = build.training(config)
+    run = build.training(config, look_for_others=lock)
     if config.probe:
         _probe(run)
         return None
@@ -39,9 +38,7 @@ def train(config: Train, lock: bool = True) -> float | None:
         return None
     with locked(run.directory) if lock else nullcontext(True) as ours:
         if not ours:
-            raise UserError(
-                f"{run.directory} is being trained by another process: wait for it, or choose another name=..."
-            )
+            raise build.taken(run.directory)
         run.fit()
         return finish(run, config)
 
