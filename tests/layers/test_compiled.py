@@ -33,6 +33,7 @@ from alexnet.layers import (
 )
 from alexnet.layers.backend import OPERATIONS, PAIRS, pair_for
 from alexnet.layers.compiled.conv2d import kernel_from_depth, space_to_depth, takes_columns, weight_gradient
+from alexnet.layers.compiled.relu_lrn_pool import halves
 from alexnet.layers.conv2d import _sides, _two, conv2d_backward, conv2d_forward
 from alexnet.model import AlexNet, ModelConfig
 
@@ -218,6 +219,22 @@ def test_a_nan_shows_where_the_reference_shows_it(order):
     y, _ = outcome(lambda x: block(order, "first", SMALL)(x, "compiled"), x)
     expected, _ = outcome(lambda x: block(order, "first", SMALL)(x, "reference"), x)
     assert torch.equal(y.isnan(), expected.isnan())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["relu_lrn_pool", "lrn_pool_relu"])
+def test_a_batch_in_two_halves_gives_the_same_bits(order, monkeypatch):
+    """Halves of different sizes, in the graph of the whole; three images stay whole, since one is another graph."""
+    x, constants = 30 * normals(7, 6, 9, 9).float(), (*SMALL, True, order, 2, "all")
+    pair = pair_for("relu_lrn_pool", "compiled")
+    y, *saved = pair.forward(x, *constants)
+    dy = normals(*y.shape, seed=1).float()
+    whole = pair.backward(dy, *saved, *constants)
+    graphs = counters["stats"]["unique_graphs"]
+    monkeypatch.setattr("alexnet.layers.compiled.relu_lrn_pool.LARGE", 0)
+    assert [halves(x[:n]) for n in (3, 4, 7)] == [1, 2, 2]
+    assert torch.equal(pair.backward(dy, *saved, *constants), whole)
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize(

@@ -266,17 +266,17 @@ BLOCK = [
         _BLOCK,
         "the ReLU's mask forgotten, paper's order",
         relu_lrn_pool,
-        "backward",
-        lambda right, dy, x, constants, groups, relu: right(
-            dy, x.clamp(min=0) if relu else x, constants, groups, False
+        "backward_into",
+        lambda right, dx, dy, x, constants, groups, relu: right(
+            dx, dy, x.clamp(min=0) if relu else x, constants, groups, False
         ),
     ),
     part(
         _BLOCK,
         "towers ignored in the backward",
         relu_lrn_pool,
-        "backward",
-        lambda right, dy, x, constants, groups, relu: right(dy, x, constants, 1, relu),
+        "backward_into",
+        lambda right, dx, dy, x, constants, groups, relu: right(dx, dy, x, constants, 1, relu),
         "towers, paper",
     ),
     part(

@@ -80,8 +80,9 @@ def norm_rows(x: Tensor, keep: Tensor, before: int, norm: Norm, relu: bool) -> T
 
 def norm_rows_backward(
     dy: Tensor, x: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm, relu: bool
-) -> Tensor:
-    """dy, x (N, ..., C) -> dx. `before` is that of the forward's window; the backward's is the reflected one."""
+) -> list[Tensor]:
+    """dy, x (N, ..., C) -> the `pieces` of dx. `before` is that of the forward's window; the backward's is the
+    reflected one."""
     size, alpha, beta, k = norm
     drows, rows, pixels = dy.flatten(0, -2), x.flatten(0, -2), x.shape[1:-1].numel()
     sums = window_sums(rows, pixels, lambda x: response(x, relu) ** 2, keep, before)
@@ -103,7 +104,7 @@ def norm_rows_backward(
         piece = d - 2 * alpha * beta / size * a * competition
         dx.append((torch.where(a <= 0, 0, piece) if relu else piece).to(rows.dtype))
         row = end
-    return torch.cat(dx).view(x.shape)
+    return dx
 
 
 def response(x: Tensor, relu: bool) -> Tensor:
@@ -130,7 +131,25 @@ def _forward(rows: Tensor, keep: Tensor, before: int, norm: Norm) -> Tensor:
 def _backward(
     dy: Tensor, x: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm, relu: bool
 ) -> Tensor:
-    return norm_rows_backward(dy, x, keep, keep_reflected, before, norm, relu)
+    return torch.cat(norm_rows_backward(dy, x, keep, keep_reflected, before, norm, relu)).view(x.shape)
+
+
+@compiled
+def _backward_into(
+    dx: list[Tensor],
+    dy: Tensor,
+    x: Tensor,
+    keep: Tensor,
+    keep_reflected: Tensor,
+    before: int,
+    norm: Norm,
+    relu: bool,
+) -> None:
+    """Given the pieces one by one, the compiler writes each where it belongs; into one tensor it would copy them."""
+    for piece, value in zip(
+        dx, norm_rows_backward(dy, x, keep, keep_reflected, before, norm, relu), strict=True
+    ):
+        piece.copy_(value)
 
 
 def local_response_norm_forward(
@@ -156,6 +175,17 @@ def backward(dy: Tensor, x: Tensor, norm: Norm, groups: int, relu: bool) -> Tens
     dy, x = batched(dy.contiguous(), x.contiguous())
     keep, keep_reflected, before = neighbours(x, norm[0], groups)
     return _backward(dy, x, keep, keep_reflected, before, norm, relu)
+
+
+def backward_into(dx: Tensor, dy: Tensor, x: Tensor, norm: Norm, groups: int, relu: bool) -> None:
+    """`backward`, written into dx; all three (N, ..., C) contiguous."""
+    dy, x = batched(dy, x)
+    keep, keep_reflected, before = neighbours(x, norm[0], groups)
+    rows, pixels = dx.flatten(0, -2), x.shape[1:-1].numel()
+    parts = pieces(rows, pixels)
+    if len(x) > 1:  # a single image is a constant, and so are its rows
+        parts = [batched(part)[0] for part in parts]
+    _backward_into(parts, dy, x, keep, keep_reflected, before, norm, relu)
 
 
 def neighbours(x: Tensor, size: int, groups: int) -> tuple[Tensor, Tensor, int]:
