@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,6 +200,25 @@ def test_a_run_is_trained_by_one_process_at_a_time(compose: Callable[..., Any]) 
     with locked(directory), pytest.raises(UserError, match="is being trained by another process"):
         train(config)
     assert [path.name for path in directory.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_lock_is_held_while_a_run_is_trained_and_no_longer(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    config = compose("overwrite=true")
+    directory = build.run_directory(config)
+
+    def fit(run: build.Training) -> None:
+        assert run_record.in_progress(directory)
+        if fails:
+            raise UserError("no space left")
+
+    monkeypatch.setattr(build.Training, "fit", fit)
+    monkeypatch.setattr("alexnet.train.finish", lambda run, config: 0.5)
+    with pytest.raises(UserError, match="no space") if fails else nullcontext():
+        assert train(config) == 0.5
+    assert not run_record.in_progress(directory)
 
 
 def test_a_resume_under_other_code_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

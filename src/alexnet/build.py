@@ -131,10 +131,19 @@ def training(config: Train, look_for_others: bool = True) -> Training:
         if look_for_others and in_progress(directory):
             raise taken(directory)
         if config.overwrite:
-            shutil.rmtree(directory, ignore_errors=True)
+            clear(directory)
         record.start(resolved)
         record.update(keeps_freed_memory=keeps)
     return Training(classifier, data, made, record, directory)
+
+
+def clear(directory: Path) -> None:
+    """Everything but the lock, which somebody may hold."""
+    for path in directory.iterdir() if directory.exists() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != "lock":
+            path.unlink()
 
 
 def taken(directory: Path) -> UserError:

@@ -214,6 +214,9 @@ def test_equal_differences_decide_nothing():
     equal = st.paired_difference([0.5, 0.6, 0.7], [0.504, 0.604, 0.704])
     assert np.isnan(equal.p)
     assert st.verdict(equal, Direction.LOWER).word is Word.OPEN
+    assert equal.detectable is None
+    nobody = st.time_ratio([None] * 3, [None] * 3, budget=20.0)
+    assert "larger budget" in st.verdict(nobody, Direction.HIGHER).sentence
 
 
 def test_an_open_verdict_says_how_many_seeds_the_papers_effect_needs():

@@ -309,3 +309,11 @@ def test_an_unmeasured_comparison_is_in_holms_family():
     beside = next(row for row in judge(both, rows) if row.claim == "a" and row.main)
     assert beside.p_holm == pytest.approx(2 * alone.p_holm)
     assert all(row.p_holm is None and row.verdict is None for row in judge(both, rows) if row.claim == "b")
+
+
+def test_a_run_that_never_arrives_is_entered_no_later_than_one_that_might():
+    """Cut after 8 epochs the ratio is at least 1.9, say; the same curves seen for longer must not show less."""
+    short = judged(claim(TIMES), Gathered({"tanh": curves([None] * 3), "relu": curves([4.0, 4.5, 5.0])}))[0]
+    ends = curves([1.0])[0].curves["train/loss"][-1][0]
+    assert short.treatment.mean == pytest.approx(ends - 0.5)  # dated as an arrival in the last row would be
+    assert short.effect.bound == ">="

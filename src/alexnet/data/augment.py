@@ -5,7 +5,7 @@ One image passes through
     crop (px -> crop_px)  ->  mirror  ->  minus the mean  ->  plus colour noise  ->  times a scale
 
 and the whole batch passes at once, on whatever device it lives. What follows the mirror is arithmetic on each number
-alone; compiled, it is one pass over memory instead of three, with the same bits.
+alone; compiled, it is one pass over memory instead of three (on a CPU with the same bits).
 
 Colour noise. Write a pixel as a vector x = (R, G, B) in 0..255 and let S be the 3x3 covariance of all training
 pixels. S is symmetric and positive, so S = V diag(l1, l2, l3) V' with orthonormal columns V = (v1, v2, v3): along
@@ -173,7 +173,7 @@ class Augment(nn.Module):
     statistics: what `statistics_of` returns, or None when a checkpoint will fill the buffers. All buffers are
     float32, in 0..255 units, and saved with the model, so evaluation needs no training data:
     mean (c, c, 3) for mean_image, else (3,); std (3,); eigenvalues (3,); eigenvectors (3, 3) in columns.
-    in_one_pass: training images go through `torch.compile`; the result is the same.
+    in_one_pass: training images go through `torch.compile`; on a CPU the result is the same to the bit.
     """
 
     mean: Tensor

@@ -6,8 +6,9 @@ overrides of a training recipe; arm and seed make an ordinary run:
 
     python scripts/train.py experiment=claims_cpu name=cpu/s3_3_lrn/none seed=1 model.norm1=false ...
 
-The expectation stands in the file before anything runs. An arm without overrides is the recipe itself; all claims
-share its runs under the name `<scale>/base`. A mistake in a file is a UserError of one line, before any training.
+The expectation stands in the file before any run that is judged. An arm without overrides is the recipe itself; all
+claims share its runs under the name `<scale>/base`. A mistake in a file is a UserError of one line, before any
+training.
 """
 
 import dataclasses

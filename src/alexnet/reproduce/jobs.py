@@ -220,7 +220,8 @@ def check(jobs: Iterable[Job]) -> dict[str, Sizes]:
 
 
 def check_arm(config: Train) -> Sizes:
-    if config.data.name == SMOKE_DATA:  # what is there is left as it is, what a kill left is completed
+    parts = (Path(config.data.root) / split / "manifest.json" for split in ("train", "val"))
+    if config.data.name == SMOKE_DATA and not all(part.exists() for part in parts):
         prepare(PrepareConfig(SMOKE_DATA, config.data.root, n_train=500, n_val=200, workers=0))
     data = build.image_data(config)
     layer_table(replace(config.model, num_classes=build.checked_classes(config.model.num_classes, data)))

@@ -75,7 +75,7 @@ class Done:
 
     @property
     def measured_by(self) -> dict[str, Any] | None:
-        """The state of the code that measured it."""
+        """The state of the code at its first measurement."""
         path = self.directory / Want.basic
         return json.loads(path.read_text()).get("git") if path.exists() else None
 
@@ -243,7 +243,7 @@ def holm_family(sections: Sequence[Section]) -> int:
 def provenance(done: Sequence[Done], tuning: Sequence[Done]) -> dict[str, Any]:
     """Where the runs were made: everything that is the same for all is there once."""
     records = [d.record for d in (*done, *tuning)]
-    hardware = {_machine(r["hardware"]) for r in records}
+    hardware = {_machine(h) for r in records for h in (r["hardware"], *r.get("hardware_before", []))}
     measured = [d.measured_by for d in done]
     commits = {_commit(git) for r in records for git in (r["git"], *r.get("git_before", []))}
     commits |= {_commit(git) for git in measured if git}
@@ -298,7 +298,7 @@ def page_values(sections: Sequence[Section], directory: Path, settings: Reproduc
         "scale": str(settings.scale),
         "seeds": settings.seeds,
         "family": holm_family(sections),
-        "missing": sum(len(s.missing) for s in sections),
+        "missing": len({(job.run.name, job.run.seed) for s in sections for job in s.missing}),
         "summary": [_summary_line(s.claim, row) for s in sections for row in s.rows if row.main],
         "sections": [section_values(s, directory, settings) for s in sections],
         "provenance": provenance(list(done.values()), list(tuning.values())),

@@ -11,8 +11,8 @@ Student's t with n-1 degrees of freedom,
 Solving the second line for D at power 0.8 gives the *minimum detectable effect*; solving it for n, the seeds needed.
 
 Times (epochs until the mean over an epoch is at a fixed training error) are compared by their ratio: the same
-arithmetic on log(time), taken back by exp. A run that never arrives is *censored*: it enters with its budget, and
-the ratio becomes a bound.
+arithmetic on log(time), taken back by exp. A run that never arrives is *censored*: it enters with the latest time
+that could have been seen, and the ratio becomes a bound.
 
 Only where one net is compared with itself (ten views against one) do images, not seeds, carry the interval:
 a bootstrap over images, which says nothing about another training run and is labelled so.
@@ -314,7 +314,7 @@ def verdict(
         return Verdict(Word.REPORTED, f"reported: {_seen(effect)}")
     if effect.source is Source.SEEDS and effect.n < min_n:
         return Verdict(Word.OPEN, f"{Word.OPEN} (would need {min_n} seeds, has {effect.n})")
-    if effect.sd < NO_SPREAD:
+    if not effect.bound and effect.sd < NO_SPREAD:
         return Verdict(
             Word.OPEN, f"{Word.OPEN} (all differences are equal: nothing tells how much they vary)"
         )
@@ -390,6 +390,8 @@ def _t_effect(d: Array) -> Effect:
     sd = float(d.std(ddof=1))
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / np.sqrt(n)
     p = float(2 * stats.t.sf(abs(mean) / (sd / np.sqrt(n)), n - 1)) if sd >= NO_SPREAD else float("nan")
+    if sd < NO_SPREAD:
+        return Effect(mean, mean, mean, sd, n, p)
     flip = sign_flip_p(d) if n in SIGN_FLIP_SEEDS else None
     return Effect(mean, mean - half, mean + half, sd, n, p, flip, minimum_detectable_effect(sd, n))
 

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from alexnet.reproduce.claims import METRICS, Claim, Comparison, Number, Statistic, Unit
 from alexnet.reproduce.statistics import (
+    NO_SPREAD,
     Direction,
     Effect,
     Source,
@@ -178,7 +179,8 @@ def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
     if not seeds:
         return _without_pairs(row, "; ".join(lost) or _missing(row, *both), diverged=bool(pairs))
     times = [[arrival(c, arm[s]) for s in seeds] for arm in both]
-    budget = max(arm[s].curves[c.metric][-1][0] for arm in both for s in seeds)
+    # The latest arrival that could have been seen: a run that never arrives is not entered later than one that might.
+    budget = max(running_mean(arm[s].curves[c.metric])[-1][0] for arm in both for s in seeds)
     late = lost + [
         f"{name} did not arrive in {column.count(None)} of {len(seeds)} runs"
         for name, column in zip((c.treatment, c.control), times, strict=True)
@@ -348,7 +350,7 @@ def cells(row: Row) -> dict[str, str]:
     names = ("metric", "paper", "notes_2012", "difference", "interval", "n")
     over_images = row.effect is not None and row.effect.source is Source.IMAGES
     return {
-        "comparison": row.comparison.name,
+        "comparison": _named(row),
         "arms": " / ".join(_summary(row, s) for s in (row.treatment, row.control) if s),
         "named_arms": _named_arms(row),
         "expected": _expected(row),
@@ -359,6 +361,12 @@ def cells(row: Row) -> dict[str, str]:
         "fine_print": _fine_print(row, row.effect).strip(" ()") if row.verdict and row.effect else "",
         "note": row.note,
     }
+
+
+def _named(row: Row) -> str:
+    """What is compared; a metric beside a ratio of times is a difference."""
+    c = row.comparison
+    return c.name if row.main else f"{c.treatment} - {c.control}"
 
 
 def _expected(row: Row) -> str:
@@ -433,7 +441,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     times = "x" if e.ratio else ""
     ours = f"{e.bound}{_number(e.estimate * scale, row.unit)}{times}{spread}"
     interval = f"[{_number(e.low * scale, row.unit)}, {_number(e.high * scale, row.unit)}]"
-    return (metric, *printed, ours, "-" if e.n < 2 else interval, f"{e.n}")
+    return (metric, *printed, ours, "-" if e.n < 2 or e.sd < NO_SPREAD else interval, f"{e.n}")
 
 
 _LABELS = {
