@@ -128,10 +128,9 @@ def _forward(rows: Tensor, keep: Tensor, before: int, norm: Norm) -> Tensor:
 
 
 @compiled
-def _backward(
-    dy: Tensor, x: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm, relu: bool
-) -> Tensor:
-    return torch.cat(norm_rows_backward(dy, x, keep, keep_reflected, before, norm, relu)).view(x.shape)
+def _backward(dy: Tensor, x: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm) -> Tensor:
+    dx = norm_rows_backward(dy, x, keep, keep_reflected, before, norm, relu=False)
+    return torch.cat(dx).view(x.shape)
 
 
 @compiled
@@ -165,20 +164,13 @@ def local_response_norm_backward(
     dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
 ) -> Tensor:
     """dy (N, C, ...) -> dx."""
-    return backward(dy.movedim(1, -1), x.movedim(1, -1), (size, alpha, beta, k), groups, relu=False).movedim(
-        -1, 1
-    )
-
-
-def backward(dy: Tensor, x: Tensor, norm: Norm, groups: int, relu: bool) -> Tensor:
-    """dy, x (N, ..., C) -> dx; with relu=True the ReLU in front of the norm included."""
-    dy, x = batched(dy.contiguous(), x.contiguous())
-    keep, keep_reflected, before = neighbours(x, norm[0], groups)
-    return _backward(dy, x, keep, keep_reflected, before, norm, relu)
+    dy, x = batched(dy.movedim(1, -1).contiguous(), x.movedim(1, -1).contiguous())
+    keep, keep_reflected, before = neighbours(x, size, groups)
+    return _backward(dy, x, keep, keep_reflected, before, (size, alpha, beta, k)).movedim(-1, 1)
 
 
 def backward_into(dx: Tensor, dy: Tensor, x: Tensor, norm: Norm, groups: int, relu: bool) -> None:
-    """`backward`, written into dx; all three (N, ..., C) contiguous."""
+    """dx of the norm, with relu=True that of the ReLU in front of it too; all three (N, ..., C) contiguous."""
     dy, x = batched(dy, x)
     keep, keep_reflected, before = neighbours(x, norm[0], groups)
     rows, pixels = dx.flatten(0, -2), x.shape[1:-1].numel()
