@@ -10,7 +10,7 @@ import pytest
 
 from alexnet.config import CONF
 from alexnet.reproduce.claims import Claim, Comparison, Number, Statistic, Test, Unit, load_claims
-from alexnet.reproduce.statistics import Direction, Word, seeds_needed
+from alexnet.reproduce.statistics import Direction, Word, paired_difference, seeds_needed
 from alexnet.reproduce.tables import (
     _TEXT_WIDTHS,
     WIDTH,
@@ -280,6 +280,19 @@ def test_json_keeps_fractions_and_has_no_nan():
     assert content[0]["effect"]["sd"] is None
     assert content[0]["expected"] == "lower"
     assert content[0]["paper"]["source"] == "section 3.3"
+
+
+def test_json_is_enough_to_compute_an_effect_again():
+    those = claim(NORMS)
+    arms = {
+        "with": dict(zip((4, 2, 1, 3), runs([0.40, math.nan, 0.42, 0.41]).values(), strict=True)),
+        "without": dict(zip((1, 2, 4), runs([0.44, 0.41, 0.41]).values(), strict=True)),
+    }
+    row = json.loads(json.dumps(as_json({those.name: those}, judged(those, Gathered(arms)))))[0]
+    assert row["seeds"] == [1, 4]  # 2 diverged in one arm, 3 is missing in the other
+    assert row["arms"]["with"]["values"] == [0.42, 0.40]
+    again = paired_difference(row["arms"]["with"]["values"], row["arms"]["without"]["values"])
+    assert [again.estimate, again.low, again.p] == [row["effect"][key] for key in ("estimate", "low", "p")]
 
 
 def test_every_shipped_claim_makes_rows_from_nothing_and_fits_the_table():

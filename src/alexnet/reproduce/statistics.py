@@ -59,11 +59,12 @@ class Source(StrEnum):
 
 @dataclass(frozen=True)
 class Summary:
-    """One arm: mean, standard deviation (nan for one run) and number of runs."""
+    """One arm: mean, standard deviation (nan for one run), number of runs, and what each of them gave."""
 
     mean: float
     sd: float
     n: int
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class Effect:
 
 
 def summarise(values: ArrayLike) -> Summary:
-    """Mean, standard deviation (n-1 in the denominator) and n."""
+    """Mean, standard deviation (n-1 in the denominator), n, and the values (n,) themselves."""
     x = _finite(values)
-    return Summary(float(x.mean()), float(x.std(ddof=1)) if x.size > 1 else float("nan"), x.size)
+    sd = float(x.std(ddof=1)) if x.size > 1 else float("nan")
+    return Summary(float(x.mean()), sd, x.size, tuple(x.tolist()))
 
 
 def paired_difference(treatment: ArrayLike, control: ArrayLike) -> Effect:

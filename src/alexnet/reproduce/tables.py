@@ -91,7 +91,10 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison in one metric. `effect` is None when there is nothing to compare yet; `note` says why."""
+    """One comparison in one metric. `effect` is None when there is nothing to compare yet; `note` says why.
+
+    `seeds` are those of the pairs behind it, in the order of the arms' values; empty where nets are tested twice.
+    """
 
     claim: str
     section: str
@@ -102,6 +105,7 @@ class Row:
     notes_2012: Number | None = None
     treatment: Summary | None = None
     control: Summary | None = None
+    seeds: tuple[int, ...] = ()
     effect: Effect | None = None
     p_holm: float | None = None
     verdict: Verdict | None = None
@@ -163,11 +167,18 @@ def _differences(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
     values = [
         _values(arms.get(arm, {}), row.metric) for arm in (row.comparison.treatment, row.comparison.control)
     ]
-    a, b, note = _pairs(row, *values)
-    if not a:
+    seeds, note = _pairs(row, *values)
+    if not seeds:
         return _without_pairs(row, note, diverged=bool(set(values[0]) & set(values[1])))
-    effect = paired_difference(a, b)
-    return dataclasses.replace(row, treatment=summarise(a), control=summarise(b), effect=effect, note=note)
+    a, b = ([of_arm[s] for s in seeds] for of_arm in values)
+    return dataclasses.replace(
+        row,
+        treatment=summarise(a),
+        control=summarise(b),
+        seeds=seeds,
+        effect=paired_difference(a, b),
+        note=note,
+    )
 
 
 def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
@@ -191,6 +202,7 @@ def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
         row,
         treatment=summarise(filled[0]),
         control=summarise(filled[1]),
+        seeds=tuple(seeds),
         effect=time_ratio(times[0], times[1], budget),
         note="; ".join(late),
     )
@@ -253,12 +265,12 @@ def _value(results: Mapping[str, float], metric: str) -> float:
     return first - sum(rest)
 
 
-def _pairs(row: Row, a: dict[int, float], b: dict[int, float]) -> tuple[list[float], list[float], str]:
+def _pairs(row: Row, a: dict[int, float], b: dict[int, float]) -> tuple[tuple[int, ...], str]:
     """The seeds both arms have, in order, without those in which a run diverged; and what was left out."""
     seeds = sorted(set(a) & set(b))
-    good = [s for s in seeds if math.isfinite(a[s]) and math.isfinite(b[s])]
+    good = tuple(s for s in seeds if math.isfinite(a[s]) and math.isfinite(b[s]))
     note = f"{len(seeds) - len(good)} of {len(seeds)} pairs diverged" if len(good) < len(seeds) else ""
-    return [a[s] for s in good], [b[s] for s in good], note or ("" if seeds else _missing(row, a, b))
+    return good, note or ("" if seeds else _missing(row, a, b))
 
 
 def _missing(row: Row, a: Mapping[int, Any], b: Mapping[int, Any]) -> str:
@@ -381,7 +393,7 @@ def _expected(row: Row) -> str:
 
 
 def as_json(claims: Mapping[str, Claim], rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Plain data, fractions and nats; numbers that are not finite become None."""
+    """Plain data, fractions and nats, with every run's value; numbers that are not finite become None."""
     return [_plain(row, claims[row.claim]) for row in rows]
 
 
@@ -518,6 +530,7 @@ def _plain(row: Row, claim: Claim) -> dict[str, Any]:
             "statistic": str(c.statistic),
             "expected": str(c.direction) if row.main else None,
             "margin": c.margin,
+            "seeds": row.seeds,
             "paper": row.paper and dataclasses.asdict(row.paper),
             "notes_2012": row.notes_2012 and dataclasses.asdict(row.notes_2012),
             "arms": {
