@@ -196,10 +196,10 @@ def test_missing_data_names_the_command_that_makes_them(compose: Callable[..., A
 
 
 def test_another_configuration_in_the_same_directory_is_refused(compose: Callable[..., Any]) -> None:
-    build.training(compose())
+    build.training(compose()).start()
     with pytest.raises(UserError, match=r"optim.lr: 0.01 there, 0.02 now.*overwrite=true"):
         build.training(compose("optim.lr=0.02"))
-    build.training(compose("optim.lr=0.02", "overwrite=true"))
+    build.training(compose("optim.lr=0.02", "overwrite=true")).start(overwrite=True)
     build.training(compose("optim.lr=0.02", "watchdog=warn"))  # not part of what a run is
 
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from alexnet import build, run_record
 from alexnet.callbacks import AveragedWeights, BestCheckpoint, Stalled, Watchdog
 from alexnet.checkpoint import load, read
-from alexnet.config import CONF, Evaluate
+from alexnet.config import CONF, Evaluate, Train
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.evaluate import evaluate
@@ -202,6 +202,25 @@ def test_a_run_is_trained_by_one_process_at_a_time(compose: Callable[..., Any]) 
     assert [path.name for path in directory.iterdir()] == ["lock"]
 
 
+def test_overwriting_spares_a_run_that_another_process_took_meanwhile(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands of the same second: the other one has the lock by the time that this one is built."""
+    config = compose("overwrite=true")
+    directory, built = build.run_directory(config), build.training
+    with ExitStack() as other:
+
+        def slow(config: Train) -> build.Training:
+            other.enter_context(locked(directory))
+            (directory / "metrics.csv").write_text("theirs")
+            return built(config)
+
+        monkeypatch.setattr(build, "training", slow)
+        with pytest.raises(UserError, match="is being trained by another process"):
+            train(config)
+    assert (directory / "metrics.csv").read_text() == "theirs"
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_lock_is_held_while_a_run_is_trained_and_no_longer(
     compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fails: bool
@@ -242,7 +261,7 @@ def test_other_images_under_the_same_name_are_another_run(
     for seed, name in enumerate(("a", "b")):
         root = str(tmp_path / name)
         prepare(PrepareConfig(name="synthetic", root=root, n_train=40, n_val=10, workers=0, seed=seed))
-    build.training(compose(f"data.root={tmp_path / 'a'}"))
+    build.training(compose(f"data.root={tmp_path / 'a'}")).start()
     with pytest.raises(UserError, match=r"holds a run with another configuration \(store\."):
         build.training(compose(f"data.root={tmp_path / 'b'}"))
 

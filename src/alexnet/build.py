@@ -28,7 +28,7 @@ from alexnet.data.module import ImageData, check_batch_size
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.optim import Schedule
-from alexnet.run_record import RunRecord, in_progress, open_record
+from alexnet.run_record import RunRecord, open_record
 
 # A precision of our own, beside lightning's.
 MASTERS = "bf16-masters"
@@ -56,6 +56,8 @@ class Training:
     trainer: pl.Trainer
     record: RunRecord
     directory: Path
+    resolved: dict[str, Any]  # backends, precision and device on this machine
+    keeps_freed_memory: bool
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -70,7 +72,7 @@ class Training:
     @property
     def device(self) -> torch.device:
         """Where the backends were resolved for; after `fit`, lightning has moved the module to the CPU."""
-        return torch.device(self.record.content["resolved"]["device"])
+        return torch.device(self.resolved["device"])
 
     @property
     def seconds(self) -> float:
@@ -81,6 +83,13 @@ class Training:
     @property
     def has_holdout(self) -> bool:
         return len(self.data.split[1]) > 0
+
+    def start(self, overwrite: bool = False) -> None:
+        """Writes run.json; with `overwrite` all else in the directory goes. For the process that has its lock."""
+        if overwrite:
+            clear(self.directory)
+        self.record.start(self.resolved)
+        self.record.update(keeps_freed_memory=self.keeps_freed_memory)
 
     def fit(self) -> None:
         """Trains, from the last checkpoint if there is one."""
@@ -100,8 +109,8 @@ def run_directory(config: Train) -> Path:
     return Path(config.output_dir) / "train" / str(config.name) / f"seed{config.seed}"
 
 
-def training(config: Train, look_for_others: bool = True) -> Training:
-    """Opens the data, the run's directory and the network. Raises UserError before anything is written."""
+def training(config: Train) -> Training:
+    """Opens the data, the run's record and the network; nothing is written. Raises UserError for what cannot be."""
     torch.set_float32_matmul_precision("highest")
     data = image_data(config)
     config.model.num_classes = checked_classes(config.model.num_classes, data)
@@ -127,14 +136,7 @@ def training(config: Train, look_for_others: bool = True) -> Training:
     has_holdout = len(data.split[1]) > 0
     made = trainer(config, directory, precision, has_holdout)
     check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)
-    if is_rank_zero() and not config.probe and not record.finished:
-        if look_for_others and in_progress(directory):
-            raise taken(directory)
-        if config.overwrite:
-            clear(directory)
-        record.start(resolved)
-        record.update(keeps_freed_memory=keeps)
-    return Training(classifier, data, made, record, directory)
+    return Training(classifier, data, made, record, directory, resolved, keeps)
 
 
 def clear(directory: Path) -> None:
@@ -144,12 +146,6 @@ def clear(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != "lock":
             path.unlink()
-
-
-def taken(directory: Path) -> UserError:
-    return UserError(
-        f"{directory} is being trained by another process: wait for it, or choose another name=..."
-    )
 
 
 def identity(config: Train, data: ImageData | None) -> dict[str, Any]:

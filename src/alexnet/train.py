@@ -11,6 +11,7 @@ from alexnet import build
 from alexnet.checkpoint import load
 from alexnet.config import Train
 from alexnet.data.module import ImageData
+from alexnet.errors import UserError
 from alexnet.evaluate import Result, log_probabilities, score, table
 from alexnet.probe import probe
 from alexnet.run_record import RunRecord, locked
@@ -24,13 +25,13 @@ def train(config: Train, lock: bool = True) -> float | None:
     The same configuration again resumes where it stopped, or only shows what a finished run left. Raises UserError
     where another process is at the same run; with lock=False nobody looks.
     """
-    run = build.training(config, look_for_others=lock)
+    run = build.training(config)
     if config.probe:
         _probe(run)
         return None
-    if build.is_rank_zero():
-        print(_headline(run))
     if run.record.finished:
+        if build.is_rank_zero():
+            print(_headline(run))
         print(f"This run is finished; overwrite=true starts it anew.\n\n{_summary(run.record)}")
         return holdout_error(run.record)
     if not build.is_rank_zero():
@@ -38,7 +39,11 @@ def train(config: Train, lock: bool = True) -> float | None:
         return None
     with locked(run.directory) if lock else nullcontext(True) as ours:
         if not ours:
-            raise build.taken(run.directory)
+            raise UserError(
+                f"{run.directory} is being trained by another process: wait for it, or choose another name=..."
+            )
+        run.start(config.overwrite)
+        print(_headline(run))
         run.fit()
         return finish(run, config)
 
@@ -81,7 +86,7 @@ def _picture(run: build.Training, config: Train, rows: list[dict[str, str]]) -> 
 
 
 def _evaluated(run: build.Training, split: str) -> Result:
-    classifier = load(run.best_checkpoint, run.record.content["resolved"]["backend"])
+    classifier = load(run.best_checkpoint, run.resolved["backend"])
     return evaluate_split(classifier, run.data, split, views=1, device=run.device, name="best epoch")
 
 
@@ -117,7 +122,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def _headline(run: build.Training) -> str:
-    resolved = run.record.content["resolved"]
+    resolved = run.resolved
     parameters = sum(p.numel() for p in run.classifier.net.parameters())
     backends = sorted(set(resolved["backend"].values()))
     lines = [

@@ -248,7 +248,7 @@ def test_an_interruption_is_no_divergence(data_dir, tmp_path, monkeypatch):
     settings = reduced(data_dir, tmp_path, "s5_decay")
 
     def full_disk(config, lock):
-        build.training(config, look_for_others=lock)
+        build.training(config).start()
         raise UserError("no space left")
 
     with monkeypatch.context() as patch:

@@ -189,7 +189,7 @@ def measure_speed(config: Train) -> Speed:
     """A few steps of the untrained network on a real batch; nothing is written."""
     started = time.monotonic()
     run = build.training(replace(copy.deepcopy(config), name="speed", probe=True, overwrite=False))
-    resolved = run.record.content["resolved"]
+    resolved = run.resolved
     classifier = run.classifier.to(resolved["device"])
     optimizer = classifier.make_optimizer()
     batch = _to(next(iter(run.data.train_dataloader())), classifier.device)
