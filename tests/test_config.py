@@ -60,6 +60,10 @@ def test_bare_training_is_the_quickstart() -> None:
     [
         ([], "quickstart"),
         (["experiment=none", "model=tiny"], "tiny-synthetic"),
+        (["model=tiny"], "tiny-synthetic"),
+        (["data=imagenette", "model=owt"], "owt-imagenette"),
+        (["optim.lr=0.02", "data.batch_size=32"], "quickstart"),
+        (["experiment=tiny_imagenet_cpu", "model=tiny"], "tiny_imagenet_cpu"),
         (["trainer=debug"], "quickstart-debug"),  # the real run has its directory to itself
         (["trainer=debug", "name=mine"], "mine"),
     ],
@@ -73,6 +77,19 @@ def test_a_run_is_named_by_what_is_run(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     command("train")(lambda config: named.append(config.name))()
     assert named == [name]
+
+
+def test_a_model_that_is_chosen_without_a_recipe_is_that_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The quickstart's half width, its five epochs and its two hidden layers of 1024 are its own."""
+    found: list[Any] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "model=paper", "data=imagenet"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    command("train")(found.append)()
+    assert found[0].model == ModelConfig(**plain(load(composed("train", "experiment=none")).model))
+    assert (found[0].model.width, found[0].model.hidden, found[0].optim.epochs) == (1.0, [4096, 4096], 90)
 
 
 def test_plain_data_comes_back_as_the_same_dataclass() -> None:

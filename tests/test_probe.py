@@ -9,6 +9,7 @@ from torch import nn
 from alexnet.errors import UserError
 from alexnet.layers import Dropout, LocalResponseNorm, ReluLrnPool, SameMapNorm
 from alexnet.model import AlexNet, ModelConfig
+from alexnet.optim_masters import Shadows
 from alexnet.probe import STALLS, explain_stall, probe
 
 CLASSES = 7
@@ -218,6 +219,17 @@ def test_the_dead_layer_nearest_the_loss_is_named():
     text = stalled(model)
     assert "fc6 is dead" in text
     assert "100%" in text
+
+
+def test_the_gradients_of_a_stall_are_those_of_the_shadows_that_did_the_work():
+    """bf16-masters: the parameters of the network get none themselves."""
+    model = network()
+    nn.init.constant_(model.fc6.bias, -100.0)
+    shadows = Shadows(model.eval(), torch.float64)
+    nn.functional.cross_entropy(shadows(images().double()), torch.arange(16) % CLASSES).backward()
+    text = explain_stall(model, math.log(CLASSES), CLASSES, 3000, shadows.of)
+    assert "fc6 is dead" in text
+    assert all(name in text for name in ("conv1", "fc8"))
 
 
 def test_divergence_names_the_layer_and_the_rate():

@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 import pytest
 
-from alexnet.config import CONF, SCHEMAS, Train, load, register
+from alexnet.config import CONF, SCHEMAS, Train, as_chosen, load, register
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +26,8 @@ def test_every_command_of_the_readme_composes(command: str) -> None:
     sweep = "-m" in overrides
     if name == "reproduce":  # the script does the same, and says why
         overrides = [re.sub(r"^claim=(.*)", r"claims=[\1]", o) for o in overrides]
+    if name == "train":
+        overrides = as_chosen(overrides)
     plain = [re.sub(r"=([^\[,]*),.*", r"=\1", o) if sweep else o for o in overrides if o != "-m"]
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

@@ -20,7 +20,7 @@ import torch
 from alexnet import build, run_record
 from alexnet.callbacks import AveragedWeights, BestCheckpoint, Stalled, Watchdog
 from alexnet.checkpoint import load, read
-from alexnet.config import CONF, Evaluate, Train
+from alexnet.config import CONF, Evaluate, Train, _quiet
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.evaluate import evaluate
@@ -342,7 +342,7 @@ def test_conv1_is_slowed_and_frozen_by_epoch(compose: Callable[..., Any]) -> Non
     assert torch.equal(kernels[1], kernels[2])
 
 
-def test_watchdog_explains_a_plateau(compose: Callable[..., Any]) -> None:
+def test_watchdog_explains_a_plateau(compose: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     """The paper's text at an eighth of the width stands at ln(10); the fan-in rule's weights do not."""
     stalled = [
         "model.init=normal",
@@ -354,7 +354,10 @@ def test_watchdog_explains_a_plateau(compose: Callable[..., Any]) -> None:
         train(config)
     assert "conv1" in str(caught.value)
     train(compose(*stalled, "watchdog_steps=10", "evaluate=false", "watchdog=off", "overwrite=true"))
+    assert "ln(10)" not in capsys.readouterr().out
+    _quiet()  # as every script does
     train(compose(*stalled, "watchdog_steps=10", "evaluate=false", "watchdog=warn", "overwrite=true"))
+    assert capsys.readouterr().out.count("ln(10)") == 1
 
 
 def test_watchdog_explains_nan(compose: Callable[..., Any]) -> None:

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from alexnet.classifier import Classifier
 from alexnet.errors import UserError
@@ -280,12 +280,13 @@ class Watchdog(Callback):
         mean, classes = float(self.mean), len(pl_module.classes)
         stalled = trainer.global_step >= self.steps and abs(mean / math.log(classes) - 1) < 0.01
         if stalled or not math.isfinite(mean):
-            self._report(explain_stall(pl_module.net, mean, classes, trainer.global_step))
+            used = None if pl_module.shadows is None else pl_module.shadows.of
+            self._report(explain_stall(pl_module.net, mean, classes, trainer.global_step, used))
 
     def _report(self, text: str) -> None:
         self.warned = True
         if self.mode == "warn":
-            rank_zero_info(text)
+            rank_zero_only(print)(text, flush=True)  # scripts silence Lightning's own messages
             return
         raise Stalled(text + "\nwatchdog=warn goes on all the same.")
 

@@ -162,6 +162,8 @@ def command(name: str, config_dir: Path = CONF) -> Callable[[Callable[[Any], Any
         def entry() -> None:
             _quiet()
             register()
+            if name == "train":
+                sys.argv[1:] = as_chosen(sys.argv[1:])
             app = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=name)
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 app(run)()
@@ -176,6 +178,16 @@ def command(name: str, config_dir: Path = CONF) -> Callable[[Callable[[Any], Any
         return entry
 
     return decorate
+
+
+def as_chosen(arguments: Sequence[str]) -> list[str]:
+    """The arguments of train.py, with `experiment=none` where a model or a data set is chosen and no recipe.
+
+    The quickstart is what nobody chose: it would halve the width of model=paper and train it for five epochs.
+    """
+    chosen = any(re.match(r"(model|data)=", argument) for argument in arguments)
+    recipe = any(re.match(r"\+{0,2}experiment=", argument) for argument in arguments)
+    return [*arguments, *(["experiment=none"] if chosen and not recipe else [])]
 
 
 def _in_one_line(

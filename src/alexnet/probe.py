@@ -26,7 +26,7 @@ eight.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -160,7 +160,7 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Pro
             labels = torch.arange(len(images), device=images.device) % logits.shape[1]
         loss = F.cross_entropy(logits, labels)
         loss.backward()
-        ratios = {name: ratio for name, ratio, _ in _gradients(model)}
+        ratios = {name: ratio for name, ratio, _ in _gradients(model, dict(model.named_parameters()))}
     return Probe(
         images=len(images),
         classes=logits.shape[1],
@@ -274,28 +274,33 @@ def _quantiles(name: str, s: Tensor) -> Denominators:
     return Denominators(name, median, p99, float(s.max()))
 
 
-def _gradients(model: nn.Module) -> Iterator[tuple[str, float, float]]:
+def _gradients(model: nn.Module, used: Mapping[str, Tensor]) -> Iterator[tuple[str, float, float]]:
     """(layer, |g|/|w|, share of units that got no gradient at all) of all layers with a gradient.
 
     Silent inputs take the gradient from a unit's weights too, but not from its bias.
     """
     for name, module in model.named_modules():
-        w = _weight(module)
-        if w is not None and w.grad is not None:
+        if _weight(module) is None:
+            continue
+        w = used[f"{name}.weight"]
+        if w.grad is not None:
             silent = (w.grad.flatten(1) == 0).all(1) if w.dim() > 1 else w.grad == 0
-            bias = getattr(module, "bias", None)
+            bias = used.get(f"{name}.bias")
             if bias is not None and bias.grad is not None:
                 silent = silent & (bias.grad == 0)
-            yield name, float(w.grad.norm() / w.detach().norm()), float(silent.float().mean())
+            yield name, float(w.grad.float().norm() / w.detach().float().norm()), float(silent.float().mean())
 
 
-def explain_stall(model: nn.Module, loss: float, classes: int, step: int) -> str:
+def explain_stall(
+    model: nn.Module, loss: float, classes: int, step: int, used: Mapping[str, Tensor] | None = None
+) -> str:
     """Why training stands still, from the gradients of the last step: several lines for the terminal.
 
-    `model` still holds the gradients of that step. A unit is called dead when no image of the batch gave
-    its weights or its bias any gradient.
+    `model` still holds the gradients of that step, or `used`, {name: parameter}, does where it was computed with
+    others than its own (optim_masters.Shadows.of). A unit is called dead when no image of the batch gave its weights
+    or its bias any gradient.
     """
-    rows = list(_gradients(model))
+    rows = list(_gradients(model, dict(model.named_parameters()) if used is None else used))
     lines = [_what(loss, classes, step), f"{'layer':<30}{'|g|/|w|':>12}{'dead':>8}"]
     lines += [f"{name[:29]:<30}{ratio:>12.1e}{dead:>8.0%}" for name, ratio, dead in rows]
     return "\n".join([*lines, _next_step(model, loss, rows)])
