@@ -39,6 +39,7 @@ def trained(config: Any) -> tuple[Graphs, dict[str, Tensor]]:
     run = build.training(config)
     graphs = Graphs()
     run.trainer.callbacks.append(graphs)  # type: ignore[attr-defined]
+    run.start()
     run.fit()
     return graphs, run.classifier.state_dict()
 

@@ -1,6 +1,7 @@
 """A whole run in a second: what it leaves, what it refuses, what its checkpoint is good for."""
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -8,7 +9,9 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,10 +71,13 @@ def test_epoch_rows_are_means_over_the_epoch_s_images(run: Path) -> None:
     """Batches 1 to 6 hold 16 images, two to a window, and batch 7 holds 14: its loss is what is left of the mean."""
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    epoch = next(float(row["train/loss"]) for row in rows if row["holdout/loss"])
-    windows = [float(row["train/loss"]) for row in rows if not row["holdout/loss"]][:3]
-    last_batch = (epoch * 110 - sum(windows) * 32) / 14
-    assert 0 < last_batch < 2 * epoch
+    epoch, epoch_2 = (float(row["train/loss"]) for row in rows if row["holdout/loss"])
+    windows = [float(row["train/loss"]) for row in rows if not row["holdout/loss"]]
+    # Steps 7 and 8 share a window: the last batch of an epoch, 14 images, and the first of the next, 16.
+    last_batch = (epoch * 110 - sum(windows[:3]) * 32) / 14
+    first_of_next = (windows[3] * 30 - last_batch * 14) / 16
+    last_of_all = (epoch_2 * 110 - first_of_next * 16 - sum(windows[4:6]) * 32) / 30
+    assert windows[6] == pytest.approx(last_of_all, rel=1e-5)
 
 
 def test_a_checkpoint_is_tensors_and_plain_data(run: Path) -> None:
@@ -194,6 +200,21 @@ def test_a_mistake_leaves_nothing_behind(compose: Callable[..., Any], tmp_path: 
         assert not (tmp_path / "train").exists(), mistake
 
 
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("trainer.max_epochs=3", "set optim.epochs alone"),
+        ("+trainer.max_steps=3", "set optim.epochs, or trainer.limit_train_batches"),
+        ("+trainer.max_time=00:00:10:00", "the same command resumes"),
+        ("+trainer.accumulate_grad_batches=2", "set data.batch_size"),
+    ],
+)
+def test_a_run_is_as_long_as_its_schedule(compose: Callable[..., Any], override: str, remedy: str) -> None:
+    with pytest.raises(UserError, match=remedy) as caught:
+        build.training(compose(override))
+    assert override.lstrip("+") in str(caught.value)
+
+
 def test_a_run_is_trained_by_one_process_at_a_time(compose: Callable[..., Any]) -> None:
     config = compose()
     directory = build.run_directory(config)
@@ -219,6 +240,33 @@ def test_overwriting_spares_a_run_that_another_process_took_meanwhile(
         with pytest.raises(UserError, match="is being trained by another process"):
             train(config)
     assert (directory / "metrics.csv").read_text() == "theirs"
+
+
+def test_a_run_that_another_process_began_or_ended_meanwhile_is_not_written_over(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration was never compared with this one's, and it may be finished."""
+    config, built = compose(), build.training
+
+    def slow(config: Train) -> build.Training:
+        run = built(config)
+        built(compose("optim.lr=0.02")).start()
+        return run
+
+    monkeypatch.setattr(build, "training", slow)
+    with pytest.raises(UserError, match="was written by another process meanwhile"):
+        train(config)
+    assert json.loads((build.run_directory(config) / "run.json").read_text())["config"]["optim"]["lr"] == 0.02
+
+
+def test_a_look_at_a_run_keeps_nobody_from_starting_it(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        pass
+    with (tmp_path / "lock").open() as looking, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        pool.submit(lambda: (time.sleep(run_record.LOOK / 5), fcntl.flock(looking, fcntl.LOCK_UN)))
+        with locked(tmp_path) as ours:
+            assert ours
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -290,6 +338,7 @@ def test_a_moved_run_remembers_its_best_epoch(
             train(here)
     (tmp_path / "here").rename(tmp_path / "there")
     there = build.training(compose(*overrides, f"output_dir={tmp_path / 'there'}"))
+    there.start()
     there.fit()
     best = next(c for c in there.trainer.callbacks if isinstance(c, BestCheckpoint))
     errors = [
@@ -337,6 +386,7 @@ def test_conv1_is_slowed_and_frozen_by_epoch(compose: Callable[..., Any]) -> Non
     run.classifier.on_train_epoch_end = lambda: kernels.append(
         run.classifier.net.conv1.weight.detach().clone()
     )
+    run.start()
     run.fit()
     assert not torch.equal(kernels[0], kernels[1])  # epochs 0 and 1 train; 2 of 3 begins past one half
     assert torch.equal(kernels[1], kernels[2])

@@ -47,6 +47,14 @@ NOT_IDENTITY = (
 )
 
 
+# Arguments of lightning.Trainer that would end a run, or step its rate, elsewhere than its schedule does.
+NOT_OURS = {
+    "max_steps": "set optim.epochs, or trainer.limit_train_batches for shorter epochs",
+    "max_time": "stop the process instead, the same command resumes with the same bits",
+    "accumulate_grad_batches": "set data.batch_size, one update is one minibatch",
+}
+
+
 @dataclass
 class Training:
     """Everything of one run, ready to start."""
@@ -196,6 +204,7 @@ def checked_classes(asked: int | None, data: ImageData) -> int:
 
 def trainer(config: Train, directory: Path, precision: str, has_holdout: bool) -> pl.Trainer:
     """lightning.Trainer from conf/trainer/*.yaml, with our callbacks and those of conf/callbacks and conf/logger."""
+    check_length(config)
     arguments = dict(config.trainer)
     bar, _ = arguments.pop("enable_progress_bar"), arguments.pop("keep_freed_memory", None)
     checkpoints = directory / "checkpoints"
@@ -228,6 +237,20 @@ def trainer(config: Train, directory: Path, precision: str, has_holdout: bool) -
             use_distributed_sampler=False,
             _convert_="all",
         )
+
+
+def check_length(config: Train) -> None:
+    """Raises UserError where Lightning would train longer, shorter or in other steps than the schedule counts."""
+    if config.trainer["max_epochs"] != config.optim.epochs:
+        raise UserError(
+            f"trainer.max_epochs={config.trainer['max_epochs']}, but the schedule is of optim.epochs="
+            f"{config.optim.epochs}: set optim.epochs alone"
+        )
+    for key, remedy in NOT_OURS.items():
+        if config.trainer.get(key) not in (None, 1, -1):
+            raise UserError(
+                f"trainer.{key}={config.trainer[key]} does not fit the schedule of a run: {remedy}"
+            )
 
 
 def is_rank_zero() -> bool:

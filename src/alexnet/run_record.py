@@ -5,6 +5,7 @@ or says that it is finished. Another configuration in the same directory is an e
 """
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from alexnet.errors import UserError
 
+LOOK = 0.05  # seconds; longer than in_progress takes
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "alexnet")
 
 
@@ -32,6 +34,7 @@ class RunRecord:
 
     directory: Path
     content: dict[str, Any]
+    opened: dict[str, Any] | None = None  # what lay there when it was opened
 
     @property
     def finished(self) -> bool:
@@ -40,6 +43,13 @@ class RunRecord:
     @property
     def seconds(self) -> float:
         return float(self.content.get("seconds", 0.0))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether no other process has written the record since it was opened here."""
+        path = self.directory / "run.json"
+        there = json.loads(path.read_text()) if path.exists() else None
+        return there == self.opened
 
     def update(self, **values: Any) -> None:
         self.content.update(values)
@@ -66,8 +76,9 @@ def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any
     `fresh`. Nothing is written yet.
     """
     path = directory / "run.json"
-    if path.exists() and not fresh:
-        record = RunRecord(directory, json.loads(path.read_text()))
+    there = json.loads(path.read_text()) if path.exists() else None
+    if there is not None and not fresh:
+        record = RunRecord(directory, copy.deepcopy(there), there)
         changed = differences(record.content["config"], config)
         if changed:
             raise UserError(
@@ -76,7 +87,7 @@ def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any
             )
         return record
     content = {"state": "running", "command": command_line(), "config": config, "resolved": resolved}
-    return RunRecord(directory, {**content, **environment()})
+    return RunRecord(directory, {**content, **environment()}, there)
 
 
 @contextlib.contextmanager
@@ -84,9 +95,11 @@ def locked(directory: Path) -> Iterator[bool]:
     """Whether this process now has the run to itself; a lock ends with its process, however that ends."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        ours = _try_lock(file)
+        if not ours:  # somebody may only have looked
+            time.sleep(LOOK)
+            ours = _try_lock(file)
+        if not ours:
             yield False
             return
         try:
@@ -96,15 +109,19 @@ def locked(directory: Path) -> Iterator[bool]:
 
 
 def in_progress(directory: Path) -> bool:
-    """Whether another process has it."""
+    """Whether another process has it. For an instant nobody else can take it: `locked` tries twice."""
     if not (directory / "lock").exists():
         return False
-    with (directory / "lock").open() as file:  # shared: looking keeps nobody from starting
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    with (directory / "lock").open() as file:
+        return not _try_lock(file, fcntl.LOCK_SH)  # shared: two that look do not see each other
+
+
+def _try_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    return True
 
 
 def differences(there: Any, now: Any, key: str = "") -> list[str]:

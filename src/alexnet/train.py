@@ -42,6 +42,10 @@ def train(config: Train, lock: bool = True) -> float | None:
             raise UserError(
                 f"{run.directory} is being trained by another process: wait for it, or choose another name=..."
             )
+        if not run.record.is_current:
+            raise UserError(
+                f"{run.directory} was written by another process meanwhile: run the same command again"
+            )
         run.start(config.overwrite)
         print(_headline(run))
         run.fit()

@@ -178,7 +178,7 @@ def test_printed_commands_are_the_jobs(data_dir, tmp_path, no_training, capsys):
     assert "2 runs whose rate the tuning runs above decide" in later
     assert "claim=s5_init,s3_1_relu" in own
     those = [job for job in jobs_of(claims_of(settings), settings) if not job.undecided]
-    assert len(lines) == len(those) == 5 + 4
+    assert len(lines) == len(those) == 6 + 4
     for line, job in zip(lines, those, strict=True):
         python, script, *arguments = shlex.split(line)
         assert (python, script) == ("python", "scripts/train.py")
