@@ -123,9 +123,12 @@ def test_runs_of_several_states_of_the_code_are_marked(finished: Reproduce, tmp_
     reproduce(mixed)
     assert "WARNING" not in capsys.readouterr().out
     record = json.loads((path := tmp_path / "train/smoke/s4_2_dropout/none/seed1/run.json").read_text())
-    path.write_text(json.dumps({**record, "git_before": [{"commit": "f" * 40, "changed": True}]}))  # resumed
+    resumed = {**record, "git_before": [{"commit": "f" * 40, "changed": True}]}
+    path.write_text(json.dumps({**resumed, "resolved": {**record["resolved"], "precision": "bf16-mixed"}}))
     reproduce(mixed)
-    assert "WARNING   s4_2_dropout compares runs of 2 states" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "WARNING   s4_2_dropout compares runs of 2 states of the code" in out
+    assert "WARNING   s4_2_dropout compares runs of 2 devices or precisions: cpu, 32-true, cpu, bf16" in out
     assert "Runs of 2 states of the code" in (report_directory(mixed) / "report.html").read_text()
 
 

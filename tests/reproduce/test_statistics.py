@@ -160,6 +160,11 @@ def test_a_censored_run_makes_the_ratio_a_bound_that_only_speaks_for_its_side():
     both = st.time_ratio([None, 1.0, 1.0], [5.0, None, 5.0], budget=10.0)
     assert both.bound == "?"
     assert "larger budget" in st.verdict(both, Direction.LOWER).sentence
+    # Equal to the last digit, as when all controls arrive in the first row: nothing tells how much they vary.
+    equal = st.time_ratio([None, None, None], [2.0, 2.0, 2.0], budget=10.0)
+    assert st.verdict(equal, Direction.HIGHER).word is Word.OPEN
+    neither = st.time_ratio([None, None], [None, None], budget=10.0)
+    assert "larger budget" in st.verdict(neither, Direction.HIGHER).sentence
 
 
 BELOW = st.paired_difference([-1.0, -1.1, -0.9], [0.0, 0.0, 0.0])

@@ -319,8 +319,23 @@ def _check(claim: Claim, file: str) -> None:
             f"{file}: recipe names {', '.join(claim.recipe)}: name one per scale ({', '.join(SCALES)})"
         )
     _check_overrides(claim, file)
+    _check_tune(claim, file)
     for comparison in claim.comparisons:
         _check_comparison(claim, comparison, f"{file}: {comparison.name}")
+
+
+def _check_tune(claim: Claim, file: str) -> None:
+    if claim.tune is None:
+        return
+    for scale in SCALES:
+        if not claim.tune.values.get(scale):
+            raise UserError(
+                f"{file}: tune.values.{scale} is empty: give at least one value of {claim.tune.key}"
+            )
+    if not claim.comparisons or claim.comparisons[0].statistic is not Statistic.time_ratio:
+        raise UserError(
+            f"{file}: tune chooses by a time to a threshold: make the first comparison a time_ratio"
+        )
 
 
 def _check_overrides(claim: Claim, file: str) -> None:
@@ -344,10 +359,29 @@ def _check_comparison(claim: Claim, c: Comparison, where: str) -> None:
         raise UserError(f"{where}: threshold belongs to statistic=time_ratio: give both or neither")
     if (c.direction is Direction.SAME) != (c.margin is not None):
         raise UserError(f"{where}: margin belongs to direction=same: give both or neither")
+    _check_splits([c.metric], c.statistic, where)
+    ratio = c.statistic is Statistic.time_ratio
+    _check_splits(c.also, Statistic.difference if ratio else c.statistic, where)
     for n in numbers:
         unit = Unit.times if c.statistic is Statistic.time_ratio else METRICS[n.metric]
         if n.unit is not unit:
             raise UserError(f"{where}: {n.value} {n.unit} of {n.metric} should be in {unit}")
+
+
+# What each statistic is computed from: a running curve, the end of a run, or answers to single test images.
+_SPLITS = {
+    Statistic.time_ratio: ("train",),
+    Statistic.difference: ("val", "holdout", "train_eval", "gap", "conv1"),
+    Statistic.within_net: ("val", "retrieval"),
+}
+
+
+def _check_splits(metrics: Iterable[str], statistic: Statistic, where: str) -> None:
+    for metric in metrics:
+        if metric.partition("/")[0] not in _SPLITS[statistic]:
+            raise UserError(
+                f"{where}: metric {metric} has no {statistic}: use one of {', '.join(_SPLITS[statistic])}/..."
+            )
 
 
 def _check_known(names: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -133,11 +133,14 @@ def report_directory(settings: Reproduce) -> Path:
 
 
 def _mixed(sections: Sequence[Section]) -> list[str]:
-    """A warning where runs of different code are compared."""
-    commits = {s.claim.name: s.provenance["commits"] for s in sections}
+    """A warning where runs of different code, versions, machines or precisions are compared."""
+    kinds = {"commits": "states of the code", "torch": "versions of torch", "hardware": "machines"}
+    kinds["device"] = "devices or precisions"
     return [
-        f"WARNING   {name} compares runs of {len(of)} states of the code: {', '.join(of)}"
-        for name, of in commits.items()
+        f"WARNING   {s.claim.name} compares runs of {len(of)} {kind}: {', '.join(of)}"
+        for s in sections
+        for key, kind in kinds.items()
+        if (of := s.provenance[key])
         if len(of) > 1
     ]
 

@@ -14,6 +14,9 @@ Times (epochs until the mean over an epoch is at a fixed training error) are com
 arithmetic on log(time), taken back by exp. A run that never arrives is *censored*: it enters with the latest time
 that could have been seen, and the ratio becomes a bound.
 
+All seeds are judged by the same test images, so an interval over seeds speaks of other training runs and of these
+images. What the choice of the images adds is common to all pairs and does not shrink with their number.
+
 Only where one net is compared with itself (ten views against one) do images, not seeds, carry the interval:
 a bootstrap over images, which says nothing about another training run and is labelled so.
 
@@ -316,7 +319,7 @@ def verdict(
         return Verdict(Word.REPORTED, f"reported: {_seen(effect)}")
     if effect.source is Source.SEEDS and effect.n < min_n:
         return Verdict(Word.OPEN, f"{Word.OPEN} (would need {min_n} seeds, has {effect.n})")
-    if not effect.bound and effect.sd < NO_SPREAD:
+    if effect.bound != "?" and effect.sd < NO_SPREAD:
         return Verdict(
             Word.OPEN, f"{Word.OPEN} (all differences are equal: nothing tells how much they vary)"
         )
