@@ -197,12 +197,25 @@ def test_printed_model_names_the_backend_of_every_layer() -> None:
         ({"dropout": 1.0}, "dropout"),
         ({"width": 0.0}, "width"),
         ({"towers": 0}, "towers"),
+        ({"padding": [[0, 3, 0, 0], *[[1] * 4] * 4]}, r"model.padding: \[0, 3, 0, 0\]"),
+        ({"padding": [[-1] * 4] * 5}, r"model.padding: \[-1"),
+        ({"hidden": [0, 4]}, r"model.hidden=\[0, 4\]"),
+        ({"init_std": [-1.0] * 8}, "model.init_std"),
+        ({"lrn_k": 0.0}, "model.lrn_k=0.0"),
     ],
 )
 def test_a_wrong_switch_is_named_in_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         AlexNet(preset("mini", **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_of_another_size_is_refused_although_rounding_up_would_take_it() -> None:
+    net = AlexNet(preset("mini", width=0.0625, hidden=[4, 4], num_classes=2)).eval()
+    for shape in [(1, 3, 57, 57), (1, 1, 56, 56), (1, 3, 56, 55), (3, 56, 56)]:
+        with pytest.raises(UserError, match=r"do not fit model.image_px=56: give \(N, 3, 56, 56\)"):
+            net(torch.zeros(shape))
+    assert net(torch.zeros(1, 3, 56, 56)).shape == (1, 2)
 
 
 def test_presets_are_the_files_of_conf() -> None:

@@ -242,8 +242,16 @@ def test_conv1_is_slowed_then_frozen():
         ("momentum", 1.0),
         ("warmup", 1.0),
         ("weight_decay", -1e-4),
+        ("patience", -1),
+        ("drops", -1),
+        ("conv1_slow_at", -3.0),
     ],
 )
 def test_impossible_values_are_refused(key, value):
     with pytest.raises(UserError, match=f"optim.{key}={value}"):
         OptimConfig(**{key: value})
+
+
+def test_milestones_are_fractions_of_training():
+    with pytest.raises(UserError, match=r"optim.milestones=\[2.0, 3.0\]: fractions"):
+        OptimConfig(milestones=[2.0, 3.0])

@@ -179,9 +179,22 @@ def _check_ranges(config: ModelConfig) -> None:
         raise UserError(f"model.num_classes={config.num_classes}: a classifier needs at least 2")
     if config.towers < 1:
         raise UserError(f"model.towers={config.towers}: use 2 (two GPUs of 2012) or 1")
-    for name, values in {"kernel_size": config.kernel_size, "stride": config.stride}.items():
-        if min(values) < 1:
-            raise UserError(f"model.{name}={values}: every entry must be at least 1")
+    for name in ("channels", "kernel_size", "stride", "hidden"):
+        if min(getattr(config, name)) < 1:
+            raise UserError(f"model.{name}={getattr(config, name)}: every entry must be at least 1")
+    for left, right, top, bottom in config.padding:
+        if min(left, right, top, bottom) < 0 or left + right != top + bottom:
+            raise UserError(
+                f"model.padding: [{left}, {right}, {top}, {bottom}] is (left, right, top, bottom): none may be "
+                "negative, and maps stay square only where left + right = top + bottom"
+            )
+    if min(config.init_std) < 0:
+        raise UserError(f"model.init_std={config.init_std}: a standard deviation must not be negative")
+    if config.lrn_size < 1 or config.lrn_k <= 0 or config.lrn_alpha < 0:
+        raise UserError(
+            f"model.lrn_size={config.lrn_size}, model.lrn_k={config.lrn_k}, model.lrn_alpha={config.lrn_alpha}: "
+            "the response norm needs a window of at least 1, k > 0 and alpha >= 0"
+        )
     if min(config.pool_size, config.pool_stride) < 1:
         raise UserError(
             f"model.pool_size={config.pool_size}, model.pool_stride={config.pool_stride}: both must be at least 1"
@@ -294,7 +307,13 @@ class AlexNet(nn.Module):
         return self.fc8(self.last_hidden(self.features(x), dropout_key, first_row))
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> pool5 (N, C, 6, 6) for the paper's sizes."""
+        """(N, 3, image_px, image_px) -> pool5 (N, C, 6, 6) for the paper's sizes. UserError for other images."""
+        px = self.config.image_px
+        if tuple(x.shape[1:]) != (3, px, px):
+            raise UserError(
+                f"images {tuple(x.shape)} do not fit model.image_px={px}: give (N, 3, {px}, {px}), or build the "
+                "network with their size"
+            )
         x = self.block1(self.conv1(x))
         x = self.block2(self.conv2(x))
         for name in ("conv3", "conv4", "conv5"):

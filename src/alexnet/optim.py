@@ -55,7 +55,7 @@ class OptimConfig:
     bias_anneals: bool = True
     epochs: int = 90
     schedule: Schedule = Schedule.plateau
-    # plateau: epochs without a better holdout error before a drop, and how many drops there are.
+    # plateau: how many epochs without a better holdout error are borne (the next one drops the rate); number of drops.
     patience: int = 5
     drops: int = 3
     # steps: fractions of training at which the rate is divided by 10 (epochs 25, 51, 79 of 91 in the notes).
@@ -78,8 +78,14 @@ class OptimConfig:
         for name, value in {**unit, "ema_decay": self.ema_decay}.items():
             if not 0 <= value < 1:
                 raise UserError(f"optim.{name}={value} must be in [0, 1)")
-        if self.weight_decay < 0:
-            raise UserError(f"optim.weight_decay={self.weight_decay} must not be negative")
+        counts = {"weight_decay": self.weight_decay, "patience": self.patience, "drops": self.drops}
+        for name, value in counts.items():
+            if value < 0:
+                raise UserError(f"optim.{name}={value} must not be negative")
+        fractions = {"conv1_slow_at": [self.conv1_slow_at], "conv1_frozen_at": [self.conv1_frozen_at]}
+        for name, values in {**fractions, "milestones": self.milestones}.items():
+            if not all(0 <= value <= 1 for value in values):
+                raise UserError(f"optim.{name}={getattr(self, name)}: fractions of training are in [0, 1]")
 
 
 Tensors = list[Tensor]

@@ -98,7 +98,8 @@ class FusedKrizhevsky(Krizhevsky):
         gradients = [self.shadow.get(p, p).grad for p in masters]
         velocities = [self._velocity(p) for p in masters]
         shadows = [self.shadow[p].detach() for p in masters if p in self.shadow]
-        lr = torch.tensor(rate, dtype=torch.float32, device=masters[0].device)
+        # Filled there: a number copied to a GPU would wait for it.
+        lr = torch.full((), rate, dtype=torch.float32, device=masters[0].device)
         self._update([p.detach() for p in masters], gradients, velocities, shadows, lr, momentum, decay)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -1,8 +1,10 @@
 import sys
+from functools import partial
 
 import pytest
 import torch
 
+from alexnet import layers
 from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.layers.backend import (
@@ -37,6 +39,24 @@ def test_native_is_no_pair():
 def test_an_unknown_backend_is_refused_by_name(operation):
     with pytest.raises(UserError, match=f"'cuda' is no pair for {operation}: choose one of reference"):
         pair_for(operation, "cuda")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "fast", "fastest"])
+def test_a_module_refuses_what_is_no_pair_when_it_is_built(backend):
+    """`fast` is a choice for a whole network and a kind of device; a module stores what it came to."""
+    modules = [lambda backend: layers.Conv2d(4, 4, 3, backend=backend)]
+    modules += [
+        lambda backend: layers.Linear(4, 4, backend=backend),
+        lambda backend: layers.MaxPool2d(3, backend=backend),
+    ]
+    modules += [partial(m, 5) for m in (layers.LocalResponseNorm, layers.SameMapNorm, layers.ReluLrnPool)]
+    modules += [layers.ReLU, layers.Tanh, layers.Dropout, layers.CrossEntropyLoss]
+    assert len(modules) == len(OPERATIONS)
+    for module in modules:
+        with pytest.raises(
+            UserError, match=f"backend='{backend}' is no pair for .*: choose one of reference"
+        ):
+            module(backend=backend)
 
 
 def test_a_missing_tool_is_named_with_the_way_out(monkeypatch):

@@ -379,12 +379,19 @@ def test_an_empty_batch_passes():
         ({"groups": 1}, "do not fit with groups=1"),
         ({"padding": 0, "input": X[..., :1, :]}, "a 2x3 kernel does not fit into 1x8 pixels"),
         ({"input": X[0]}, r"give input \(N, C, H, W\)"),
+        ({"weight": W[0]}, r"and weight \(O, C/groups, R, S\)"),
+        ({"bias": B[:1]}, r"bias \(1,\) is not one number per output: give \(6,\)"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message) as refusal:
         conv2d(**{"input": X, "weight": W, "bias": B, "groups": 2} | arguments)
     assert "\n" not in str(refusal.value)
+
+
+def test_one_number_in_a_tuple_is_for_both_axes_as_in_torch():
+    ours = conv2d(X, W, B, (2,), groups=2)
+    torch.testing.assert_close(ours, torch.nn.functional.conv2d(X, W, B, (2,), groups=2))
 
 
 @pytest.mark.parametrize("arguments", [{"dilation": 2}, {"padding_mode": "reflect"}, {"padding": "same"}])

@@ -145,7 +145,18 @@ def test_unknown_options_are_refused(options, message):
         cross_entropy(X, T, **options)
 
 
-@pytest.mark.parametrize(("x", "target"), [(X, T[:5]), (X, X), (X[0], T[0]), (X[..., None], T[:, None])])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_no_class_is_left_out_in_silence(backend):
+    """-100 is torch's word for an image to skip; here it is a class that does not exist."""
+    target = T.clone()
+    target[1] = -100
+    with pytest.raises((IndexError, RuntimeError)):
+        cross_entropy(X, target, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("x", "target"), [(X, T[:5]), (X, X), (X, T > 0), (X[0], T[0]), (X[..., None], T[:, None])]
+)
 def test_other_shapes_and_class_probabilities_are_refused(x, target):
     with pytest.raises(UserError, match=r"Give logits \(N, K\) and class indices \(N\)"):
         cross_entropy(x, target)

@@ -246,7 +246,11 @@ def test_second_derivative_is_refused():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"p": 1.5}, "p=1.5 is no probability"), ({"mode": "alpha"}, "mode='alpha' is unknown")],
+    [
+        ({"p": 1.5}, "p=1.5 is no probability"),
+        ({"mode": "alpha"}, "mode='alpha' is unknown"),
+        ({"inplace": True}, "inplace=True is not offered"),
+    ],
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):

@@ -166,6 +166,11 @@ def test_defaults_are_those_of_torch():
     torch.testing.assert_close(local_response_norm(x, 5), F.local_response_norm(x, 5))
 
 
+def test_module_refuses_no_tower():
+    with pytest.raises(UserError, match="groups=0 is no number of towers"):
+        LocalResponseNorm(5, groups=0)
+
+
 def test_second_derivative_is_refused():
     assert_once_differentiable(norm(5), X)
 

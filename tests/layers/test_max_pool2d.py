@@ -160,6 +160,15 @@ def test_a_nan_shows_and_the_gradient_goes_where_torch_sends_it():
     assert not dx[x.isnan()].any()
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_a_window_whose_maximum_is_infinite_matches_native(value):
+    x = X.clone()
+    x[0, 0] = value
+    ours, native = (max_pool2d(x, 3, 2, ties="all", backend=backend) for backend in ("reference", "native"))
+    torch.testing.assert_close(ours, native)
+    assert not native.isnan().any()
+
+
 def test_minus_infinity_everywhere_pays_a_pixel_and_never_the_padding():
     x = torch.full((1, 1, 5, 6), -float("inf"), dtype=torch.float64)
     assert_matches_native(pool(3, 2, 1, True), x, **EXACT)
@@ -279,7 +288,9 @@ def test_what_cannot_be_is_refused_in_one_line(arguments, message):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("arguments", [{"return_indices": True}, {"ties": "last"}])
+@pytest.mark.parametrize(
+    "arguments", [{"return_indices": True}, {"ties": "last"}, {"dilation": 2}, {"padding": 2}]
+)
 def test_module_refuses_what_it_has_not(arguments):
     with pytest.raises(UserError, match=next(iter(arguments))):
         MaxPool2d(3, **arguments)

@@ -11,6 +11,7 @@ from cases import (
     outcome,
 )
 
+from alexnet.errors import UserError
 from alexnet.layers import ReLU, relu
 
 X = normals(2, 3, 4, 5)
@@ -71,6 +72,13 @@ def test_keeps_the_type_and_is_exact_in_it(dtype):
 def test_module_copies_pickles_compiles_and_prints():
     assert_module_travels(ReLU(), X)
     assert repr(ReLU()) == "ReLU(backend=reference)"
+
+
+def test_takes_the_arguments_of_torch_and_refuses_to_work_in_place():
+    assert ReLU(False)(torch.tensor([-1.0])) == 0
+    for make in (lambda: ReLU(inplace=True), lambda: relu(torch.ones(1), True)):
+        with pytest.raises(UserError, match="inplace=True is not offered: use inplace=False"):
+            make()
 
 
 def test_second_derivative_is_refused():

@@ -43,6 +43,10 @@ class Backend(StrEnum):
     fastest = "fastest"
 
 
+# What a module stores: `fast` and `fastest` are choices for a whole network, resolved when it is built.
+BY_NAME = tuple(backend for backend in Backend if backend not in (Backend.fast, Backend.fastest))
+
+
 class Pair(NamedTuple):
     """A forward and the backward that reads what it saved."""
 
@@ -92,10 +96,20 @@ def pair_for(operation: str, backend: str) -> Pair | None:
     return pair if pair is not None else _load(operation, backend)
 
 
+def checked(operation: str, backend: str) -> str:
+    """The name as a module stores it. Raises UserError for one that is no pair."""
+    if backend not in BY_NAME:
+        remedy = f"choose one of {', '.join(BY_NAME)}"
+        if backend in list(Backend):
+            remedy += (
+                f", or take what Backends(default={backend!r}).resolve(device_type) names for {operation}"
+            )
+        raise UserError(f"backend={str(backend)!r} is no pair for {operation}: {remedy}")
+    return str(backend)
+
+
 def _load(operation: str, backend: str) -> Pair:
-    if backend not in (Backend.compiled, Backend.library, Backend.triton):
-        known = ", ".join(choice for choice in Backend if choice not in (Backend.fast, Backend.fastest))
-        raise UserError(f"backend={backend!r} is no pair for {operation}: choose one of {known}")
+    checked(operation, backend)
     try:
         module = import_module(f"alexnet.layers.{backend}")
     except ModuleNotFoundError as error:

@@ -39,8 +39,11 @@ The same sum with dX written out, at stride 1 (p = i + top - r):
 
 is again a correlation: of dy with the kernel turned by 180 degrees and its input and output channels swapped.
 At stride u the terms exist only where u divides i + top - r: dy is first spread out with u - 1 zeros between
-its rows. Linear algebra says why it must look like this: y is a linear map A of x, and dx = A' dy, the map with
-<A x, dy> = <x, A' dy> for all x and dy (a test uses exactly that).
+its rows, and rows of dy outside 0..P-1 count as zeros (so the padding of this correlation is R - 1 - top above).
+
+Linear algebra says why it must look like this. Without b, y is a linear map A of x. A small change e of x changes y by
+A e and so the loss by <dy, A e>; by definition of dx it is <dx, e>. The two agree for every e, so dx = A' dy, where the
+adjoint A' (for a matrix, the transpose) is the map with <A' dy, e> = <dy, A e> (a test uses exactly that).
 
 Groups (the two towers of section 3.2: conv2, conv4, conv5): output o reads only the C/G input channels of its
 own tower. W is block diagonal, so each of its blocks has columns, a product and gradients of its own.
@@ -67,7 +70,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, no_autocast, pair_for, to_autocast, wide
+from alexnet.layers.backend import PAIRS, Backend, Pair, checked, no_autocast, pair_for, to_autocast, wide
 
 Two = int | tuple[int, int]
 Padding = int | tuple[int, ...]  # one number, (rows, columns), or Sides
@@ -222,7 +225,7 @@ def conv2d(
     """
     pair = pair_for("conv2d", backend)
     stride, sides = _two(stride), _sides(padding)
-    _check(input, weight, stride, sides, _two(dilation), groups)
+    _check(input, weight, bias, stride, sides, _two(dilation), groups)
     if pair is None:
         return _native(input, weight, bias, stride, sides, groups)
     return _Conv2d.apply(*to_autocast(input, weight, bias), (stride, sides, groups), pair)
@@ -238,7 +241,7 @@ def _native(
 
 
 def _two(value: Two) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def _sides(padding: Padding | str) -> Sides:
@@ -256,17 +259,25 @@ def _sides(padding: Padding | str) -> Sides:
 
 
 def _check(
-    x: Tensor, w: Tensor, stride: tuple[int, int], padding: Sides, dilation: tuple[int, int], groups: int
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    stride: tuple[int, int],
+    padding: Sides,
+    dilation: tuple[int, int],
+    groups: int,
 ) -> None:
     if dilation != (1, 1):
         raise UserError(f"conv2d has dilation 1 only, not {dilation}: use torch.nn.functional.conv2d for it")
     if min(padding) < 0 or min(stride) < 1:
         raise UserError(f"conv2d needs padding >= 0 and stride >= 1, not padding={padding}, stride={stride}")
-    if x.dim() != 4 or x.shape[1] != w.shape[1] * groups or len(w) % groups:
+    if x.dim() != 4 or w.dim() != 4 or x.shape[1] != w.shape[1] * groups or len(w) % groups:
         raise UserError(
             f"conv2d: input {tuple(x.shape)} and weight {tuple(w.shape)} do not fit with groups={groups}: "
             "give input (N, C, H, W) and weight (O, C/groups, R, S), O a multiple of groups"
         )
+    if b is not None and b.shape != w.shape[:1]:
+        raise UserError(f"conv2d: bias {tuple(b.shape)} is not one number per output: give ({len(w)},)")
     if min(output_size(x, w, stride, padding)) < 1:
         raise UserError(
             f"conv2d: a {w.shape[2]}x{w.shape[3]} kernel does not fit into {x.shape[2]}x{x.shape[3]} pixels "
@@ -306,7 +317,7 @@ class Conv2d(nn.Conv2d):
         sides = _sides(padding)
         super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=bias, **factory)
         self.padding = (sides[2], sides[0]) if sides[::2] == sides[1::2] else sides
-        self.backend = str(Backend(backend))
+        self.backend = checked("conv2d", backend)
 
     def forward(self, input: Tensor) -> Tensor:
         return conv2d(

@@ -42,7 +42,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, cast, no_autocast, pair_for, to_float32, wide
+from alexnet.layers.backend import (
+    PAIRS,
+    Backend,
+    Pair,
+    cast,
+    checked,
+    no_autocast,
+    pair_for,
+    to_float32,
+    wide,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -111,10 +121,12 @@ def cross_entropy(
     """`torch.nn.functional.cross_entropy` of class indices with the gradient above.
 
     input (N, K) logits, target (N) integers 0..K-1 -> a number, or (N) for reduction="none"; float32 for half
-    types and under autocast. Raises UserError for other shapes, class probabilities and unknown options.
+    types and under autocast. Classes have no weights, and none is ignored. Raises UserError for other shapes, class
+    probabilities, an unknown reduction and a smoothing outside 0..1.
     """
     _check(label_smoothing, reduction)
-    if input.dim() != 2 or target.shape != input.shape[:1] or target.is_floating_point():
+    integers = not (target.is_floating_point() or target.dtype == torch.bool)
+    if input.dim() != 2 or target.shape != input.shape[:1] or not integers:
         raise UserError(
             f"cross_entropy: input {tuple(input.shape)} with target {tuple(target.shape)} {target.dtype}. "
             "Give logits (N, K) and class indices (N)"
@@ -124,7 +136,10 @@ def cross_entropy(
     if pair is None:
         # In the type of the sums, so that the loss of half-type logits has the type of the pairs' loss.
         wide_input = cast(input, wide(input.dtype))
-        return F.cross_entropy(wide_input, target, reduction=reduction, label_smoothing=label_smoothing)
+        no_class = torch.iinfo(torch.int64).min  # torch would leave out images of class -100
+        return F.cross_entropy(
+            wide_input, target, ignore_index=no_class, reduction=reduction, label_smoothing=label_smoothing
+        )
     return _CrossEntropy.apply(input, target, (label_smoothing, reduction), pair)
 
 
@@ -152,7 +167,7 @@ class CrossEntropyLoss(nn.Module):
         super().__init__()
         _check(label_smoothing, reduction)
         self.label_smoothing, self.reduction = label_smoothing, reduction
-        self.backend = str(Backend(backend))
+        self.backend = checked("cross_entropy", backend)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "reduction": self.reduction}

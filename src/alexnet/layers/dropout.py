@@ -50,7 +50,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, pair_for
+from alexnet.layers.backend import PAIRS, Backend, Pair, checked, pair_for
+from alexnet.layers.relu import refuse_inplace
 
 Word = TypeVar("Word", int, Tensor)
 WORD = 0xFFFFFFFF  # the low 32 bits
@@ -84,7 +85,7 @@ def dropout_mask(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """True where a unit is kept; bool, `shape`. Row i of it is row first_row + i of the whole batch's mask."""
-    key = torch.as_tensor(key, dtype=torch.int64, device=device)
+    key = _key_tensor(key, device)
     bits_NU = mix(row_words(shape[0], key, first_row) ^ unit_words(math.prod(shape[1:]), device))
     return (bits_NU >= round(p * 2**32)).reshape(tuple(shape))
 
@@ -134,6 +135,7 @@ def dropout(
     input: Tensor,
     p: float = 0.5,
     training: bool = True,
+    inplace: bool = False,
     *,
     key: int | Tensor | None = None,
     first_row: int = 0,
@@ -143,9 +145,10 @@ def dropout(
     """`torch.nn.functional.dropout` with the gradient and the mask above; the type is kept.
 
     input (N, ...) whose first row is row `first_row` of the batch. key=None draws one from torch's own generator,
-    which `torch.manual_seed` sets. Raises UserError for p outside 0..1 and an unknown mode.
+    which `torch.manual_seed` sets. Raises UserError for p outside 0..1, an unknown mode and inplace=True.
     """
     _check(p, mode)
+    refuse_inplace("dropout", inplace)
     if not training:
         return input if mode == "inverted" else input * (1 - p)
     key = _key_tensor(key, input.device)
@@ -156,9 +159,11 @@ def dropout(
     return _Dropout.apply(input, key, (p, first_row, scale), pair)
 
 
-def _key_tensor(key: int | Tensor | None, device: torch.device) -> Tensor:
+def _key_tensor(key: int | Tensor | None, device: torch.device | str | None) -> Tensor:
     if key is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(key, int):  # filled there: a number copied to a GPU would wait for it
+        return torch.full((), key, dtype=torch.int64, device=device)
     return torch.as_tensor(key, dtype=torch.int64, device=device)
 
 
@@ -176,13 +181,24 @@ def _check(p: float, mode: str) -> None:
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` (never in place) with a mode, a key for its mask and a choice of backend."""
+    """`torch.nn.Dropout` (never in place) with a mode, a key for its mask and a choice of backend.
 
-    def __init__(self, p: float = 0.5, *, mode: str = "inverted", backend: str = Backend.reference) -> None:
+    Raises UserError for p outside 0..1, an unknown mode and inplace=True.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        inplace: bool = False,
+        *,
+        mode: str = "inverted",
+        backend: str = Backend.reference,
+    ) -> None:
         _check(p, mode)
+        refuse_inplace("Dropout", inplace)
         super().__init__(p)
         self.mode = mode
-        self.backend = str(Backend(backend))
+        self.backend = checked("dropout", backend)
 
     def forward(self, input: Tensor, key: int | Tensor | None = None, first_row: int = 0) -> Tensor:
         rule: dict[str, Any] = {"key": key, "first_row": first_row, "mode": self.mode}

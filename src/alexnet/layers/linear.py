@@ -2,7 +2,7 @@
 
 Forward, for image n and output o, with i running over the inputs:
 
-    y[n,o] = sum_i x[n,i] w[o,i] + b[o]                              Y = X W' + b
+    y[n,o] = sum_i x[n,i] w[o,i] + b[o]                              Y = X W' + b    (' is the transpose)
 
 How each operand reaches the loss L, given dy[n,o] = dL/dy[n,o]:
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alexnet.layers.backend import PAIRS, Backend, Pair, no_autocast, pair_for, to_autocast, wide
+from alexnet.layers.backend import PAIRS, Backend, Pair, checked, no_autocast, pair_for, to_autocast, wide
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -90,7 +90,7 @@ class Linear(nn.Linear):
         **factory: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias, **factory)
-        self.backend = str(Backend(backend))
+        self.backend = checked("linear", backend)
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias, backend=self.backend)

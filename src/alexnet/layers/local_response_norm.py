@@ -22,11 +22,12 @@ uses W(c) is wrong there.
 
 The pieces of the chain rule:
 
-    dy[c]/dx[c], s held fixed  =  s[c]^-beta
-    dy[i]/ds[i]                =  -beta x[i] s[i]^(-beta-1)
-    ds[i]/dx[c]                =  (2 alpha/n) x[c]  for i in W*(c), else 0
+    ∂y[c]/∂x[c], s held fixed  =  s[c]^-beta
+    ∂y[i]/∂s[i]                =  -beta x[i] s[i]^(-beta-1)
+    ∂s[i]/∂x[c]                =  (2 alpha/n) x[c]  for i in W*(c), else 0
 
-Backward. Multiply along each path and add the paths; x[c] does not depend on i and leaves the sum:
+Backward. dy[c] is ∂L/∂y[c] for the loss L, dx[c] is ∂L/∂x[c]. Multiply along each path and add the paths; x[c] does not
+depend on i and leaves the sum:
 
     dx[c] = dy[c] s[c]^-beta  +  sum_{i in W*(c)} dy[i] (-beta x[i] s[i]^(-beta-1)) (2 alpha/n) x[c]
 
@@ -61,7 +62,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, cast, no_autocast, pair_for, to_float32, wide
+from alexnet.layers.backend import (
+    PAIRS,
+    Backend,
+    Pair,
+    cast,
+    checked,
+    no_autocast,
+    pair_for,
+    to_float32,
+    wide,
+)
 
 
 def window_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:
@@ -190,9 +201,13 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         backend: str = Backend.reference,
     ) -> None:
         check_norm("LocalResponseNorm", size, alpha, k)
+        if groups < 1:
+            raise UserError(
+                f"LocalResponseNorm: groups={groups} is no number of towers. Use 1 or more (the paper: 2)"
+            )
         super().__init__(size, alpha, beta, k)
         self.groups = groups
-        self.backend = str(Backend(backend))
+        self.backend = checked("local_response_norm", backend)
 
     def forward(self, input: Tensor) -> Tensor:
         constants = self.size, self.alpha, self.beta, self.k

@@ -7,10 +7,10 @@ the set of its pixels that lie inside the image:
 
 Backward. Near an x without ties, y[p,q] *is* one of the pixels, the winner, so
 
-    dy[p,q]/dx[i,j] = 1 if (i,j) is the winner of window (p,q), else 0
+    ∂y[p,q]/∂x[i,j] = 1 if (i,j) is the winner of window (p,q), else 0
 
-and a pixel collects from every window it won (windows overlap, so one pixel can win up to four of them; at 3
-wide and 2 apart, that is the rule rather than the exception for a large response):
+and a pixel, given dy = ∂L/∂y of the loss L, collects from every window it won (windows overlap, so one pixel can win up
+to four of them; at 3 wide and 2 apart, that is the rule rather than the exception for a large response):
 
     dx[i,j] = sum_{(p,q) : (i,j) in W(p,q)} dy[p,q] [(i,j) wins (p,q)]
 
@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, no_autocast, pair_for, wide
+from alexnet.layers.backend import PAIRS, Backend, Pair, checked, no_autocast, pair_for, wide
 
 Two = tuple[int, int]  # (rows, columns)
 Size = tuple[int, ...]  # the last two of a shape
@@ -212,7 +212,7 @@ def _native(x: Tensor, kernel: Two, stride: Two, padding: Two, ceil_mode: bool, 
     x_padded = F.pad(x, _sides(x.shape[-2:], y.shape[-2:], kernel, stride, padding), value=float("-inf"))
     windows = [x_padded[window] for window in _windows(y.shape[-2:], kernel, stride)]
     winners = torch.stack([torch.where(window == y, window, 0) for window in windows]).sum(0)
-    return y + (winners - winners.detach())
+    return torch.where(y.isfinite(), y + (winners - winners.detach()), y)  # inf - inf is no number
 
 
 def two(value: int | Two) -> Two:
@@ -224,6 +224,16 @@ def check_pool(
     x: Tensor, kernel: Two, stride: Two, padding: Two, dilation: Two, ceil_mode: bool, ties: str
 ) -> None:
     """Raises UserError for what no pair pools."""
+    check_window(kernel, stride, padding, dilation, ties)
+    if x.dim() not in (3, 4) or min(output_size(x.shape[-2:], kernel, stride, padding, ceil_mode)) < 1:
+        raise UserError(
+            f"max_pool2d: input {tuple(x.shape)} holds no window of {kernel[0]}x{kernel[1]}: give (N, C, H, W) "
+            "with a larger image, or a smaller kernel_size"
+        )
+
+
+def check_window(kernel: Two, stride: Two, padding: Two, dilation: Two, ties: str) -> None:
+    """Raises UserError for windows that no pair has, whatever the input."""
     if ties not in TIES:
         raise UserError(f"ties={ties!r} is no rule for equal maxima: choose one of {', '.join(TIES)}")
     if dilation != (1, 1):
@@ -235,11 +245,6 @@ def check_pool(
         )
     if any(not 0 <= pad <= size // 2 for pad, size in zip(padding, kernel, strict=True)):
         raise UserError(f"max_pool2d: padding={padding} must be from 0 to half of kernel_size={kernel}")
-    if x.dim() not in (3, 4) or min(output_size(x.shape[-2:], kernel, stride, padding, ceil_mode)) < 1:
-        raise UserError(
-            f"max_pool2d: input {tuple(x.shape)} holds no window of {kernel[0]}x{kernel[1]}: give (N, C, H, W) "
-            "with a larger image, or a smaller kernel_size"
-        )
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -262,11 +267,11 @@ class MaxPool2d(nn.MaxPool2d):
     ) -> None:
         if return_indices:
             raise UserError("MaxPool2d has no return_indices=True: use torch.nn.MaxPool2d for indices")
-        if ties not in TIES:
-            raise UserError(f"ties={ties!r} is no rule for equal maxima: choose one of {', '.join(TIES)}")
+        step = two(kernel_size) if stride is None else two(stride)
+        check_window(two(kernel_size), step, two(padding), two(dilation), ties)
         super().__init__(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
         self.ties = ties
-        self.backend = str(Backend(backend))
+        self.backend = checked("max_pool2d", backend)
 
     def forward(self, input: Tensor) -> Tensor:
         return max_pool2d(

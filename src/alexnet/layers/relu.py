@@ -7,7 +7,7 @@ Forward, element by element:
 How x reaches the loss: only through its own y, whose slope is 1 where x > 0 and 0 where x < 0. At x = 0 the two
 slopes disagree; any number between them is a subgradient, and 0 is everybody's choice.
 
-Backward:
+Backward, given dy = ∂L/∂y of the loss L:
 
     dx = dy [x > 0] = dy [y > 0]
 
@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alexnet.layers.backend import PAIRS, Backend, Pair, pair_for
+from alexnet.errors import UserError
+from alexnet.layers.backend import PAIRS, Backend, Pair, checked, pair_for
 
 
 def relu_forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,18 +62,29 @@ class _ReLU(torch.autograd.Function):
         return ctx.pair.backward(dy, *ctx.saved_tensors), None
 
 
-def relu(input: Tensor, *, backend: str = Backend.reference) -> Tensor:
-    """`torch.nn.functional.relu` with the gradient above; the type is kept, under autocast too."""
+def relu(input: Tensor, inplace: bool = False, *, backend: str = Backend.reference) -> Tensor:
+    """`torch.nn.functional.relu` with the gradient above; the type is kept, under autocast too.
+
+    Raises UserError for inplace=True.
+    """
+    refuse_inplace("relu", inplace)
     pair = pair_for("relu", backend)
     return F.relu(input) if pair is None else _ReLU.apply(input, pair)
 
 
-class ReLU(nn.ReLU):
-    """`torch.nn.ReLU` (never in place) with a choice of backend."""
+def refuse_inplace(name: str, inplace: bool) -> None:
+    """Raises UserError: an output is a tensor of its own here, so that every pair can keep what it needs."""
+    if inplace:
+        raise UserError(f"{name}: inplace=True is not offered: use inplace=False")
 
-    def __init__(self, *, backend: str = Backend.reference) -> None:
+
+class ReLU(nn.ReLU):
+    """`torch.nn.ReLU` (never in place) with a choice of backend. Raises UserError for inplace=True."""
+
+    def __init__(self, inplace: bool = False, *, backend: str = Backend.reference) -> None:
+        refuse_inplace("ReLU", inplace)
         super().__init__()
-        self.backend = str(Backend(backend))
+        self.backend = checked("relu", backend)
 
     def forward(self, input: Tensor) -> Tensor:
         return relu(input, backend=self.backend)

@@ -27,7 +27,8 @@ doors in reverse, each time multiplied by that function's own derivative:
     dx = da [a > 0]                            dx = t - (2 alpha beta/n) x sum_W* t x/s
 
 In the paper's order a closed unit, x < 0, gets no gradient at all. In the 2012 order it does: it stands in the
-denominators of its neighbours (the second term, which has the factor x, not a), and in its own.
+denominators of its neighbours (the second term, which has the factor x, not a). Its own b is negative and wins only
+windows that the ReLU closes.
 
 Where the sources differ: block 2 of the 2012 code has the paper's order with the same-map norm in between
 (same_map_norm.py); CaffeNet pools before it normalises; torchvision has no norm.
@@ -43,7 +44,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, no_autocast, pair_for, to_float32
+from alexnet.layers.backend import PAIRS, Backend, Pair, checked, no_autocast, pair_for, to_float32
 from alexnet.layers.local_response_norm import (
     check_norm,
     local_response_norm,
@@ -53,6 +54,7 @@ from alexnet.layers.local_response_norm import (
 from alexnet.layers.max_pool2d import (
     Two,
     check_pool,
+    check_window,
     max_pool2d,
     max_pool2d_backward,
     max_pool2d_forward,
@@ -224,10 +226,15 @@ class ReluLrnPool(nn.Module):
         super().__init__()
         _check_order(order)
         check_norm("ReluLrnPool", size, alpha, k)
+        check_window(two(kernel_size), two(stride), (0, 0), (1, 1), ties)
+        if groups < 1:
+            raise UserError(
+                f"ReluLrnPool: groups={groups} is no number of towers. Use 1 or more (the paper: 2)"
+            )
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
         self.kernel_size, self.stride, self.ceil_mode = kernel_size, stride, ceil_mode
         self.order, self.groups, self.ties = order, groups, ties
-        self.backend = str(Backend(backend))
+        self.backend = checked("relu_lrn_pool", backend)
 
     def forward(self, input: Tensor) -> Tensor:
         return relu_lrn_pool(

@@ -16,11 +16,11 @@ The square is symmetric, so p lies in W(q) exactly when q lies in W(p): the refl
 
 The pieces of the chain rule:
 
-    dy[p]/dx[p], s held fixed  =  s[p]^-beta
-    dy[q]/ds[q]                =  -beta x[q] s[q]^(-beta-1)
-    ds[q]/dx[p]                =  (2 alpha/n^2) x[p]  for q in W(p), else 0
+    ∂y[p]/∂x[p], s held fixed  =  s[p]^-beta
+    ∂y[q]/∂s[q]                =  -beta x[q] s[q]^(-beta-1)
+    ∂s[q]/∂x[p]                =  (2 alpha/n^2) x[p]  for q in W(p), else 0
 
-Backward, with t[p] = dy[p] s[p]^-beta:
+Backward, given dy = ∂L/∂y of the loss L, with t[p] = dy[p] s[p]^-beta:
 
     dx[p] = t[p]  -  (2 alpha beta/n^2) x[p] sum_{q in W(p)} t[q] x[q] / s[q]
 
@@ -41,7 +41,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, cast, no_autocast, pair_for, to_float32, wide
+from alexnet.layers.backend import (
+    PAIRS,
+    Backend,
+    Pair,
+    cast,
+    checked,
+    no_autocast,
+    pair_for,
+    to_float32,
+    wide,
+)
 from alexnet.layers.local_response_norm import check_norm, inverse_power, window_sum
 
 
@@ -142,7 +152,7 @@ class SameMapNorm(nn.Module):
         super().__init__()
         _check("SameMapNorm", size, alpha, k)
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
-        self.backend = str(Backend(backend))
+        self.backend = checked("same_map_norm", backend)
 
     def forward(self, input: Tensor) -> Tensor:
         return same_map_norm(input, self.size, self.alpha, self.beta, self.k, backend=self.backend)

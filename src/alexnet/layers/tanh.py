@@ -6,9 +6,9 @@ Forward, element by element:
 
 How x reaches the loss: only through its own y. By the quotient rule, with sinh' = cosh and cosh' = sinh,
 
-    dy/dx = (cosh(x)^2 - sinh(x)^2) / cosh(x)^2 = 1 - tanh(x)^2 = 1 - y^2
+    ∂y/∂x = (cosh(x)^2 - sinh(x)^2) / cosh(x)^2 = 1 - tanh(x)^2 = 1 - y^2
 
-Backward:
+Backward, given dy = ∂L/∂y of the loss L:
 
     dx = dy (1 - y^2)
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alexnet.layers.backend import PAIRS, Backend, Pair, cast, pair_for, wide
+from alexnet.layers.backend import PAIRS, Backend, Pair, cast, checked, pair_for, wide
 
 
 def tanh_forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class Tanh(nn.Tanh):
 
     def __init__(self, *, backend: str = Backend.reference) -> None:
         super().__init__()
-        self.backend = str(Backend(backend))
+        self.backend = checked("tanh", backend)
 
     def forward(self, input: Tensor) -> Tensor:
         return tanh(input, backend=self.backend)

@@ -10,7 +10,11 @@ Every graph serves one layer, type and layout and any batch of two images or mor
 compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine waits.
 
 Layout: convolution, norms, pool and block work on channels-last tensors and hand them out; the pointwise pairs keep
-the layout they are given.
+the layout they are given. An output may be a view of what was computed: torch refuses to change it in place.
+
+Numbers that are none: norms and block read past the end of a row of maps and multiply by 0 what lies there. A NaN at
+that end, or a value whose square overflows, so shows in the next row too, where the reference keeps it to its own.
+Among several NaNs of a window the first wins here, the last in the reference.
 """
 
 import shutil

@@ -81,13 +81,18 @@ def _tanh_gradient(dy: Tensor, y: Tensor) -> Tensor:
 
 def dropout_forward(x: Tensor, key: Tensor, p: float, first_row: int, scale: float) -> tuple[Tensor, Tensor]:
     """x (N, ...) -> y = scale m x; keeps the mask, one byte a unit."""
-    x_NU = x.flatten(1).contiguous()
+    x_NU = _units(x).contiguous()
     rows = row_words(len(x_NU), key, first_row)
     units = _unit_words(x_NU.shape[1], x.device)
     # A tensor, where a number would be a constant of the graph.
     least = torch.tensor(round(p * 2**32))
     y, keep = _dropout(*batched(x_NU, rows), units, least, _number(scale, x))
     return y.view(x.shape), keep.view(x.shape)
+
+
+def _units(x: Tensor) -> Tensor:
+    """x (N, ...) -> (N, U), one unit a row where there are no other dimensions."""
+    return x.unsqueeze(-1).flatten(1)
 
 
 _unit_words = constant(unit_words)
@@ -107,7 +112,7 @@ def _dropout(x: Tensor, rows: Tensor, units: Tensor, least: Tensor, scale: Tenso
 
 def dropout_backward(dy: Tensor, keep: Tensor, p: float, first_row: int, scale: float) -> Tensor:
     """dy (N, ...) -> dx."""
-    dx = _dropout_gradient(*batched(dy.flatten(1).contiguous(), keep.flatten(1)), _number(scale, dy))
+    dx = _dropout_gradient(*batched(_units(dy).contiguous(), _units(keep)), _number(scale, dy))
     return dx.view(dy.shape)
 
 
