@@ -56,8 +56,10 @@ def test_index_reads_its_rows_of_a_read_only_map_in_order(tmp_path):
 
 def test_training_mode_is_restored_and_not_used():
     model = network().train()
+    frozen = next(module for module in model.modules() if module is not model).eval()
     twice = [log_probabilities(model, Flips(), pictures()) for _ in range(2)]
     assert model.training
+    assert not frozen.training
     torch.testing.assert_close(*twice, rtol=0, atol=0)  # dropout was off
 
 

@@ -93,7 +93,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 
     path = tmp_path / "evil.ckpt"
     torch.save({"hyper_parameters": Evil(), "state_dict": {}}, path)
-    with pytest.raises(UserError, match="is refused"):
+    with pytest.raises(UserError, match="is refused: it holds more than tensors"):
         read(path)
     path.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(UserError):
@@ -102,7 +102,8 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "does not exist"), (b"nonsense", "cannot be read|is refused")]
+    ("content", "message"),
+    [(None, "does not exist"), (b"nonsense", "cannot be read"), (b"{}", "cannot be read")],
 )
 def test_what_is_no_checkpoint_is_refused_in_one_line(
     tmp_path: Path, content: bytes | None, message: str
@@ -113,6 +114,12 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_project_is_refused_in_one_line(tmp_path: Path) -> None:
+    torch.save({"hyper_parameters": {"model": {}, "lr": 0.1}, "state_dict": {}}, tmp_path / "theirs.ckpt")
+    with pytest.raises(UserError, match="its hyper_parameters lack augment, classes, optim"):
+        load(tmp_path / "theirs.ckpt")
 
 
 def test_evaluation_needs_a_checkpoint_and_a_val_store_and_nothing_else(

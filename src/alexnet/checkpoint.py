@@ -37,6 +37,10 @@ def read(path: str | Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if (
+            "unsupported global" not in str(error).lower()
+        ):  # torch's words for an object it would have to call
+            raise UserError(f"checkpoint={path} cannot be read: it is damaged or no checkpoint") from error
         raise UserError(
             f"checkpoint={path} is refused: it holds more than tensors and plain data, and loading it would run "
             "code. Use a checkpoint written by scripts/train.py"
@@ -47,6 +51,11 @@ def read(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or "hyper_parameters" not in content:
         raise UserError(f"checkpoint={path} is no checkpoint of scripts/train.py: it has no hyper_parameters")
+    missing = sorted({"model", "augment", "optim", "classes"} - set(content["hyper_parameters"]))
+    if missing:
+        raise UserError(
+            f"checkpoint={path} is no checkpoint of scripts/train.py: its hyper_parameters lack {', '.join(missing)}"
+        )
     return content
 
 

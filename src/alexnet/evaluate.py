@@ -142,7 +142,7 @@ def log_probabilities(
     rows = np.arange(len(images)) if index is None else np.asarray(index)
     if not len(rows):
         raise UserError("There is no image to evaluate: the split is empty. Choose another split=...")
-    was_training, step = model.training, max(1, batch_size // views)
+    modes, step = {module: module.training for module in model.modules()}, max(1, batch_size // views)
     model.to(device).eval()
     if isinstance(augment, nn.Module):
         augment.to(device)
@@ -155,7 +155,8 @@ def log_probabilities(
                 bar.update(len(batch))
         return torch.cat(parts)
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _read(images: np.ndarray | Tensor, rows: np.ndarray) -> Tensor:

@@ -16,7 +16,7 @@ try:
     from markupsafe import Markup
 except ModuleNotFoundError as error:
     raise UserError(
-        f"reports need {error.name}, which is not installed: pip install 'alexnet[plots]', or ./scripts/setup.sh"
+        f"reports need {error.name}, which is not installed: pip install -e '.[plots]'"
     ) from error
 
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$([.,:;]?)", re.DOTALL)

@@ -22,7 +22,9 @@ from alexnet.data.module import (
     Pixels,
     Resident,
     ahead_of_time,
+    host_memory,
     is_resident,
+    on_device,
 )
 from alexnet.data.store import FORMAT, Store, sha256, write_manifest
 from alexnet.errors import UserError
@@ -299,6 +301,19 @@ def test_resident_is_the_users_word_or_a_share_of_the_memory() -> None:
     assert not is_resident(10**16, CPU, Resident.auto)
     assert is_resident(10**16, CPU, Resident.always)
     assert not is_resident(1, CPU, Resident.never)
+
+
+def test_the_memory_of_a_job_is_its_limit_and_not_the_machine_s(tmp_path: Path) -> None:
+    whole = host_memory([])
+    (tmp_path / "max").write_text("max\n")
+    (tmp_path / "limit").write_text("1000000\n")
+    assert host_memory([str(tmp_path / "none"), str(tmp_path / "max")]) == whole
+    assert host_memory([str(tmp_path / "limit"), str(tmp_path / "max")]) == 1_000_000
+
+
+def test_a_store_that_cannot_be_copied_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(UserError, match=r"do not fit on cpu: set data.resident=never"):
+        on_device(torch.empty(1, dtype=torch.uint8).expand(2**50), CPU)
 
 
 # Evaluation and the splits --------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,19 @@ def test_a_second_run_does_nothing_even_without_the_source(folder: Path, tmp_pat
         assert not any(prepared.written for prepared in prepare(config))
     assert "nothing to do" in caplog.text
     assert {file: file.stat().st_mtime_ns for file in Path(config.root).glob("*/*")} == before
+
+
+def test_another_folder_under_the_same_name_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Nothing else in the configuration differs, and a folder that was moved is the same folder: its name decides."""
+    config = config_for(folder, tmp_path)
+    prepare(config)
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / folder.name)
+    assert not any(split.written for split in prepare(replace(config, path=str(moved))))
+    other = shutil.copytree(folder, tmp_path / "others")
+    with pytest.raises(
+        UserError, match=r"was prepared from another place \(folder: .*, not folder: others\)"
+    ):
+        prepare(replace(config, path=str(other)))
 
 
 @pytest.mark.parametrize(("key", "value"), [("px", 24), ("images_per_class", 3), ("holdout_fraction", 0.2)])

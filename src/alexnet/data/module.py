@@ -4,13 +4,16 @@
     batch b              images order[b B .. (b+1) B); device r of W takes its r-th part
     draws                the rows of the epoch's table (augment.py) at the same positions
 
-So the batches are the same for any number of devices, on any machine, and after any resume: `EpochLoader.state_dict`
-is two numbers. The images reach the device in one of two ways, with equal results:
+So the batches are the same for any number of devices that divides them (of the epoch's last batch what is left over is
+dropped), on any machine, and after any resume: `EpochLoader.state_dict` is two numbers.
+
+The images reach the device in one of two ways, with equal results:
 
     resident   the whole store lives on the device as uint8 and a batch is one gather
     streamed   the store stays a memory-mapped file; one thread reads the next batches while this one trains
 """
 
+import contextlib
 import os
 import warnings
 from collections import deque
@@ -40,6 +43,8 @@ from alexnet.data.store import Store, open_store
 from alexnet.errors import UserError
 
 AHEAD = 2  # batches read in advance when streaming
+# Where Linux says how much memory a container or job may take (version 2 and 1 of its control groups).
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 SHARE = 0.4  # of a device's memory that a store may take when resident=auto
 
 T = TypeVar("T")
@@ -122,7 +127,9 @@ def on_device(images: Tensor, device: torch.device) -> Tensor:
     """A copy of the images in the device's memory."""
     try:
         return images.clone() if device.type == "cpu" else images.to(device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if "memory" not in str(error):
+            raise
         raise UserError(
             f"the store's {images.nbytes / 1e9:.2f} GB do not fit on {device}: set data.resident=never"
         ) from error
@@ -132,11 +139,18 @@ def is_resident(size: int, device: torch.device, resident: Resident) -> bool:
     """Does a store of `size` bytes live on the device?"""
     if resident != Resident.auto:
         return resident == Resident.always
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_memory()
     return size < SHARE * memory
+
+
+def host_memory(limits: Iterable[str] = CGROUP_LIMITS) -> int:
+    """Bytes this process may use: the machine's, or the limit that its container or job was given."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in limits:
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            found.append(int(Path(path).read_text()))
+    return min(found)
 
 
 def ahead_of_time(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:

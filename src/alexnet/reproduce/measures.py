@@ -42,7 +42,7 @@ from alexnet.reproduce.tables import Evidence
 from alexnet.run_record import git_state, write_json
 from alexnet.train import PROBE_IMAGES, read_metrics
 
-TRAIN_IMAGES = 2000  # seen once more in evaluation mode: a standard error of one point at most
+TRAIN_IMAGES = 2000  # seen once more in evaluation mode: a standard error of 1.1 points at most
 QUERIES = 1000  # test images whose neighbours are looked for
 NEIGHBOURS = 6  # Figure 4
 GALLERY_PART = 512  # training images compared at a time

@@ -12,7 +12,7 @@ import copy
 import io
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,14 +71,20 @@ def reproduce(settings: Reproduce) -> None:
         if settings.print:
             print(commands(jobs, settings))
             return
+        _writer()  # what the report needs is missed before the training and not after it
         run_all(claims, jobs, sizes, settings)
-    print(_report(claims, settings))
+    print(_writer()(claims, settings))
 
 
-def _report(claims: Sequence[Claim], settings: Reproduce) -> str:
-    from alexnet.reproduce.report import write_report  # wants matplotlib and jinja2, which training does not
-
-    return write_report(claims, settings)
+def _writer() -> Callable[[Sequence[Claim], Reproduce], str]:
+    """The report's, which wants matplotlib and a template engine. UserError without them."""
+    try:
+        from alexnet.reproduce.report import write_report
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the report needs {error.name}, which is not installed: pip install -e '.[plots]'"
+        ) from error
+    return write_report
 
 
 def run_all(
