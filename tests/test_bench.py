@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alexnet.allocator import keep_freed_memory
-from alexnet.bench import Benchmark, alone, data, layers, networks, steps
+from alexnet.bench import Benchmark, alone, data, layers, networks, results, steps
 from alexnet.bench.results import describe, finish, headlines, markdown, save
 from alexnet.bench.timing import Contestant, Kind, Machine, Row, interleave
 from alexnet.data.module import Resident
@@ -140,6 +140,13 @@ def test_only_the_rows_that_are_asked_for():
     assert found == {"conv5 weight gradient"}
 
 
+def test_a_name_that_no_row_has_is_refused_and_replaces_no_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "measured_machine", lambda *_: MACHINE)
+    with pytest.raises(UserError, match="only=nothing is in the name of no row of suite=data"):
+        results.benchmark(Benchmark(suite="data", only="nothing", output_dir=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
@@ -187,6 +194,7 @@ def test_convolutions_are_those_of_the_paper():
         ({"batch": 0}, "batch=0"),
         ({"dtypes": ["float16"]}, "float32 and bfloat16"),
         ({"models": []}, "paper and mini"),
+        ({"device": "tpu"}, "device=tpu: there is no such device here"),
     ],
 )
 def test_a_wrong_setting_is_refused(choice, said):

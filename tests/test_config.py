@@ -108,6 +108,8 @@ def test_plain_data_comes_back_as_the_same_dataclass() -> None:
             "trainer.precison is no key of conf/train.yaml: did you mean trainer.precision?",
         ),
         (["sede=1"], "sede is no key of conf/train.yaml: did you mean seed?"),
+        (["lr=0.1"], "lr is no key of conf/train.yaml: did you mean optim.lr?"),
+        (["trainer.foo=1"], "an argument of lightning.Trainer is added with +trainer.foo="),
         (["optim.lr=fast"], "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
         (
             ["model.init=xavier"],

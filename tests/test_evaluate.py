@@ -155,7 +155,8 @@ def test_no_record_takes_the_place_of_another(tmp_path):
         (tmp_path / run).mkdir()
         (tmp_path / run / "run.json").touch()
     best, last, other = "a/checkpoints/best.ckpt", "a/checkpoints/last.ckpt", "b/checkpoints/best.ckpt"
-    asked = [[best], [last], [other], [best, last], [best, other], [best, last, other]]
+    loose = [["x.ckpt"], ["c/x.ckpt"], ["y.ckpt"]]  # of no run
+    asked = [[best], [last], [other], [best, last], [best, other], [best, last, other], *loose]
     names = [records(tmp_path, *checkpoints) for checkpoints in asked]
     assert len(set(names)) == len(asked)
     assert names == [records(tmp_path, *reversed(checkpoints)) for checkpoints in asked]  # and again the same

@@ -116,6 +116,30 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_damaged_in_a_run_is_said_in_one_line(
+    run: Path, compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    moved = tmp_path / "train" / "done" / "seed0"
+    shutil.copytree(run, moved)
+    config = compose("name=done")
+    record = json.loads((moved / "run.json").read_text())
+    (moved / "run.json").write_text(json.dumps({**record, "state": "running"}))
+    (moved / "checkpoints" / "last.ckpt").write_bytes(b"half of it")
+    with pytest.raises(UserError, match=r"last.ckpt cannot be read") as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+    (moved / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json is damaged: remove it"):
+        train(config)
+    content = read(run)
+    del content["state_dict"]["net.fc8.weight"]
+    torch.save(content, moved / "lacking.ckpt")
+    with pytest.raises(UserError, match="does not hold the weights of its own network"):
+        load(moved / "lacking.ckpt")
+    with pytest.raises(UserError, match=r"holds no checkpoints/best.ckpt"):
+        load(tmp_path)
+
+
 def test_a_checkpoint_of_another_project_is_refused_in_one_line(tmp_path: Path) -> None:
     torch.save({"hyper_parameters": {"model": {}, "lr": 0.1}, "state_dict": {}}, tmp_path / "theirs.ckpt")
     with pytest.raises(UserError, match="its hyper_parameters lack augment, classes, optim"):
@@ -135,14 +159,29 @@ def test_evaluation_needs_a_checkpoint_and_a_val_store_and_nothing_else(
     )
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:3])) <= 100
-    assert (
-        json.loads((tmp_path / "evaluate" / "evaluate-val-1view.json").read_text())["results"][0]["n"] == 40
-    )
+    (record,) = (tmp_path / "evaluate").glob("evaluate-moved-*-val-1view.json")
+    assert json.loads(record.read_text())["results"][0]["n"] == 40
+    config.store = str(data_dir / "synthetic")  # the data set's directory will do: the split names its part
+    assert evaluate(config) == [result]
 
 
 def test_results_are_kept_in_the_run_s_directory(run: Path, data_dir: Path) -> None:
     evaluate(Evaluate(str(run), views=10, split="holdout", data_dir=str(data_dir)))
     assert json.loads((run / "evaluate-holdout-10view.json").read_text())["results"][0]["views"] == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint": []}, "checkpoint is not given"),
+        ({"checkpoint": 5}, "checkpoint=5 does not exist"),
+        ({"checkpoint": "x", "batch_size": 0}, "batch_size=0 is no count"),
+        ({"checkpoint": "x", "views": 3}, "views=3"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate(Evaluate(**options))
 
 
 def test_several_checkpoints_are_averaged(run: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -211,7 +250,7 @@ def test_a_mistake_leaves_nothing_behind(compose: Callable[..., Any], tmp_path: 
     ("override", "remedy"),
     [
         ("trainer.max_epochs=3", "set optim.epochs alone"),
-        ("+trainer.max_steps=3", "set optim.epochs, or trainer.limit_train_batches"),
+        ("trainer.max_steps=3", "set optim.epochs, or trainer.limit_train_batches"),
         ("+trainer.max_time=00:00:10:00", "the same command resumes"),
         ("+trainer.accumulate_grad_batches=2", "set data.batch_size"),
     ],

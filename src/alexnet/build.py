@@ -22,6 +22,7 @@ from alexnet.callbacks import (
     Progress,
     Watchdog,
 )
+from alexnet.checkpoint import read
 from alexnet.classifier import Classifier, plain
 from alexnet.config import Train
 from alexnet.data.module import ImageData, check_batch_size
@@ -102,6 +103,8 @@ class Training:
     def fit(self) -> None:
         """Trains, from the last checkpoint if there is one."""
         checkpoint = self.last_checkpoint
+        if checkpoint is not None:
+            read(checkpoint)  # what is wrong with it in one line
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*exists and is not empty.*")
             self.trainer.fit(

@@ -71,6 +71,10 @@ def find(path: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    if path.is_dir():
+        raise UserError(
+            f"checkpoint={path} holds no checkpoints/best.ckpt: give the directory of a run, seed<k>"
+        )
     raise UserError(f"checkpoint={path} does not exist. Train one: python scripts/train.py")
 
 
@@ -81,7 +85,12 @@ def load(path: str | Path, backend: Mapping[str, str] | None = None) -> Classifi
     if backend is not None:
         arguments["backend"] = dict(backend)
     classifier = Classifier(**arguments)
-    classifier.load_state_dict(content["state_dict"])
+    try:
+        classifier.load_state_dict(content["state_dict"])
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"checkpoint={path} does not hold the weights of its own network: it is damaged, or of another version"
+        ) from error
     return classifier.eval()
 
 

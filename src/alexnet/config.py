@@ -109,8 +109,10 @@ class Evaluate:
     json: str | None = None
 
     def __post_init__(self) -> None:
-        if self.checkpoint is None:
+        if not self.checkpoint:
             raise UserError("checkpoint is not given: use checkpoint=<file or run directory>")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size} is no count of images: give 1 or more")
         if self.views not in (1, 10):
             raise UserError(f"views={self.views}: choose 1 (centre) or 10 (corners, centre and mirrors)")
         if self.device not in ("auto", "cpu", "cuda", "gpu"):
@@ -120,7 +122,8 @@ class Evaluate:
 
     @property
     def checkpoints(self) -> list[str]:
-        return [self.checkpoint] if isinstance(self.checkpoint, str) else [str(c) for c in self.checkpoint]
+        several = isinstance(self.checkpoint, list)
+        return [str(c) for c in self.checkpoint] if several else [str(self.checkpoint)]
 
 
 @dataclass
@@ -187,7 +190,7 @@ def as_chosen(arguments: Sequence[str]) -> list[str]:
     """
     chosen = any(re.match(r"(model|data)=", argument) for argument in arguments)
     recipe = any(re.match(r"\+{0,2}experiment=", argument) for argument in arguments)
-    return [*arguments, *(["experiment=none"] if chosen and not recipe else [])]
+    return [*(["experiment=none"] if chosen and not recipe else []), *arguments]
 
 
 def _in_one_line(
@@ -297,8 +300,16 @@ def _flat(tree: Any, prefix: str = "") -> list[str]:
 
 
 def _closest(wanted: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(sorted(known)[:20])}"
+    """The key that ends in the same word, else the most alike; else some of those there are."""
+    known = [key for key in known if not wanted.startswith(f"{key}.")]  # its own group helps nobody
+    same = [key for key in known if key.split(".")[-1] == wanted.split(".")[-1]]
+    close = same or difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    if wanted.startswith("trainer."):
+        return f"an argument of lightning.Trainer is added with +{wanted}=..."
+    there = [key for key in known if key.startswith(wanted.split(".")[0] + ".")] if "." in wanted else known
+    return f"choose one of {', '.join(sorted(there or known)[:20])}"
 
 
 def _quiet() -> None:

@@ -215,7 +215,7 @@ def _check(log_probs: Tensor, labels: Tensor) -> None:
     if low < 0 or high >= classes:
         raise UserError(
             f"The labels run from {low} to {high}, but the network has {classes} outputs: "
-            "evaluate the checkpoint on the data set it was trained on (data=...)."
+            "evaluate the checkpoint on the data set it was trained on (store=...)."
         )
     if broken := int(log_probs.isnan().any(1).sum()):
         raise UserError(
@@ -283,7 +283,7 @@ def evaluate(config: Evaluate) -> list[Result]:
     Raises UserError if a checkpoint is missing, if their classes differ from each other's or from the store's.
     """
     paths = [find(path) for path in config.checkpoints]
-    device = torch.device(device_type_of(config.device))
+    device = torch.device(_device_type(config.device))
     backend = config.backend.resolve(device.type)
     classifiers = [load(path, backend) for path in paths]
     store = _store(config, classifiers[0])
@@ -305,9 +305,17 @@ def evaluate(config: Evaluate) -> list[Result]:
     return results
 
 
+def _device_type(device: str) -> str:
+    if device in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={device}: there is no GPU that torch can use. Set device=cpu")
+    return device_type_of(device)
+
+
 def _store(config: Evaluate, classifier: Classifier) -> Store:
     split = "val" if config.split == "val" else "train"
     path = Path(config.store or Path(config.data_dir) / classifier.hparams["data"] / split)
+    if not (path / "manifest.json").exists() and (path / split / "manifest.json").exists():
+        path = path / split  # the data set's directory was named
     store = open_store(path)
     if store.manifest["split"] != split:
         raise UserError(
@@ -360,9 +368,9 @@ def _write(
 
 def _file_name(config: Evaluate, paths: Sequence[Path], in_run: bool) -> str:
     """Different for other networks and another protocol: the best of a run has the plain name, last.ckpt names itself,
-    and an ensemble is known by a hash of its checkpoints' paths, in any order."""
+    and an ensemble or a file outside of a run is known by a hash of its paths, in any order."""
     who = [] if not in_run or paths[0].name == "best.ckpt" else [paths[0].stem]
-    if len(paths) > 1:
+    if not in_run:
         known = sha256("\n".join(sorted(str(path.resolve()) for path in paths)).encode())
-        who = [f"{len(paths)}networks", known.hexdigest()[:8]]
+        who = [f"{len(paths)}networks" if len(paths) > 1 else paths[0].stem, known.hexdigest()[:8]]
     return "-".join(["evaluate", *who, config.split, f"{config.views}view.json"])

@@ -111,8 +111,8 @@ class Probe:
         if self.input_rms < RAW_RMS:
             return (
                 f"The input has rms {self.input_rms:.2g}: these weights are meant for raw pixels. "
-                "Set model.init=he with init_bias 0, or augment.input=mean_image and model.init=fan_in "
-                "with model=code145's weights."
+                "Set model.init=he 'model.init_bias=[0,0,0,0,0,0,0,0]', or augment.input=mean_image and "
+                "model.init=fan_in with model=code145's weights."
             )
         return (
             "Use the 2012 code's weights, scaled to this net: model.init=fan_in, init_std .03 "

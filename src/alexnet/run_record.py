@@ -76,7 +76,10 @@ def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any
     `fresh`. Nothing is written yet.
     """
     path = directory / "run.json"
-    there = json.loads(path.read_text()) if path.exists() else None
+    try:
+        there = json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: remove it, and the directory with it, to start anew") from error
     if there is not None and not fresh:
         record = RunRecord(directory, copy.deepcopy(there), there)
         changed = differences(record.content["config"], config)

@@ -1,6 +1,7 @@
 """The verb `train`: fit, evaluate val once, draw the picture, close the record."""
 
 import csv
+import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def _probe(run: build.Training) -> None:
     classifier = run.classifier.to(run.device)
     images = classifier.augment.centre(torch.from_numpy(store.images[rows]).to(run.device))
     found = probe(classifier.net, images, torch.from_numpy(store.labels[rows]).to(run.device))
-    print(f"{found.table()}\n\n{found.verdict()}")
+    print(f"{found.table()}\n\n{textwrap.fill(found.verdict(), 100, break_long_words=False)}")
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -311,5 +311,5 @@ def test_a_checkpoint_brings_the_statistics_along(scale: InputScale) -> None:
 
 
 def test_a_crop_that_does_not_fit_is_explained() -> None:
-    with pytest.raises(UserError, match=r"crop of 14 pixels .* 13-pixel images: lower augment\.crop_px"):
+    with pytest.raises(UserError, match=r"augment\.crop_px=14 .* 13-pixel images: choose a network"):
         Augment(AugmentConfig(crop_px=14), PX)

@@ -16,6 +16,8 @@ allocator. A bound is what this machine, measured in the same run, could do at b
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import torch
+
 from alexnet.errors import UserError
 
 
@@ -61,6 +63,10 @@ class Benchmark:
         unknown = set(self.models) - {"paper", "mini"}
         if unknown or not self.models:
             raise UserError(f"models={self.models}: choose from paper and mini")
+        if self.device != "cpu" and not (self.device == "cuda" and torch.cuda.is_available()):
+            raise UserError(
+                f"device={self.device}: there is no such device here that torch can use. Set device=cpu"
+            )
 
     @property
     def suites(self) -> list[Suite]:

@@ -14,6 +14,7 @@ import torch
 
 from alexnet.bench import Benchmark, Suite
 from alexnet.bench.timing import Kind, Machine, Row, measured_machine
+from alexnet.errors import UserError
 
 COLUMNS = (
     *("suite", "row", "dtype", "contestant", "kind", "images", "ms", "ms_low", "ms_high", "rounds"),
@@ -45,7 +46,12 @@ def benchmark(config: Benchmark) -> list[Row]:
             print(f"suite {suite} is left out: it measures the CPU (device=cpu)")
             continue
         rows += suites[suite]
-        save(rows, about, Path(config.output_dir) / "benchmark")  # what is measured stays, whatever comes
+        if rows:
+            save(rows, about, Path(config.output_dir) / "benchmark")  # what is measured stays, whatever comes
+    if not rows:
+        raise UserError(
+            f"only={config.only} is in the name of no row of suite={config.suite}: give less of a name"
+        )
     finish(rows, about, Path(config.output_dir) / "benchmark")
     return rows
 

@@ -139,8 +139,8 @@ def margin_of(config: AugmentConfig, px: int) -> int:
     """px - crop_px: crops start at 0..margin inclusive. UserError if the stored images are too small."""
     if not 0 < config.crop_px <= px:
         raise UserError(
-            f"a crop of {config.crop_px} pixels does not fit into the store's {px}-pixel images: lower"
-            " augment.crop_px or prepare the data with a larger px"
+            f"augment.crop_px={config.crop_px} (the network's image) does not fit into the store's {px}-pixel images: "
+            "choose a network of smaller images (model=mini or tiny: 56), or prepare the data with a larger px"
         )
     return px - config.crop_px
 

@@ -77,11 +77,14 @@ def prove(config: CheckGradients, say: Say = print) -> Proof:
         _networks(config, proof, say)
     if config.mutants:
         _mutants(config, proof, say)
+    if not proof.results:
+        raise UserError(f"there is nothing to check: {'; '.join(proof.skipped) or 'no case is left'}")
     proof.seconds = time.perf_counter() - started
     for line in (*proof.skipped, *map(failure_line, proof.failures[:20])):
         say(line)
     say(verdict(proof))
-    _write(proof, Path(config.output_dir) / "check_gradients", say)
+    part = "+".join(config.operations)  # the whole proof is not replaced by a part of it
+    _write(proof, Path(config.output_dir) / "check_gradients" / part, say)
     return proof
 
 
