@@ -300,16 +300,16 @@ def _flat(tree: Any, prefix: str = "") -> list[str]:
 
 
 def _closest(wanted: str, known: list[str]) -> str:
-    """The key that ends in the same word, else the most alike; else some of those there are."""
-    known = [key for key in known if not wanted.startswith(f"{key}.")]  # its own group helps nobody
-    same = [key for key in known if key.split(".")[-1] == wanted.split(".")[-1]]
-    close = same or difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]}?"
-    if wanted.startswith("trainer."):
+    """The key whose last word is the same or much alike, else the most alike; else some of those there are."""
+    group, _, word = wanted.rpartition(".")
+    last = {key.split(".")[-1]: key for key in known if key.startswith(f"{group}.") or not group}
+    alike = difflib.get_close_matches(word, last, n=1, cutoff=0.7)
+    if alike:
+        return f"did you mean {last[alike[0]]}?"
+    if group == "trainer":
         return f"an argument of lightning.Trainer is added with +{wanted}=..."
-    there = [key for key in known if key.startswith(wanted.split(".")[0] + ".")] if "." in wanted else known
-    return f"choose one of {', '.join(sorted(there or known)[:20])}"
+    close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.7)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(sorted(last or known)[:20])}"
 
 
 def _quiet() -> None:
