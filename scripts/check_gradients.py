@@ -1,7 +1,7 @@
 """Prove every gradient: python scripts/check_gradients.py [backend=fast] [mutants=true] [full=true].
 
 Prints a table, writes results.json and report.html (the lesson), and exits with 1 if anything failed. The default
-takes about two minutes on two cores; backend=fast takes longer the first time, for what it compiles.
+takes half a minute on two cores; backend=fast takes longer the first time, for what it compiles.
 """
 
 from alexnet.config import CheckGradients, command

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -182,6 +183,16 @@ def test_results_are_kept_in_the_run_s_directory(run: Path, data_dir: Path) -> N
 def test_what_cannot_be_evaluated_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         evaluate(Evaluate(**options))
+
+
+def test_the_code_of_the_readme_runs(run: Path) -> None:
+    readme = (CONF.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    found: dict[str, Any] = {}
+    exec(code.replace("outputs/train/quickstart/seed0", str(run)), found)
+    assert found["top5"].values.shape == (2, 5)
+    assert len(found["names"]) == 5
+    assert all(found["names"])
 
 
 def test_several_checkpoints_are_averaged(run: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ u p - top and column v q - left; a tap that falls outside the image reads zero:
 
     y[n,o,p,q] = b[o] + sum_{c,r,s} w[o,c,r,s] x[n, c, u p + r - top, v q + s - left]
 
-(a correlation: the kernel is not flipped, as in the 2012 code, Caffe and torch).
+with stride (u, v) and `left`, `top` columns and rows of zeros (a correlation: the kernel is not flipped, as in the 2012
+code, Caffe and torch; all letters at the end).
 
 Give every window a row of its own. The *columns* of x are the matrix with one row per output position (n,p,q)
 and one column per weight (r,s,c):
@@ -58,7 +59,8 @@ the same thing. Caffe has 227 pixels and no padding, torchvision 224 and 2 on ev
 dw and db by the batch size here, we in the loss (cross_entropy.py).
 
 Shapes: N images, C input channels, O output channels, G groups, HxW in, PxQ out, RxS kernel, stride (u, v);
-x (N, C, H, W), w (O, C/G, R, S), b (O), y (N, O, P, Q). K = R S C/G taps of one output.
+x (N, C, H, W), w (O, C/G, R, S), b (O), y (N, O, P, Q). K = R S C/G taps of one output; M = P Q times the images of
+one piece. In the code a name's last capitals are its dimensions: w_GKO is (G, K, O/G).
 """
 
 from collections.abc import Iterator

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from alexnet.layers.backend import PAIRS, Backend, Pair, checked, no_autocast, pair_for, to_autocast, wide
 
+# A name's last capitals are its dimensions: dy_NO is (N, O). Pairs, and which of them serves: backend.py.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 

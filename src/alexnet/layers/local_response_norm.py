@@ -38,8 +38,8 @@ quieter. Both share t[c] = dy[c] s[c]^-beta, so the code takes one power:
 
     dx[c] = t[c]  -  (2 alpha beta/n) x[c] sum_{i in W*(c)} t[i] x[i] / s[i]
 
-A check that needs no second implementation: multiply by x[c] and sum over c. The double sum, read the other
-way round, is (alpha/n) sum_{c in W(i)} x[c]^2 = s[i] - k, so
+A check that needs no second implementation: multiply by x[c] and sum over c, then swap the two sums. For a fixed i the
+inner sum over c is (alpha/n) sum_{c in W(i)} x[c]^2 = s[i] - k, so
 
     sum x dx = (1 - 2 beta) sum dy y  +  2 beta k sum dy y / s
 

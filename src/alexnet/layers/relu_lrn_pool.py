@@ -78,7 +78,7 @@ def relu_lrn_pool_forward(
     groups: int,
     ties: str,
 ) -> tuple[Tensor | None, ...]:
-    """x (N, C, H, W) -> y (N, C, P, Q); keeps what the ReLU (1), the norm (2) and the pool (3) keep."""
+    """x (N, C, H, W) -> y (N, C, P, Q); keeps one tensor of the ReLU, two of the norm, three of the pool."""
     norm, pool = (size, alpha, beta, k, groups), (kernel, stride, (0, 0), ceil_mode, ties)
     if order == "relu_lrn_pool":
         a, *relu_saved = relu_forward(x)
@@ -160,7 +160,8 @@ def relu_lrn_pool(
 ) -> Tensor:
     """`max_pool2d(local_response_norm(relu(input)))`, or the 2012 order; input (N, C, H, W), a convolution's output.
 
-    Arguments as in the three functions. Float32 under autocast. Raises UserError for an unknown order and for
+    Arguments as in the three functions; the norm's defaults are torch's, the pool's those of 2012 (3 wide, 2 apart,
+    rounded up). Float32 under autocast. Raises UserError for an unknown order and for
     what the three functions refuse.
     """
     kernel, step = two(kernel_size), two(stride)
