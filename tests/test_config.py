@@ -50,6 +50,18 @@ def test_every_data_set_can_be_prepared() -> None:
         assert config.root == f"data/{path.stem}"
 
 
+@pytest.mark.parametrize("name", ["evaluate", "prepare_data", "check_gradients", "benchmark", "reproduce"])
+def test_help_begins_with_the_command_and_names_no_group_of_another_script(name: str) -> None:
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose(name, return_hydra_config=True)
+    first, *lines = OmegaConf.to_container(config.hydra.help, resolve=False)["template"].splitlines()
+    assert first.startswith(f"python scripts/{name}.py ")
+    assert max(map(len, [first, *lines])) <= 100
+    assert lines[-1] == "$CONFIG"
+    assert "$APP_CONFIG_GROUPS" not in lines
+
+
 def test_bare_training_is_the_quickstart() -> None:
     bare, named = composed("train"), composed("train", "experiment=quickstart")
     assert bare == named
