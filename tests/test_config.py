@@ -12,11 +12,12 @@ from typing import Any
 import hydra
 import pytest
 import torch
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from alexnet import build
 from alexnet.classifier import plain, typed
-from alexnet.config import CONF, command, load, one_line, register
+from alexnet.config import CONF, as_chosen, command, load, one_line, register
 from alexnet.errors import UserError
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import build_optimizer, build_scheduler
@@ -74,6 +75,7 @@ def test_bare_training_is_the_quickstart() -> None:
         (["experiment=none", "model=tiny"], "tiny-synthetic"),
         (["model=tiny"], "tiny-synthetic"),
         (["data=imagenette", "model=owt"], "owt-imagenette"),
+        (["data=synthetic"], "quickstart"),
         (["optim.lr=0.02", "data.batch_size=32"], "quickstart"),
         (["experiment=tiny_imagenet_cpu", "model=tiny"], "tiny_imagenet_cpu"),
         (["trainer=debug"], "quickstart-debug"),  # the real run has its directory to itself
@@ -89,6 +91,22 @@ def test_a_run_is_named_by_what_is_run(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     command("train")(lambda config: named.append(config.name))()
     assert named == [name]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["-m", "model=mini,tiny"],
+        ["-m", "optim.lr=1,2", "model=mini", "name=x"],
+        ["--cfg", "job", "model=mini"],
+        ["model=mini", "optim.lr=1", "--cfg", "job"],
+        ["--help", "data=imagenet"],
+    ],
+)
+def test_options_may_stand_before_and_behind_a_chosen_model(typed: list[str]) -> None:
+    """Hydra reads one unbroken row of overrides, and calls those of a second row unknown."""
+    read = get_args_parser().parse_args(as_chosen(typed)).overrides
+    assert sorted(read) == sorted(["experiment=none", *(word for word in typed if "=" in word)])
 
 
 def test_a_model_that_is_chosen_without_a_recipe_is_that_model(

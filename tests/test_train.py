@@ -10,9 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,8 +128,9 @@ def test_what_is_damaged_in_a_run_is_said_in_one_line(
         train(config)
     assert "\n" not in str(caught.value)
     (moved / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run.json is damaged: remove it"):
+    with pytest.raises(UserError, match=r"run.json is damaged: overwrite=true"):
         train(config)
+    assert build.training(compose("name=done", "overwrite=true")).record.is_current
     content = read(run)
     del content["state_dict"]["net.fc8.weight"]
     torch.save(content, moved / "lacking.ckpt")
@@ -262,6 +261,8 @@ def test_a_mistake_leaves_nothing_behind(compose: Callable[..., Any], tmp_path: 
     [
         ("trainer.max_epochs=3", "set optim.epochs alone"),
         ("trainer.max_steps=3", "set optim.epochs, or trainer.limit_train_batches"),
+        ("trainer.max_steps=1", "set optim.epochs, or trainer.limit_train_batches"),
+        ("+trainer.fast_dev_run=True", "set trainer=debug"),
         ("+trainer.max_time=00:00:10:00", "the same command resumes"),
         ("+trainer.accumulate_grad_batches=2", "set data.batch_size"),
     ],
@@ -316,12 +317,13 @@ def test_a_run_that_another_process_began_or_ended_meanwhile_is_not_written_over
     assert json.loads((build.run_directory(config) / "run.json").read_text())["config"]["optim"]["lr"] == 0.02
 
 
-def test_a_look_at_a_run_keeps_nobody_from_starting_it(tmp_path: Path) -> None:
-    with locked(tmp_path):
-        pass
-    with (tmp_path / "lock").open() as looking, ThreadPoolExecutor(1) as pool:
+def test_a_look_at_a_run_keeps_nobody_from_starting_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open() as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
-        pool.submit(lambda: (time.sleep(run_record.LOOK / 5), fcntl.flock(looking, fcntl.LOCK_UN)))
+        monkeypatch.setattr(run_record.time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
         with locked(tmp_path) as ours:
             assert ours
 

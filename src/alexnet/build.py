@@ -48,11 +48,13 @@ NOT_IDENTITY = (
 )
 
 
-# Arguments of lightning.Trainer that would end a run, or step its rate, elsewhere than its schedule does.
-NOT_OURS = {
-    "max_steps": "set optim.epochs, or trainer.limit_train_batches for shorter epochs",
-    "max_time": "stop the process instead, the same command resumes with the same bits",
-    "accumulate_grad_batches": "set data.batch_size, one update is one minibatch",
+# Arguments of lightning.Trainer that would end a run, or step its rate, elsewhere than its schedule does: values that
+# change nothing, and what to do instead.
+NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "max_steps": ((None, -1), "set optim.epochs, or trainer.limit_train_batches for shorter epochs"),
+    "max_time": ((None,), "stop the process instead, the same command resumes with the same bits"),
+    "accumulate_grad_batches": ((None, 1), "set data.batch_size, one update is one minibatch"),
+    "fast_dev_run": ((None, False), "set trainer=debug, three batches an epoch in a directory of its own"),
 }
 
 
@@ -249,8 +251,8 @@ def check_length(config: Train) -> None:
             f"trainer.max_epochs={config.trainer['max_epochs']}, but the schedule is of optim.epochs="
             f"{config.optim.epochs}: set optim.epochs alone"
         )
-    for key, remedy in NOT_OURS.items():
-        if config.trainer.get(key) not in (None, 1, -1):
+    for key, (neutral, remedy) in NOT_OURS.items():
+        if not any(config.trainer.get(key) is value for value in neutral):
             raise UserError(
                 f"trainer.{key}={config.trainer[key]} does not fit the schedule of a run: {remedy}"
             )

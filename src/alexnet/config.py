@@ -186,11 +186,14 @@ def command(name: str, config_dir: Path = CONF) -> Callable[[Callable[[Any], Any
 def as_chosen(arguments: Sequence[str]) -> list[str]:
     """The arguments of train.py, with `experiment=none` where a model or a data set is chosen and no recipe.
 
-    The quickstart is what nobody chose: it would halve the width of model=paper and train it for five epochs.
+    The quickstart is what nobody chose: it would halve the width of model=paper, and train on ImageNet for five epochs.
     """
-    chosen = any(re.match(r"(model|data)=", argument) for argument in arguments)
+    chosen = [i for i, argument in enumerate(arguments) if re.match(r"(model|data)=", argument)]
     recipe = any(re.match(r"\+{0,2}experiment=", argument) for argument in arguments)
-    return [*(["experiment=none"] if chosen and not recipe else []), *arguments]
+    if recipe or not chosen or arguments[chosen[0]] == "data=synthetic":  # the quickstart's own
+        return list(arguments)
+    at = chosen[0]  # beside it: Hydra takes no second group of overrides behind an option
+    return [*arguments[:at], "experiment=none", *arguments[at:]]
 
 
 def _in_one_line(

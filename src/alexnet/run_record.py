@@ -5,7 +5,6 @@ or says that it is finished. Another configuration in the same directory is an e
 """
 
 import contextlib
-import copy
 import fcntl
 import json
 import os
@@ -34,7 +33,7 @@ class RunRecord:
 
     directory: Path
     content: dict[str, Any]
-    opened: dict[str, Any] | None = None  # what lay there when it was opened
+    opened: str | None = None  # the text that lay there when it was opened
 
     @property
     def finished(self) -> bool:
@@ -48,8 +47,7 @@ class RunRecord:
     def is_current(self) -> bool:
         """Whether no other process has written the record since it was opened here."""
         path = self.directory / "run.json"
-        there = json.loads(path.read_text()) if path.exists() else None
-        return there == self.opened
+        return (path.read_text() if path.exists() else None) == self.opened
 
     def update(self, **values: Any) -> None:
         self.content.update(values)
@@ -76,12 +74,12 @@ def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any
     `fresh`. Nothing is written yet.
     """
     path = directory / "run.json"
-    try:
-        there = json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: remove it, and the directory with it, to start anew") from error
-    if there is not None and not fresh:
-        record = RunRecord(directory, copy.deepcopy(there), there)
+    text = path.read_text() if path.exists() else None
+    if text is not None and not fresh:
+        try:
+            record = RunRecord(directory, json.loads(text), text)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: overwrite=true starts the run anew") from error
         changed = differences(record.content["config"], config)
         if changed:
             raise UserError(
@@ -90,7 +88,7 @@ def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any
             )
         return record
     content = {"state": "running", "command": command_line(), "config": config, "resolved": resolved}
-    return RunRecord(directory, {**content, **environment()}, there)
+    return RunRecord(directory, {**content, **environment()}, text)
 
 
 @contextlib.contextmanager

@@ -161,7 +161,7 @@ def test_a_nan_shows_and_the_gradient_goes_where_torch_sends_it():
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-def test_a_window_whose_maximum_is_infinite_matches_native(value):
+def test_a_window_whose_maximum_is_infinite_has_the_value_of_native(value):
     x = X.clone()
     x[0, 0] = value
     ours, native = (max_pool2d(x, 3, 2, ties="all", backend=backend) for backend in ("reference", "native"))

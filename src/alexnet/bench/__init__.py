@@ -63,7 +63,8 @@ class Benchmark:
         unknown = set(self.models) - {"paper", "mini"}
         if unknown or not self.models:
             raise UserError(f"models={self.models}: choose from paper and mini")
-        if self.device != "cpu" and not (self.device == "cuda" and torch.cuda.is_available()):
+        on_gpu = self.device.partition(":")[0] == "cuda" and torch.cuda.is_available()
+        if self.device != "cpu" and not on_gpu:
             raise UserError(
                 f"device={self.device}: there is no such device here that torch can use. Set device=cpu"
             )

@@ -128,7 +128,7 @@ def on_device(images: Tensor, device: torch.device) -> Tensor:
     try:
         return images.clone() if device.type == "cpu" else images.to(device)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if "memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise UserError(
             f"the store's {images.nbytes / 1e9:.2f} GB do not fit on {device}: set data.resident=never"

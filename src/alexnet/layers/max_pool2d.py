@@ -212,7 +212,8 @@ def _native(x: Tensor, kernel: Two, stride: Two, padding: Two, ceil_mode: bool, 
     x_padded = F.pad(x, _sides(x.shape[-2:], y.shape[-2:], kernel, stride, padding), value=float("-inf"))
     windows = [x_padded[window] for window in _windows(y.shape[-2:], kernel, stride)]
     winners = torch.stack([torch.where(window == y, window, 0) for window in windows]).sum(0)
-    return torch.where(y.isfinite(), y + (winners - winners.detach()), y)  # inf - inf is no number
+    # inf - inf is no number: an infinite maximum keeps its value, and pays nobody here.
+    return torch.where(y.isfinite(), y + (winners - winners.detach()), y)
 
 
 def two(value: int | Two) -> Two:
