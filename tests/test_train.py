@@ -500,7 +500,13 @@ def test_two_processes_have_the_loss_curve_of_one(data_dir: Path, tmp_path: Path
     curves = []
     for name, how in {
         "one": ["trainer=cpu"],
-        "two": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"],
+        "two": [
+            "trainer=ddp",
+            "trainer.accelerator=cpu",
+            "trainer.devices=2",
+            "trainer.precision=32-true",
+            "trainer.enable_progress_bar=true",  # as people run it
+        ],
     }.items():
         ended = subprocess.run(
             [sys.executable, script, *shared, f"name={name}", *how],

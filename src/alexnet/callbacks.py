@@ -302,7 +302,7 @@ class Progress(TQDMProgressBar):
         super().__init__(refresh_rate=refresh_rate)
         self.first_step: int | None = None
 
-    @rank_zero_only
+    # On every rank: Lightning asks all of them for the metrics after a validation.
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
