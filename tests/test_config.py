@@ -76,6 +76,7 @@ def test_bare_training_is_the_quickstart() -> None:
         (["model=tiny"], "tiny-synthetic"),
         (["data=imagenette", "model=owt"], "owt-imagenette"),
         (["data=synthetic"], "quickstart"),
+        (["data=synthetic", "model=mini"], "mini-synthetic"),
         (["optim.lr=0.02", "data.batch_size=32"], "quickstart"),
         (["experiment=tiny_imagenet_cpu", "model=tiny"], "tiny_imagenet_cpu"),
         (["trainer=debug"], "quickstart-debug"),  # the real run has its directory to itself

@@ -252,7 +252,7 @@ def check_length(config: Train) -> None:
             f"{config.optim.epochs}: set optim.epochs alone"
         )
     for key, (neutral, remedy) in NOT_OURS.items():
-        if not any(config.trainer.get(key) is value for value in neutral):
+        if config.trainer.get(key) not in neutral:
             raise UserError(
                 f"trainer.{key}={config.trainer[key]} does not fit the schedule of a run: {remedy}"
             )
@@ -263,15 +263,13 @@ def is_rank_zero() -> bool:
     return int(getattr(rank_zero_only, "rank", None) or 0) == 0
 
 
-def device_type_of(accelerator: str) -> str:
-    """'cuda' or 'cpu': where a run with this accelerator takes place."""
+def device_type_of(accelerator: str, key: str = "trainer.accelerator", otherwise: str = "trainer=cpu") -> str:
+    """'cuda' or 'cpu': where a run with this accelerator takes place. UserError names the `key` that chose it."""
     if accelerator == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator in ("gpu", "cuda"):
         if not torch.cuda.is_available():
-            raise UserError(
-                f"trainer.accelerator={accelerator}: there is no GPU that torch can use. Set trainer=cpu"
-            )
+            raise UserError(f"{key}={accelerator}: there is no GPU that torch can use. Set {otherwise}")
         return "cuda"
     return accelerator
 

@@ -27,6 +27,8 @@ TORCHVISION_LAYERS = {
     "classifier.4": "fc7",
     "classifier.6": "fc8",
 }
+# What torch.load makes of a file that is no checkpoint.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AssertionError, KeyError)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -36,16 +38,12 @@ def read(path: str | Path) -> dict[str, Any]:
         with warnings.catch_warnings():  # what torch thinks of a file that is none of ours is said below
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if (
-            "unsupported global" not in str(error).lower()
-        ):  # torch's words for an object it would have to call
-            raise UserError(f"checkpoint={path} cannot be read: it is damaged or no checkpoint") from error
-        raise UserError(
-            f"checkpoint={path} is refused: it holds more than tensors and plain data, and loading it would run "
-            "code. Use a checkpoint written by scripts/train.py"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, AssertionError, KeyError) as error:
+    except UNREADABLE as error:
+        if "unsupported global" in str(error).lower():  # torch's words for an object it would have to call
+            raise UserError(
+                f"checkpoint={path} is refused: it holds more than tensors and plain data, and loading it would run "
+                "code. Use a checkpoint written by scripts/train.py"
+            ) from error
         raise UserError(
             f"checkpoint={path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint"
         ) from error

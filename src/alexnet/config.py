@@ -188,9 +188,9 @@ def as_chosen(arguments: Sequence[str]) -> list[str]:
 
     The quickstart is what nobody chose: it would halve the width of model=paper, and train on ImageNet for five epochs.
     """
-    chosen = [i for i, argument in enumerate(arguments) if re.match(r"(model|data)=", argument)]
-    recipe = any(re.match(r"\+{0,2}experiment=", argument) for argument in arguments)
-    if recipe or not chosen or arguments[chosen[0]] == "data=synthetic":  # the quickstart's own
+    # data=synthetic is the quickstart's own.
+    chosen = [i for i, a in enumerate(arguments) if re.match(r"model=|data=(?!synthetic$)", a)]
+    if not chosen or any(re.match(r"\+{0,2}experiment=", a) for a in arguments):
         return list(arguments)
     at = chosen[0]  # beside it: Hydra takes no second group of overrides behind an option
     return [*arguments[:at], "experiment=none", *arguments[at:]]

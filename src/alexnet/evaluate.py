@@ -283,7 +283,7 @@ def evaluate(config: Evaluate) -> list[Result]:
     Raises UserError if a checkpoint is missing, if their classes differ from each other's or from the store's.
     """
     paths = [find(path) for path in config.checkpoints]
-    device = torch.device(_device_type(config.device))
+    device = torch.device(device_type_of(config.device, "device", "device=cpu"))
     backend = config.backend.resolve(device.type)
     classifiers = [load(path, backend) for path in paths]
     store = _store(config, classifiers[0])
@@ -303,12 +303,6 @@ def evaluate(config: Evaluate) -> list[Result]:
     references = paper_rows(wnids, len(outputs), config.views)
     print(f"{table(results, references)}\n\nrecord {_write(config, paths, store, results, references)}")
     return results
-
-
-def _device_type(device: str) -> str:
-    if device in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device}: there is no GPU that torch can use. Set device=cpu")
-    return device_type_of(device)
 
 
 def _store(config: Evaluate, classifier: Classifier) -> Store:

@@ -34,7 +34,7 @@ from alexnet.layers import (
 from alexnet.layers.backend import OPERATIONS, PAIRS, pair_for
 from alexnet.layers.compiled.conv2d import kernel_from_depth, space_to_depth, takes_columns, weight_gradient
 from alexnet.layers.compiled.relu_lrn_pool import halves
-from alexnet.layers.conv2d import _sides, _two, conv2d_backward, conv2d_forward
+from alexnet.layers.conv2d import _sides, conv2d_backward, conv2d_forward, two
 from alexnet.model import AlexNet, ModelConfig
 
 pytestmark = COMPILES
@@ -140,7 +140,7 @@ def test_convolution_equals_the_reference(groups, stride, padding, backend):
 def test_shifted_products_are_the_weight_gradient(groups, stride, padding):
     """What half types take, in float64."""
     x, w = normals(3, 4, 13, 11), normals(6, 4 // groups, 3, 5)
-    stride, sides = _two(stride), _sides(padding)
+    stride, sides = two(stride), _sides(padding)
     y, *_ = conv2d_forward(x, w, None, stride, sides, groups)
     dy = normals(*y.shape, seed=2)
     _, expected, _ = conv2d_backward(dy, x, w, stride, sides, groups, (False, True, False))

@@ -230,7 +230,7 @@ def _finished(config: PrepareConfig, root: Path) -> list[Store] | None:
 def _refuse_other_request(config: PrepareConfig, store: Store) -> None:
     there, asked = store.manifest["request"], config.request()
     if config.source == SourceKind.folder and config.path is not None:
-        before, now = store.manifest["source"], f"{config.source}: {Path(config.path).name}"
+        before, now = store.manifest["source"], sources.described(config.source, Path(config.path))
         if before != now:
             raise UserError(
                 f"{store.path} was prepared from another place ({before}, not {now}): choose another name, or "

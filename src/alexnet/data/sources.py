@@ -233,6 +233,11 @@ def open_files(path: Path) -> Files:
 # The sources ----------------------------------------------------------------------------------------------
 
 
+def described(kind: str, path: Path) -> str:
+    """The source in a manifest. Its place is left out: a folder that was moved holds the same images."""
+    return f"{kind}: {path.name}"
+
+
 def open_source(
     kind: SourceKind,
     path: Path | None,
@@ -269,7 +274,7 @@ def open_source(
     names = _words(tree, files, words) | WORDS.get(kind, {})
     classes = [{"wnid": wnid, "words": names.get(wnid, wnid)} for wnid in wnids]
     items = {split: _items(found, wnids) for split, found in splits.items() if found}
-    return Source(f"{kind}: {path.name}", classes, items, files)
+    return Source(described(kind, path), classes, items, files)
 
 
 def synthetic_source(n_train: int, n_val: int, px: int, seed: int) -> Source:

@@ -73,6 +73,7 @@ from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
 from alexnet.layers.backend import PAIRS, Backend, Pair, checked, no_autocast, pair_for, to_autocast, wide
+from alexnet.layers.max_pool2d import two
 
 Two = int | tuple[int, int]
 Padding = int | tuple[int, ...]  # one number, (rows, columns), or Sides
@@ -226,8 +227,8 @@ def conv2d(
     Raises UserError for dilation other than 1, padding given as a word, and shapes that do not fit.
     """
     pair = pair_for("conv2d", backend)
-    stride, sides = _two(stride), _sides(padding)
-    _check(input, weight, bias, stride, sides, _two(dilation), groups)
+    stride, sides = two(stride), _sides(padding)
+    _check(input, weight, bias, stride, sides, two(dilation), groups)
     if pair is None:
         return _native(input, weight, bias, stride, sides, groups)
     return _Conv2d.apply(*to_autocast(input, weight, bias), (stride, sides, groups), pair)
@@ -240,10 +241,6 @@ def _native(
     if (left, top) == (right, bottom):
         return F.conv2d(x, w, b, stride, (top, left), 1, groups)
     return F.conv2d(F.pad(x, padding), w, b, stride, 0, 1, groups)
-
-
-def _two(value: Two) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def _sides(padding: Padding | str) -> Sides:
@@ -311,7 +308,7 @@ class Conv2d(nn.Conv2d):
         backend: str = Backend.reference,
         **factory: Any,
     ) -> None:
-        if _two(dilation) != (1, 1) or padding_mode != "zeros":
+        if two(dilation) != (1, 1) or padding_mode != "zeros":
             raise UserError(
                 f"Conv2d has dilation 1 and padding_mode 'zeros' only, not {dilation} and {padding_mode!r}: "
                 "use torch.nn.Conv2d for them"

@@ -154,8 +154,8 @@ def local_response_norm(
     input (N, C), (N, C, L) or (N, C, H, W); float32 under autocast. Raises UserError for a window or constants
     that cannot be, and for maps that the towers cannot share.
     """
-    check_norm("local_response_norm", size, alpha, k)
-    if input.dim() < 2 or groups < 1 or input.shape[1] % groups:
+    check_norm("local_response_norm", size, alpha, k, groups)
+    if input.dim() < 2 or input.shape[1] % groups:
         raise UserError(
             f"local_response_norm: input {tuple(input.shape)} has no maps that groups={groups} towers can share "
             "evenly. Give (N, C, ...) with C divisible by groups"
@@ -166,8 +166,10 @@ def local_response_norm(
     return _LocalResponseNorm.apply(to_float32(input), (size, alpha, beta, k, groups), pair)
 
 
-def check_norm(name: str, size: int, alpha: float, k: float) -> None:
+def check_norm(name: str, size: int, alpha: float, k: float, groups: int = 1) -> None:
     """Raises UserError for constants with which s could be zero, negative, or nothing at all."""
+    if groups < 1:
+        raise UserError(f"{name}: groups={groups} is no number of towers. Use 1 or more (the paper: 2)")
     if size < 1:
         raise UserError(f"{name}: size={size} is no window. Use size=1 or more (the paper's n is 5)")
     if alpha < 0:
@@ -200,11 +202,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         groups: int = 1,
         backend: str = Backend.reference,
     ) -> None:
-        check_norm("LocalResponseNorm", size, alpha, k)
-        if groups < 1:
-            raise UserError(
-                f"LocalResponseNorm: groups={groups} is no number of towers. Use 1 or more (the paper: 2)"
-            )
+        check_norm("LocalResponseNorm", size, alpha, k, groups)
         super().__init__(size, alpha, beta, k)
         self.groups = groups
         self.backend = checked("local_response_norm", backend)

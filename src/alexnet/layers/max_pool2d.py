@@ -217,8 +217,8 @@ def _native(x: Tensor, kernel: Two, stride: Two, padding: Two, ceil_mode: bool, 
 
 
 def two(value: int | Two) -> Two:
-    """One number for both axes, or (rows, columns), as everywhere in torch."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    """One number for both axes, (both) or (rows, columns), as everywhere in torch."""
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def check_pool(

@@ -166,9 +166,9 @@ def relu_lrn_pool(
     """
     kernel, step = two(kernel_size), two(stride)
     _check_order(order)
-    check_norm("relu_lrn_pool", size, alpha, k)
+    check_norm("relu_lrn_pool", size, alpha, k, groups)
     check_pool(input, kernel, step, (0, 0), (1, 1), ceil_mode, ties)
-    if input.dim() != 4 or groups < 1 or input.shape[1] % groups:
+    if input.dim() != 4 or input.shape[1] % groups:
         raise UserError(
             f"relu_lrn_pool: input {tuple(input.shape)} has no maps that groups={groups} towers can share evenly. "
             "Give (N, C, H, W) with C divisible by groups"
@@ -226,12 +226,8 @@ class ReluLrnPool(nn.Module):
     ) -> None:
         super().__init__()
         _check_order(order)
-        check_norm("ReluLrnPool", size, alpha, k)
+        check_norm("ReluLrnPool", size, alpha, k, groups)
         check_window(two(kernel_size), two(stride), (0, 0), (1, 1), ties)
-        if groups < 1:
-            raise UserError(
-                f"ReluLrnPool: groups={groups} is no number of towers. Use 1 or more (the paper: 2)"
-            )
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
         self.kernel_size, self.stride, self.ceil_mode = kernel_size, stride, ceil_mode
         self.order, self.groups, self.ties = order, groups, ties

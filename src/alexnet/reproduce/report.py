@@ -134,8 +134,12 @@ def report_directory(settings: Reproduce) -> Path:
 
 def _mixed(sections: Sequence[Section]) -> list[str]:
     """A warning where runs of different code, versions, machines or precisions are compared."""
-    kinds = {"commits": "states of the code", "torch": "versions of torch", "hardware": "machines"}
-    kinds["device"] = "devices or precisions"
+    kinds = {
+        "commits": "states of the code",
+        "torch": "versions of torch",
+        "hardware": "machines",
+        "device": "devices or precisions",
+    }
     return [
         f"WARNING   {s.claim.name} compares runs of {len(of)} {kind}: {', '.join(of)}"
         for s in sections
