@@ -22,6 +22,7 @@ from alexnet.callbacks import (
     Progress,
     Watchdog,
 )
+from alexnet.capture import CapturedStrategy, obstacle
 from alexnet.checkpoint import read
 from alexnet.classifier import Classifier, plain
 from alexnet.config import Train
@@ -147,7 +148,7 @@ def training(config: Train) -> Training:
         masters=precision == MASTERS,
     )
     has_holdout = len(data.split[1]) > 0
-    made = trainer(config, directory, precision, has_holdout)
+    made = trainer(config, directory, precision, has_holdout, resolved)
     check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)
     return Training(classifier, data, made, record, directory, resolved, keeps)
 
@@ -174,7 +175,7 @@ def identity(config: Train, data: ImageData | None) -> dict[str, Any]:
     for key in NOT_IDENTITY:
         del content[key]
     del content["data"]["root"], content["data"]["resident"]
-    for key in ("enable_progress_bar", "profiler", "keep_freed_memory"):
+    for key in ("enable_progress_bar", "profiler", "keep_freed_memory", "capture"):
         content["trainer"].pop(key, None)
     return content
 
@@ -207,10 +208,16 @@ def checked_classes(asked: int | None, data: ImageData) -> int:
     return there
 
 
-def trainer(config: Train, directory: Path, precision: str, has_holdout: bool) -> pl.Trainer:
-    """lightning.Trainer from conf/trainer/*.yaml, with our callbacks and those of conf/callbacks and conf/logger."""
+def trainer(
+    config: Train, directory: Path, precision: str, has_holdout: bool, resolved: dict[str, Any]
+) -> pl.Trainer:
+    """lightning.Trainer from conf/trainer/*.yaml, with our callbacks and those of conf/callbacks and conf/logger.
+
+    Enters into `resolved` whether the step is captured.
+    """
     check_length(config)
     arguments = dict(config.trainer)
+    capture = arguments.pop("capture", "auto")
     bar, _ = arguments.pop("enable_progress_bar"), arguments.pop("keep_freed_memory", None)
     checkpoints = directory / "checkpoints"
     callbacks: list[Callback] = [
@@ -225,6 +232,9 @@ def trainer(config: Train, directory: Path, precision: str, has_holdout: bool) -
     loggers = [instantiate(logger) for logger in config.logger.values()]
     if not has_holdout:
         arguments["limit_val_batches"] = 0
+    resolved["captured"] = captures(capture, config, resolved, callbacks)
+    if resolved["captured"]:
+        arguments["strategy"] = captured_strategy()
     arguments.update(
         precision="32-true" if precision == MASTERS else precision,
         default_root_dir=str(directory),
@@ -242,6 +252,25 @@ def trainer(config: Train, directory: Path, precision: str, has_holdout: bool) -
             use_distributed_sampler=False,
             _convert_="all",
         )
+
+
+def captures(capture: Any, config: Train, resolved: dict[str, Any], callbacks: list[Callback]) -> bool:
+    """Whether the step of this run is one CUDA graph: trainer.capture=auto wherever it can be."""
+    if str(capture).lower() not in ("auto", "true", "false"):
+        raise UserError(f"trainer.capture={capture}: choose one of auto, true, false")
+    if str(capture).lower() == "false":
+        return False
+    fused = "compiled" in resolved["backend"].values() or resolved["precision"] == MASTERS
+    reason = obstacle(
+        resolved["device"], single_device(config.trainer), fused, resolved["precision"], callbacks
+    )
+    if reason and str(capture).lower() == "true":
+        raise UserError(f"trainer.capture={capture}: {reason}. Set trainer.capture=auto")
+    return not reason
+
+
+def captured_strategy() -> CapturedStrategy:
+    return CapturedStrategy(torch.device("cuda", torch.cuda.current_device()))
 
 
 def check_length(config: Train) -> None:
@@ -281,7 +310,7 @@ def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, 
     without a compiled backend, and on several devices, which exchange the gradients of the masters.
     """
     asked = str(trainer["precision"])
-    single = trainer["devices"] in (1, "1") and trainer["strategy"] == "auto"
+    single = single_device(trainer)
     if asked == MASTERS and not single:
         raise UserError(f"trainer.precision={MASTERS} is for one device: set trainer.precision=bf16-mixed")
     if asked != "auto":
@@ -289,6 +318,11 @@ def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, 
     if not has_native_bf16(device_type):
         return "32-true"
     return MASTERS if single and "compiled" in backend.values() else "bf16-mixed"
+
+
+def single_device(trainer: dict[str, Any]) -> bool:
+    """Whether one process trains on one device."""
+    return trainer["devices"] in (1, "1") and trainer["strategy"] == "auto"
 
 
 def has_native_bf16(device_type: str) -> bool:

@@ -97,14 +97,12 @@ class MetricsFile(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Loss and errors of the global batch: every rank holds an equal share of it.
-        images = len(batch.labels) * trainer.world_size
-        loss, wrong = outputs["loss"].detach(), outputs["wrong"]
+        totals = outputs["totals"]
         if trainer.world_size > 1:
-            loss = trainer.strategy.reduce(loss, reduce_op="mean")
-            wrong = trainer.strategy.reduce(wrong.float(), reduce_op="sum")
-        self.window.add(loss, wrong, images)
-        self.epoch.add(loss, wrong, images)
+            totals = trainer.strategy.reduce(totals, reduce_op="sum")
+        images = len(batch.labels) * trainer.world_size
+        self.window.add(totals, images)
+        self.epoch.add(totals, images)
         if trainer.global_step % self.every == 0:
             self._write_window(trainer)
 
@@ -132,13 +130,14 @@ class MetricsFile(Callback):
         self.epoch = Sums()
 
     def _row(self, trainer: pl.Trainer, sums: "Sums") -> dict[str, Any]:
+        loss, wrong = sums.totals.tolist()
         # The rate of the weights, which the schedule moves; biases may keep theirs.
         return {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
             "lr": trainer.optimizers[0].param_groups[-2]["lr"],
-            "train/loss": repr(float(sums.loss) / max(sums.images, 1)),
-            "train/top1_error": repr(float(sums.wrong) / max(sums.images, 1)),
+            "train/loss": repr(loss / max(sums.images, 1)),
+            "train/top1_error": repr(wrong / max(sums.images, 1)),
             "seconds": f"{self.seconds():.1f}",
         }
 
@@ -155,25 +154,24 @@ class MetricsFile(Callback):
 
 
 class Sums:
-    """Loss, wrong answers and images since some moment. Tensors stay on their device: reading them would wait."""
+    """Loss, wrong answers and images since some moment. The totals stay on their device: reading them would wait."""
 
     def __init__(self) -> None:
-        self.loss: Any = 0.0
-        self.wrong: Any = 0.0
+        self.totals = torch.zeros(2, dtype=torch.float64)  # loss times images, wrong answers
         self.images = 0
         self.images_here = 0  # in this process: what a clock here can be compared with
 
-    def add(self, loss: torch.Tensor, wrong: torch.Tensor, images: int) -> None:
-        self.loss = self.loss + loss.double() * images
-        self.wrong = self.wrong + wrong.double()
+    def add(self, totals: torch.Tensor, images: int) -> None:
+        self.totals = totals.clone() if not self.images else totals + self.totals.to(totals.device)
         self.images += images
         self.images_here += images
 
     def plain(self) -> list[float]:
-        return [float(self.loss), float(self.wrong), float(self.images)]
+        return [*self.totals.tolist(), float(self.images)]
 
     def load(self, values: list[float]) -> None:
-        self.loss, self.wrong, self.images = values[0], values[1], int(values[2])
+        self.totals = torch.tensor(values[:2], dtype=torch.float64)
+        self.images = int(values[2])
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -233,15 +231,37 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class AveragedWeights(EMAWeightAveraging):
-    """Lightning's exponential average, on the device that trains.
+    """Lightning's exponential average, on the device that trains and without waiting for it.
 
     Lightning makes the average before it moves the network there, and would leave it where it was made: every step
-    would copy all weights to the CPU.
+    would copy all weights to the CPU. Torch's update reads its own counter back from the device twice a step.
     """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(decay=decay)
+        self.decay = decay
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._device = self._device or trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """average <- decay average + (1 - decay) weights; after the first step average <- weights."""
+        assert self._average_model is not None
+        if trainer.global_step <= self._latest_update_step:
+            return
+        averages = [*self._average_model.module.parameters(), *self._average_model.module.buffers()]
+        now = [*pl_module.parameters(), *pl_module.buffers()]
+        if self._latest_update_step == 0:
+            torch._foreach_copy_(averages, now)
+        else:
+            torch._foreach_mul_(averages, self.decay)
+            torch._foreach_add_(averages, torch._foreach_mul(now, 1 - self.decay))
+        self._average_model.n_averaged += 1
+        self._latest_update_step = trainer.global_step
 
 
 class Watchdog(Callback):

@@ -59,6 +59,7 @@ class Classifier(pl.LightningModule):
             self.net.to(memory_format=torch.channels_last)
         self.masters = masters
         self.shadows: Shadows | None = None
+        self.captured = False  # the step is one CUDA graph (capture.py)
         self.classes = classes
         self.seed = seed
         self.plateau: ReduceLROnPlateau | None = None
@@ -71,7 +72,7 @@ class Classifier(pl.LightningModule):
         """(N, 3, crop, crop) as `augment` makes it -> logits (N, classes)."""
         return self.net(x)
 
-    def logits(self, x: Tensor, dropout_key: int | None = None, first_row: int = 0) -> Tensor:
+    def logits(self, x: Tensor, dropout_key: int | Tensor | None = None, first_row: int = 0) -> Tensor:
         """As training computes them: with the shadows, if there are any."""
         if self.shadows is None:
             return self.net(x, dropout_key, first_row)
@@ -88,14 +89,27 @@ class Classifier(pl.LightningModule):
             if group["name"].startswith("conv1."):
                 group["scale"] = conv1_scale(self.optim_config, self.progress)
 
+    @property
+    def colour_on(self) -> bool:
+        """Whether this epoch's images get colour noise."""
+        return self.progress < self.colour_until
+
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        x = self.augment(batch.images, batch.draws, self.progress < self.colour_until)
-        key = dropout_key(self.seed, self.global_step, 0)
+        return self.outputs(batch, dropout_key(self.seed, self.global_step, 0), self.colour_on)
+
+    def outputs(self, batch: Batch, key: int | Tensor, colour_on: bool) -> dict[str, Tensor]:
+        """loss: the batch's mean loss, a number with a gradient. totals: (2,) float64, the sum of its images' losses
+        and how many of them are classified wrongly.
+
+        `key` names the dropout masks of this step.
+        """
+        x = self.augment(batch.images, batch.draws, colour_on)
         logits = self.logits(x, key, batch.first_row)
         smoothing = self.optim_config.label_smoothing
         loss = cross_entropy(logits, batch.labels, label_smoothing=smoothing, backend=self.loss_backend)
         wrong = (logits.detach().argmax(1) != batch.labels).sum()
-        return {"loss": loss, "wrong": wrong}
+        totals = torch.stack([loss.detach().double() * len(batch.labels), wrong.double()])
+        return {"loss": loss, "totals": totals}
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         logits = self.logits(self.augment.centre(batch.images)).float()
@@ -152,12 +166,25 @@ class Classifier(pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Lightning looks for gradients at the masters; where there are shadows, these have them."""
-        if self.shadows is None or not gradient_clip_val:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self.shadows.of.values(), gradient_clip_val)
+        if not gradient_clip_val:
+            return
+        parameters = list(self.parameters() if self.shadows is None else self.shadows.of.values())
+        if gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         else:
-            nn.utils.clip_grad_norm_(self.shadows.of.values(), gradient_clip_val)
+            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    def clip(self, optimizer: Any) -> None:
+        """Clips the gradients as trainer.gradient_clip_val says; for a step that Lightning does not run."""
+        trainer = self.trainer
+        self.configure_gradient_clipping(
+            optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm"
+        )
+
+    def optimizer_zero_grad(self, epoch: int, batch_index: int, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning asks for it after `training_step`; a captured step has used its gradients by then."""
+        if not self.captured:
+            optimizer.zero_grad()
 
     def _steps(self) -> int:
         """Updates in the whole run. Not trainer.estimated_stepping_batches: asked for here, it sets the loaders up

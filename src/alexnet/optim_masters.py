@@ -11,7 +11,7 @@ shadows; the holdout images of a run are judged with the shadows, as it trains. 
 and never stored: a resumed run rounds again and goes on bit for bit.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,25 +82,34 @@ class FusedKrizhevsky(Krizhevsky):
         self._update = compiled(_krizhevsky if self.rate_inside else _sgd)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, rates: Sequence[Tensor | None] | None = None
+    ) -> float | None:
+        """One update. `rates` are a 0-dim float32 tensor per group, None for a frozen one; by default those of now."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            rate = group["lr"] * group["scale"]
+        for group, rate in zip(self.param_groups, rates or self._rate_tensors(), strict=True):
             masters = [p for p in group["params"] if self.shadow.get(p, p).grad is not None]
-            if rate and masters:
+            if rate is not None and masters:
                 self._update_group(masters, rate, group["momentum"], group["weight_decay"])
         return loss
 
-    def _update_group(self, masters: Tensors, rate: float, momentum: float, decay: float) -> None:
+    def rates(self) -> list[float]:
+        """The rate of each group now; 0 where a group is frozen."""
+        return [group["lr"] * group["scale"] for group in self.param_groups]
+
+    def _rate_tensors(self) -> list[Tensor | None]:
+        device = self.param_groups[0]["params"][0].device
+        # Filled there: a number copied to a GPU would wait for it.
+        return [torch.full((), r, dtype=torch.float32, device=device) if r else None for r in self.rates()]
+
+    def _update_group(self, masters: Tensors, rate: Tensor, momentum: float, decay: float) -> None:
         gradients = [self.shadow.get(p, p).grad for p in masters]
         velocities = [self._velocity(p) for p in masters]
         shadows = [self.shadow[p].detach() for p in masters if p in self.shadow]
-        # Filled there: a number copied to a GPU would wait for it.
-        lr = torch.full((), rate, dtype=torch.float32, device=masters[0].device)
-        self._update([p.detach() for p in masters], gradients, velocities, shadows, lr, momentum, decay)
+        self._update([p.detach() for p in masters], gradients, velocities, shadows, rate, momentum, decay)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -134,7 +134,8 @@ def _headline(run: build.Training) -> str:
         str(run.directory),
         f"  {parameters:,} parameters, {len(run.data.classes)} classes, "
         f"{len(run.data.split[0]):,} train and {len(run.data.split[1]):,} holdout images",
-        f"  {resolved['device']}, precision {resolved['precision']}, backend {', '.join(backends)}",
+        f"  {resolved['device']}, precision {resolved['precision']}, backend {', '.join(backends)}"
+        + (", step captured as one CUDA graph" if resolved["captured"] else ""),
     ]
     if run.last_checkpoint and not run.record.finished:
         lines.append(f"  resuming from {run.last_checkpoint}")
