@@ -74,8 +74,7 @@ class Inputs:
         )
 
     def fill(self, batch: Batch, key: int, rates: list[float]) -> None:
-        for held, given in zip(_tensors(self.batch), _tensors(batch), strict=True):
-            held.copy_(given)
+        torch._foreach_copy_(_tensors(self.batch), _tensors(batch))
         self.key.fill_(key)
         for i, rate in enumerate(rates):
             held_rate = self.rates[i]
@@ -187,6 +186,10 @@ class CapturedStrategy(SingleDeviceStrategy):
             self.step = CapturedStep(classifier, optimizer, self.make_recorder(self.root_device))
         with self.precision_plugin.train_step_context():
             return self.step(args[0])
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """The loader hands out what lies on the device; Lightning would look through it at every step."""
+        return batch
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Nothing: the step has done it."""
