@@ -89,7 +89,7 @@ class Classifier(pl.LightningModule):
                 group["scale"] = conv1_scale(self.optim_config, self.progress)
 
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        x = self.augment(batch.images, batch.draws, self.progress < self.colour_until)
+        x = self.augment.from_crops(batch.images, batch.draws, self.progress < self.colour_until)
         key = dropout_key(self.seed, self.global_step, 0)
         logits = self.logits(x, key, batch.first_row)
         smoothing = self.optim_config.label_smoothing
