@@ -103,7 +103,7 @@ class Classifier(pl.LightningModule):
 
         `key` names the dropout masks of this step.
         """
-        x = self.augment(batch.images, batch.draws, colour_on)
+        x = self.augment.from_crops(batch.images, batch.draws, colour_on)
         logits = self.logits(x, key, batch.first_row)
         smoothing = self.optim_config.label_smoothing
         loss = cross_entropy(logits, batch.labels, label_smoothing=smoothing, backend=self.loss_backend)

@@ -18,6 +18,10 @@ from alexnet.data.augment import (
     Draws,
     Flip,
     InputScale,
+    augment_in_one_kernel,
+    crop_rows,
+    crop_starts,
+    crops_at,
     draw_epoch,
     mirror,
     mirror_without_waiting,
@@ -102,6 +106,35 @@ def test_crop_flip_and_mean_equal_the_slow_version(scale: InputScale) -> None:
     )
     # one rounding of the mean and one of the difference (and of the quotient): 3 halves of 2^-24 x 255
     torch.testing.assert_close(augment(images, draws).double(), expected, rtol=1e-6, atol=3e-5)
+
+
+@pytest.mark.parametrize("margin", [0, 4])
+def test_crops_and_whole_images_are_told_apart_by_the_caller(margin: int) -> None:
+    """Not by their shape, which is the same where the crop is the whole image."""
+    augment = Augment(AugmentConfig(crop_px=CROP), CROP + margin, statistics_of_random_pixels(CROP + margin))
+    images = images_of(20, CROP + margin)
+    draws = draw_epoch(augment.config, torch.arange(20), CROP + margin, seed=5, epoch=0)
+    crops = crop_rows(images, draws.top, draws.left, CROP)
+    assert torch.equal(augment(images, draws), augment.from_crops(crops, draws))
+    with pytest.raises(ValueError, match=r"\(20, 10, 10, 3\) must be \(N, 9, 9, 3\)"):
+        augment.from_crops(images_of(20, 10), draws)
+    with pytest.raises(ValueError, match=rf"must be \(N, {CROP + margin}, {CROP + margin}, 3\)"):
+        augment(images_of(20, CROP + margin - 1), draws)
+
+
+def test_crops_are_cut_from_any_rows_up_to_the_last_byte() -> None:
+    images = images_of(6)
+    rows, top, left = torch.tensor([5, 0, 5, 2]), torch.tensor([4, 0, 1, 3]), torch.tensor([4, 0, 3, 1])
+    expected = torch.stack(
+        [
+            images[r, y : y + CROP, x : x + CROP]
+            for r, y, x in zip(rows.tolist(), top.tolist(), left.tolist(), strict=True)
+        ]
+    )
+    out = torch.empty_like(expected)
+    crops = crops_at(images, crop_starts(rows, top, left, PX, PX), CROP, out)
+    assert torch.equal(out, expected)
+    assert crops.data_ptr() == out.data_ptr()
 
 
 def test_both_ways_to_mirror_are_one_and_leave_their_input_alone() -> None:
@@ -194,6 +227,38 @@ def test_one_pass_gives_the_bits_of_several(scale: InputScale, colour_on: bool) 
         assert torch.equal(one(*part), several(*part))
     assert counters["stats"]["unique_graphs"] == 1
     assert torch.equal(one(images[:1], draws.rows(0, 1)), several(images[:1], draws.rows(0, 1)))
+
+
+@pytest.mark.parametrize("colour_on", [True, False])
+@pytest.mark.parametrize("scale", list(InputScale))
+def test_the_one_kernel_of_a_gpu_computes_the_same_bits(scale: InputScale, colour_on: bool) -> None:
+    """Its function, run on the CPU as it stands."""
+    augment = augment_of(input=scale, colour=Colour.stdev, colour_divide=True, colour_std=0.3)
+    crops, draws = images_of(9, CROP), draws_of(9, augment.config)
+    out = augment_in_one_kernel(
+        crops,
+        draws.flip,
+        draws.colour if colour_on else None,
+        augment.mean,
+        augment.std if scale == InputScale.normalised else None,
+        1.3,
+        (augment.eigenvalues, augment.eigenvectors, Colour.stdev, 0.3),
+    )
+    assert torch.equal(out.permute(0, 3, 1, 2), augment.from_crops(crops, draws, colour_on))
+
+
+@pytest.mark.slow
+def test_the_one_kernel_of_a_gpu_is_one_graph_for_every_batch() -> None:
+    augment = augment_of(colour=Colour.stdev)
+    crops, draws = images_of(19, CROP), draws_of(19, augment.config)
+    torch.compiler.reset()
+    counters.clear()
+    for n in (19, 7, 2):
+        part = draws.rows(0, n)
+        out = augment._in_one_kernel(crops[:n], part.flip, part.colour)
+        assert torch.equal(out, augment.from_crops(crops[:n], part))
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_non_contiguous_images_are_read_correctly() -> None:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from alexnet.data.augment import Augment, AugmentConfig
 from alexnet.data.module import (
+    MAX_WORKERS,
     Batch,
     DataConfig,
     EpochLoader,
+    EvalBatch,
     EvalLoader,
     ImageData,
     Pixels,
@@ -24,6 +26,7 @@ from alexnet.data.module import (
     ahead_of_time,
     host_memory,
     is_resident,
+    num_workers_of,
     on_device,
 )
 from alexnet.data.store import FORMAT, Store, sha256, write_manifest
@@ -77,8 +80,10 @@ def data(root: Path) -> ImageData:
     return ImageData(DataConfig("toy", str(root), batch_size=8, eval_batch_size=7), AUGMENT, seed=3)
 
 
-def loader_of(data: ImageData, resident: Resident = Resident.always, **fields: Any) -> EpochLoader:
-    pixels = Pixels(data.train_store, CPU, resident)
+def loader_of(
+    data: ImageData, resident: Resident = Resident.always, num_workers: int = 1, **fields: Any
+) -> EpochLoader:
+    pixels = Pixels(data.train_store, CPU, resident, num_workers=num_workers)
     arguments = {"batch_size": 8, "seed": 3} | fields
     return EpochLoader(pixels, data.split[0], PX, AUGMENT, **arguments)
 
@@ -118,7 +123,7 @@ def test_the_loader_cuts_what_augment_would_have_cut(data: ImageData, resident: 
     for batch in loader_of(data, resident):
         assert batch.images.shape[1] == AUGMENT.crop_px < PX
         whole = torch.from_numpy(np.array(data.train_store.images))[rows_of(batch.images)]
-        assert torch.equal(augment(batch.images, batch.draws), augment(whole, batch.draws))
+        assert torch.equal(augment.from_crops(batch.images, batch.draws), augment(whole, batch.draws))
 
 
 def test_seed_and_epoch_decide_the_batches(data: ImageData) -> None:
@@ -255,16 +260,60 @@ def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
-def test_streamed_batches_equal_resident_ones(data: ImageData) -> None:
-    assert_same(list(loader_of(data, Resident.never)), list(loader_of(data, Resident.always)))
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+def test_streamed_batches_equal_resident_ones(data: ImageData, num_workers: int) -> None:
+    """The last, smaller batch included."""
+    streamed = loader_of(data, Resident.never, num_workers, batch_size=10)
+    assert_same(list(streamed), list(loader_of(data, batch_size=10)))
 
 
-def test_streaming_reads_ahead_in_a_thread_that_ends(data: ImageData) -> None:
-    for _ in loader_of(data, Resident.never):
-        assert len(readers()) == 1
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_streamed_to_a_gpu_equal_those_of_the_cpu(data: ImageData) -> None:
+    """Through pinned memory that is used again: four epochs allocate no more of it than the first."""
+    streamed = EpochLoader(
+        Pixels(data.train_store, torch.device("cuda", 0), Resident.never, num_workers=3),
+        *(data.split[0], PX, AUGMENT),
+        batch_size=10,
+        seed=3,
+    )
+    for epoch in range(4):
+        expected = loader_of(data, batch_size=10)
+        expected.set_epoch(epoch)
+        streamed.set_epoch(epoch)
+        batches = list(streamed)
+        assert {tensor.device.type for batch in batches for tensor in tensors_of(batch)} == {"cuda"}
+        on_cpu = [
+            Batch(batch.images.cpu(), batch.labels.cpu(), batch.draws.to("cpu"), batch.first_row)
+            for batch in batches
+        ]
+        assert_same(on_cpu, list(expected))
+        if epoch == 0:
+            allocated = torch.cuda.host_memory_stats()["num_host_alloc"]
+    assert torch.cuda.host_memory_stats()["num_host_alloc"] <= allocated + 3
+    assert not readers()
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_streamed_evaluation_equals_resident(data: ImageData, num_workers: int) -> None:
+    rows = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+
+    def batches(resident: Resident) -> list[EvalBatch]:
+        return list(EvalLoader(Pixels(data.val_store, CPU, resident, num_workers=num_workers), rows, 7))
+
+    streamed, resident = batches(Resident.never), batches(Resident.always)
+    assert torch.cat([batch.rows for batch in streamed]).equal(rows)
+    for ours, theirs in zip(streamed, resident, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_streaming_reads_ahead_in_threads_that_end(data: ImageData, num_workers: int) -> None:
+    for _ in loader_of(data, Resident.never, num_workers):
+        assert len(readers()) == num_workers
         break  # an abandoned epoch
     assert not readers()
-    list(loader_of(data, Resident.never))
+    list(loader_of(data, Resident.never, num_workers))
     assert not readers()
 
 
@@ -275,25 +324,64 @@ def test_reading_stays_a_little_ahead_and_stops_when_abandoned() -> None:
         made.append(number)
         return number
 
-    numbers = ahead_of_time(make, range(100))
-    assert [next(numbers), next(numbers)] == [0, 1]
-    assert isinstance(numbers, Iterator)
-    numbers.close()  # type: ignore[attr-defined]
-    assert len(made) <= 4
-    assert not readers()
+    for threads in (1, 3):
+        made.clear()
+        numbers = ahead_of_time(make, range(100), threads)
+        assert [next(numbers), next(numbers)] == [0, 1]
+        assert isinstance(numbers, Iterator)
+        numbers.close()  # type: ignore[attr-defined]
+        assert len(made) <= 2 + threads + 1
+        assert not readers()
 
 
-def test_a_failing_read_reaches_the_training_loop() -> None:
+def test_threads_read_at_the_same_time_and_keep_the_order() -> None:
+    """Batch 0 is finished only after batch 1 has been: one thread alone would wait for ever."""
+    later = threading.Event()
+
+    def make(number: int) -> int:
+        assert number != 0 or later.wait(timeout=60)
+        if number == 1:
+            later.set()
+        return number
+
+    assert list(ahead_of_time(make, range(4), 2)) == [0, 1, 2, 3]
+
+
+def test_readers_bring_no_threads_of_torch_and_take_none_away() -> None:
+    ours = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert list(ahead_of_time(lambda number: torch.get_num_threads(), range(4), 2)) == [1] * 4
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(ours)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_failing_read_reaches_the_training_loop(threads: int) -> None:
     def make(number: int) -> int:
         if number == 2:
             raise OSError("disk gone")
         return number
 
-    numbers = ahead_of_time(make, range(5))
+    numbers = ahead_of_time(make, range(5), threads)
     assert [next(numbers), next(numbers)] == [0, 1]
     with pytest.raises(OSError, match="disk gone"):
         next(numbers)
     assert not readers()
+
+
+def test_the_number_of_readers_is_the_users_or_one_per_core() -> None:
+    assert num_workers_of(7) == 7
+    assert 1 <= num_workers_of(0) <= MAX_WORKERS
+    with pytest.raises(UserError, match=r"data\.num_workers=-1 must not be negative: use 1 or more, or 0"):
+        num_workers_of(-1)
+
+
+def test_num_workers_of_the_configuration_reaches_the_loaders(root: Path) -> None:
+    config = DataConfig("toy", str(root), resident=Resident.never, num_workers=3)
+    data = ImageData(config, AUGMENT)
+    assert data.train_dataloader().pixels.num_workers == data.test_dataloader().pixels.num_workers == 3
 
 
 def test_resident_is_the_users_word_or_a_share_of_the_memory() -> None:

@@ -101,7 +101,7 @@ def our_batches(files: Files, crop: int, batch: int, resident: Resident) -> Epoc
 
     def epoch() -> Iterator[tuple[Tensor, Batch]]:
         for taken in loader:
-            yield augment(taken.images, taken.draws), taken
+            yield augment.from_crops(taken.images, taken.draws), taken
 
     return epoch
 

@@ -5,7 +5,8 @@ One image passes through
     crop (px -> crop_px)  ->  mirror  ->  minus the mean  ->  plus colour noise  ->  times a scale
 
 and the whole batch passes at once, on whatever device it lives. What follows the mirror is arithmetic on each number
-alone; compiled, it is one pass over memory instead of three (on a CPU with the same bits).
+alone; compiled, it is one pass over memory instead of three (on a CPU with the same bits). On a GPU the mirror is part
+of that pass, which is then one kernel.
 
 Colour noise. Write a pixel as a vector x = (R, G, B) in 0..255 and let S be the 3x3 covariance of all training
 pixels. S is symmetric and positive, so S = V diag(l1, l2, l3) V' with orthonormal columns V = (v1, v2, v3): along
@@ -211,20 +212,36 @@ class Augment(nn.Module):
         self.eigenvectors.copy_(vectors)
 
     def forward(self, images: Tensor, draws: Draws, colour_on: bool = True) -> Tensor:
-        """images (N, px, px, 3) uint8 and their draws -> (N, 3, c, c) float32. Colour noise only if `colour_on`.
+        """images (N, px, px, 3) uint8 and their draws -> (N, 3, c, c) float32. Colour noise only if `colour_on`."""
+        check_side(images, self.px)
+        crops = crop_rows(images, draws.top, draws.left, self.config.crop_px)
+        return self.from_crops(crops, draws, colour_on)
 
-        Images of the crop's side, as the loader cuts them (data/module.py), are taken as they are. What needs several
-        passes works through the batch in slabs that stay in a CPU's cache; a GPU takes it whole.
-        """
-        side, n = self.config.crop_px, len(images)
-        crops = images if images.shape[1] == side else crop_rows(images, draws.top, draws.left, side)
-        noisy = colour_on and self.config.colour != Colour.none
-        noise = self.colour_noise(draws.colour).repeat(1, side) if noisy else None
-        out = torch.empty(n, side, side, 3, device=images.device)
-        several = images.device.type == "cpu" and not self.in_one_pass
+    def from_crops(self, crops: Tensor, draws: Draws, colour_on: bool = True) -> Tensor:
+        """The same from crops (N, c, c, 3) uint8, as the loader cuts them (data/module.py)."""
+        check_side(crops, self.config.crop_px)
+        normals = draws.colour if colour_on and self.config.colour != Colour.none else None
+        if self.in_one_pass and crops.device.type == "cuda":
+            return self._in_one_kernel(crops, draws.flip, normals)
+        return self._in_slabs(crops, draws.flip, normals)
+
+    def _in_one_kernel(self, crops: Tensor, flip: Tensor, normals: Tensor | None) -> Tensor:
+        crops, flip = batched(crops, flip)
+        normals = None if normals is None else batched(normals)[0]
+        std = self.std if self.config.input == InputScale.normalised else None
+        colour = self.eigenvalues, self.eigenvectors, self.config.colour, self.config.colour_std
+        out = compiled_augment(crops, flip, normals, self.mean, std, self._divisor, colour)
+        return out.permute(0, 3, 1, 2)
+
+    def _in_slabs(self, crops: Tensor, flip: Tensor, normals: Tensor | None) -> Tensor:
+        """Several passes: on a CPU slab by slab, each of which stays in its cache; a GPU takes the batch whole."""
+        side, n = self.config.crop_px, len(crops)
+        noise = None if normals is None else self.colour_noise(normals).repeat(1, side)
+        out = torch.empty(n, side, side, 3, device=crops.device)
+        several = crops.device.type == "cpu" and not self.in_one_pass
         step = max(SLAB // (side * side * 3) if several else n, 1)
         for slab in (slice(start, start + step) for start in range(0, n, step)):
-            mirrored = mirror(crops[slab], draws.flip[slab])
+            mirrored = mirror(crops[slab], flip[slab])
             self._to_input(mirrored, None if noise is None else noise[slab], out[slab], self.in_one_pass)
         return out.permute(0, 3, 1, 2)
 
@@ -241,18 +258,14 @@ class Augment(nn.Module):
         return self._to_input(views.flatten(0, 1)).unflatten(0, (-1, 10)).permute(0, 1, 4, 2, 3)
 
     def colour_noise(self, normals: Tensor) -> Tensor:
-        """a_i s_i v_i summed over i: normals (N, 3) -> what is added to R, G and B of each image, (N, 3).
+        """`colour_noise` of normals (N, 3) by this module's statistics and rule."""
+        return colour_noise(
+            normals, self.eigenvalues, self.eigenvectors, self.config.colour, self.config.colour_std
+        )
 
-        Three products and two sums instead of a matrix product, whose rounding may depend on N and on autocast.
-        """
-        strength = {
-            Colour.stdev: self.eigenvalues.sqrt(),
-            Colour.eigenvalue: self.eigenvalues / 255,
-            Colour.literal: self.eigenvalues,
-        }[self.config.colour]
-        along = normals * (self.config.colour_std * strength)
-        v = self.eigenvectors
-        return along[:, :1] * v[:, 0] + along[:, 1:2] * v[:, 1] + along[:, 2:] * v[:, 2]
+    @property
+    def _divisor(self) -> float:
+        return 1 + self.config.colour_std if self.config.colour_divide else 1.0
 
     def _cut(self, images: Tensor, top: int, left: int) -> Tensor:
         """The same window of every image: (N, px, px, 3) -> (N, c, c, 3)."""
@@ -273,13 +286,12 @@ class Augment(nn.Module):
         per_pixel = config.input == InputScale.mean_image
         mean = self.mean.view(side, side * 3) if per_pixel else self.mean.repeat(side)
         std = self.std.repeat(side) if config.input == InputScale.normalised else None
-        divisor = 1 + config.colour_std if config.colour_divide else 1.0
         if in_one_pass:
             lines, rows = batched(lines, rows)
             noise = None if noise is None else batched(noise)[0]
-            compiled_to_input(lines, rows, mean, noise, divisor, std)
+            compiled_to_input(lines, rows, mean, noise, self._divisor, std)
         else:
-            to_input(lines, rows, mean, noise, divisor, std)
+            to_input(lines, rows, mean, noise, self._divisor, std)
         return out
 
     def extra_repr(self) -> str:
@@ -289,13 +301,36 @@ class Augment(nn.Module):
         )
 
 
+def check_side(images: Tensor, side: int) -> None:
+    """ValueError unless the images are (N, side, side, 3): whole images and crops are not taken for each other."""
+    if images.shape[1:] != (side, side, 3):
+        raise ValueError(f"images of shape {tuple(images.shape)} must be (N, {side}, {side}, 3)")
+
+
+def colour_noise(
+    normals: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, colour: Colour, std: float
+) -> Tensor:
+    """a_i s_i v_i summed over i: normals (N, 3) -> what is added to R, G and B of each image, (N, 3).
+
+    Three products and two sums instead of a matrix product, whose rounding may depend on N and on autocast.
+    """
+    strength = {
+        Colour.stdev: eigenvalues.sqrt(),
+        Colour.eigenvalue: eigenvalues / 255,
+        Colour.literal: eigenvalues,
+    }[colour]
+    along, v = normals * (std * strength), eigenvectors
+    return along[:, :1] * v[:, 0] + along[:, 1:2] * v[:, 1] + along[:, 2:] * v[:, 2]
+
+
 def to_input(
     out: Tensor, rows: Tensor, mean: Tensor, noise: Tensor | None, divisor: float, std: Tensor | None
 ) -> None:
     """Writes ((rows - mean + noise) / divisor) / std to `out`; without noise no divisor.
 
-    Rows of c pixels x 3 channels, so that the innermost loop is long: out (N, c, c * 3) float32, rows the same in
-    uint8, mean (c, c * 3) or (c * 3,), noise (N, c * 3), std (c * 3,).
+    Rows of c pixels x 3 channels, so that a CPU's innermost loop is long: out (N, c, c * 3) float32, rows the same in
+    uint8, mean (c, c * 3) or (c * 3,), noise (N, c * 3), std (c * 3,). Or pixels: out and rows (N, c, c, 3), mean
+    (c, c, 3) or (3,), noise (N, 1, 3), std (3,).
     """
     out.copy_(rows)
     out -= mean
@@ -307,24 +342,53 @@ def to_input(
         out /= std
 
 
-compiled_to_input = compiled(to_input)
+def augment_in_one_kernel(
+    crops: Tensor,
+    flip: Tensor,
+    normals: Tensor | None,
+    mean: Tensor,
+    std: Tensor | None,
+    divisor: float,
+    colour: tuple[Tensor, Tensor, Colour, float],
+) -> Tensor:
+    """crops (N, c, c, 3) uint8 -> mirrored and as `to_input` makes them, float32 of the same shape.
 
-
-def crop_rows(images: Tensor, top: Tensor, left: Tensor, side: int, rows: Tensor | None = None) -> Tensor:
-    """images (M, H, W, 3), a corner (N,) for each of the N `rows` (by default all) -> (N, side, side, 3).
-
-    Read as one line of bytes, a row of a crop is `side * 3` consecutive elements. A view that holds the run starting
-    at *every* element (overlapping, without memory of its own) makes the whole crop one `index_select` of N x side
-    runs, each a plain copy: 10 to 70 times faster than indexing pixel by pixel, and nothing outside a crop is read.
+    Compiled for CUDA it is one kernel, which makes the noise (`colour` is the rest of `colour_noise`'s arguments) of
+    each pixel anew instead of reading it. On a CPU the mirror is faster as a pass of its own.
     """
-    images = images.contiguous()
-    width, channels = images.shape[2:]
-    run = side * channels
-    runs = images.as_strided((images.numel() - run + 1, run), (1, 1))
-    rows = torch.arange(len(images), device=images.device) if rows is None else rows
-    start = rows * images.stride(0) + (top * width + left) * channels
-    row = torch.arange(side, device=images.device) * (width * channels)
-    return runs.index_select(0, (start[:, None] + row).flatten()).view(len(rows), side, side, channels)
+    noise = None if normals is None else colour_noise(normals, *colour)[:, None]
+    out = torch.empty(crops.shape, device=crops.device)
+    to_input(out, mirror_without_waiting(crops, flip), mean, noise, divisor, std)
+    return out
+
+
+compiled_to_input = compiled(to_input)
+compiled_augment = compiled(augment_in_one_kernel)
+
+
+def crop_rows(images: Tensor, top: Tensor, left: Tensor, side: int) -> Tensor:
+    """images (N, H, W, 3) and the corner (N,) of each one's crop -> (N, side, side, 3)."""
+    rows = torch.arange(len(images), device=images.device)
+    return crops_at(images.contiguous(), crop_starts(rows, top, left, *images.shape[1:3]), side)
+
+
+def crop_starts(rows: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+    """Where in an array (M, height, width, 3) the crops of its images `rows` begin, in elements: all (N,) int64."""
+    return ((rows * height + top) * width + left) * 3
+
+
+def crops_at(images: Tensor, starts: Tensor, side: int, out: Tensor | None = None) -> Tensor:
+    """The crops that begin at `starts` (N,) of contiguous images (M, H, W, 3): (N, side, side, 3), written to `out`.
+
+    A view that holds the crop beginning at *every* element (overlapping, without memory of its own) makes the batch
+    one `index_select`. It copies rows of `side` pixels, many times faster than indexing pixel by pixel; nothing
+    outside a crop is read.
+    """
+    line, run = images.shape[2] * 3, side * 3
+    extent = (side - 1) * line + run  # from a crop's first element to its last
+    crops = images.as_strided((images.numel() - extent + 1, side, run), (1, line, 1))
+    out = None if out is None else out.view(len(starts), side, run)
+    return torch.index_select(crops, 0, starts, out=out).view(len(starts), side, side, 3)
 
 
 def mirror(crops: Tensor, flip: Tensor) -> Tensor:
@@ -341,7 +405,5 @@ def mirror(crops: Tensor, flip: Tensor) -> Tensor:
 
 
 def mirror_without_waiting(crops: Tensor, flip: Tensor) -> Tensor:
-    """The same for a GPU: both versions are made and one is copied per image, so no shape depends on the draws."""
-    n = len(crops)
-    both = torch.cat([crops, crops.flip(2)])
-    return both.index_select(0, torch.arange(n, device=crops.device) + n * flip)
+    """The same for a GPU: both versions are made and one is chosen per image, so no shape depends on the draws."""
+    return torch.where(flip[:, None, None, None], crops.flip(2), crops)
