@@ -7,9 +7,9 @@
 Probabilities are averaged, then the logarithm is taken; averaging logits would be another ensemble. Ten views
 are the four corners and the centre of the image and the five mirrored; one view is the centre.
 
-The network computes with its float32 weights in IEEE float32, whatever precision it was trained in: the numbers belong
-to the weights, and not to what made their training faster, and the end of a run, evaluate.py and reproduce.py agree. The
-price, after training in bfloat16 under a compiled backend, is a second set of compiled graphs.
+The network computes with its float32 weights in IEEE float32, whatever precision it was trained in: the numbers
+belong to the weights and not to what made their training faster, and the end of a run, evaluate.py and
+reproduce.py agree. The price, after training in bfloat16 under a compiled backend, is a second set of compiled graphs.
 
 Every number comes with a 95 % interval over the draw of the *images*: another draw of the same size would
 give another error. How much another *seed* changes it is a different question, answered by training again.
