@@ -19,6 +19,7 @@ from alexnet import build
 from alexnet.classifier import plain, typed
 from alexnet.config import CONF, as_chosen, command, load, one_line, register
 from alexnet.errors import UserError
+from alexnet.layers import Backend
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import build_optimizer, build_scheduler
 
@@ -39,6 +40,35 @@ def test_every_choice_composes_and_passes_its_checks(group: str, choice: str) ->
     optimizer = build_optimizer(model, config.optim)
     build_scheduler(optimizer, config.optim, 100)
     assert config.augment.crop_px == config.model.image_px
+
+
+GPU_RECIPES = {
+    "tiny_imagenet": "fastest",
+    "tiny_imagenet_modern": "fastest",
+    "imagenet_subset": "fastest",
+    "claims_gpu": "fast",
+}
+
+
+@pytest.mark.parametrize(("experiment", "backend"), GPU_RECIPES.items())
+def test_a_recipe_for_a_gpu_is_compiled_writes_no_checkpoint_within_an_epoch_and_runs_on_a_cpu_too(
+    experiment: str, backend: str
+) -> None:
+    config = load(composed("train", f"experiment={experiment}"))
+    assert config.backend.default == backend
+    assert config.checkpoint_every == 0
+    assert config.trainer["benchmark"] is False
+    for device_type in ("cpu", "cuda"):
+        assert {"reference", "native"}.isdisjoint(config.backend.resolve(device_type).values())
+
+
+def test_a_backend_that_nobody_chose_is_left_open_and_a_chosen_one_stays() -> None:
+    assert load(composed("train", "experiment=none")).backend.default == "auto"
+    assert load(composed("train", "backend=reference")).backend.default == "reference"
+    assert (
+        load(composed("train", "experiment=tiny_imagenet", "backend=reference")).backend.default
+        == "reference"
+    )
 
 
 def test_every_data_set_can_be_prepared() -> None:
@@ -251,6 +281,37 @@ def test_another_configuration_in_the_same_directory_is_refused(compose: Callabl
         build.training(compose("optim.lr=0.02"))
     build.training(compose("optim.lr=0.02", "overwrite=true")).start(overwrite=True)
     build.training(compose("optim.lr=0.02", "watchdog=warn"))  # not part of what a run is
+
+
+def test_a_backend_left_open_is_the_run_of_the_backend_it_stands_for(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of before `backend=auto` and `trainer.benchmark` have backend=reference on record."""
+    run = build.training(compose("backend=reference"))
+    run.start()
+    assert run.record.content["config"]["backend"]["default"] == "reference"
+    assert "benchmark" not in run.record.content["config"]["trainer"]
+    build.training(compose("backend=auto", "trainer.benchmark=true"))
+    config = compose("backend=auto", "backend.conv2d=auto")
+    monkeypatch.setattr(build, "device_type_of", lambda *_: "cuda")
+    backend = build.identity(config, None)["backend"]
+    assert (backend["default"], backend["conv2d"], backend["relu"]) == ("fast", "fast", None)
+    assert config.backend.default == "auto"
+
+
+def test_the_headline_says_what_a_backend_means_on_a_gpu() -> None:
+    def notes(default: str, device_type: str = "cuda", compiles: bool = True, masters: bool = True) -> str:
+        lines = build.backend_notes(Backend(default), device_type, compiles, masters)
+        assert not any("\n" in line for line in lines)
+        return "; ".join(lines)
+
+    assert "backend=auto took fast" in notes("auto")
+    assert "took" not in notes("fast")
+    assert "Set backend=fast" in notes("reference", compiles=False, masters=False)
+    assert notes("auto", "cpu", compiles=False, masters=False) == ""
+    assert notes("reference", "cpu", compiles=False, masters=False) == ""
+    assert "master weights" in notes("fast", "cpu")
+    assert notes("fast", "cpu", masters=False).endswith("the update in one pass")
 
 
 def test_classes_that_the_store_does_not_have_are_refused(compose: Callable[..., Any]) -> None:

@@ -151,7 +151,8 @@ def test_evaluation_needs_a_checkpoint_and_a_val_store_and_nothing_else(
 ) -> None:
     shutil.copy(run / "checkpoints" / "best.ckpt", tmp_path / "moved.ckpt")
     shutil.copytree(data_dir / "synthetic" / "val", tmp_path / "val")
-    config = Evaluate(str(tmp_path / "moved.ckpt"), store=str(tmp_path / "val"), output_dir=str(tmp_path))
+    where = {"store": str(tmp_path / "val"), "output_dir": str(tmp_path), "device": "cpu"}
+    config = Evaluate(str(tmp_path / "moved.ckpt"), **where)
     (result,) = evaluate(config)
     assert (
         result.as_dict()["top1_error"]
@@ -242,7 +243,9 @@ def test_holdout_loss_is_the_mean_over_images_whatever_the_batches(
     train(config)
     directory = build.run_directory(config)
     (result,) = evaluate(
-        Evaluate(str(directory / "checkpoints/last.ckpt"), split="holdout", data_dir=str(data_dir))
+        Evaluate(
+            str(directory / "checkpoints/last.ckpt"), split="holdout", data_dir=str(data_dir), device="cpu"
+        )
     )
     with (directory / "metrics.csv").open() as file:
         logged = next(float(row["holdout/loss"]) for row in csv.DictReader(file) if row["holdout/loss"])

@@ -29,11 +29,16 @@ from alexnet.config import Train
 from alexnet.data.module import ImageData, check_batch_size
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
+from alexnet.layers.backend import AUTO, Backend
 from alexnet.optim import Schedule
+from alexnet.precision import (
+    MASTERS,
+    checked_precision,
+    float32_format,
+    lightning_precision,
+    set_precision,
+)
 from alexnet.run_record import RunRecord, open_record
-
-# A precision of our own, beside lightning's.
-MASTERS = "bf16-masters"
 
 # Keys that do not change what a run computes: a run may be moved, and resumed with another bar or logger.
 NOT_IDENTITY = (
@@ -70,6 +75,7 @@ class Training:
     directory: Path
     resolved: dict[str, Any]  # backends, precision and device on this machine
     keeps_freed_memory: bool
+    notes: list[str]  # what the backend means here, for the headline
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -125,15 +131,20 @@ def run_directory(config: Train) -> Path:
 
 def training(config: Train) -> Training:
     """Opens the data, the run's record and the network; nothing is written. Raises UserError for what cannot be."""
-    torch.set_float32_matmul_precision("highest")
-    data = image_data(config)
-    config.model.num_classes = checked_classes(config.model.num_classes, data)
     device_type = device_type_of(config.trainer["accelerator"])
     backend = config.backend.resolve(device_type)
     precision = precision_for(config.trainer, device_type, backend)
+    set_precision(precision)
+    data = image_data(config)
+    config.model.num_classes = checked_classes(config.model.num_classes, data)
     keeps = device_type == "cpu" and config.trainer.get("keep_freed_memory", False) and keep_freed_memory()
     directory = run_directory(config)
-    resolved = {"backend": backend, "precision": precision, "device": device_type}
+    resolved = {
+        "backend": backend,
+        "precision": precision,
+        "float32_matmul_and_conv": float32_format(precision),
+        "device": device_type,
+    }
     record = open_record(directory, identity(config, data), resolved, fresh=config.overwrite)
     classifier = Classifier(
         model=plain(config.model),
@@ -150,7 +161,8 @@ def training(config: Train) -> Training:
     has_holdout = len(data.split[1]) > 0
     made = trainer(config, directory, precision, has_holdout, resolved)
     check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)
-    return Training(classifier, data, made, record, directory, resolved, keeps)
+    notes = backend_notes(config.backend.default, device_type, classifier.compiles, classifier.masters)
+    return Training(classifier, data, made, record, directory, resolved, keeps, notes)
 
 
 def clear(directory: Path) -> None:
@@ -174,10 +186,40 @@ def identity(config: Train, data: ImageData | None) -> dict[str, Any]:
         content["store"] = {**arrays, "holdout": manifest["holdout"]}
     for key in NOT_IDENTITY:
         del content[key]
-    del content["data"]["root"], content["data"]["resident"]
-    for key in ("enable_progress_bar", "profiler", "keep_freed_memory", "capture"):
+    for key in ("root", "resident", "num_workers"):
+        del content["data"][key]
+    for key in ("enable_progress_bar", "profiler", "keep_freed_memory", "capture", "benchmark"):
         content["trainer"].pop(key, None)
+    for operation, choice in content["backend"].items():
+        if choice == Backend.auto:  # what it stands for decides, also against runs that named it
+            device_type = device_type_of(config.trainer["accelerator"])
+            content["backend"][operation] = str(AUTO.get(device_type, Backend.reference))
     return content
+
+
+# Kernel launches in one training step of model=tiny at batch 128, counted on a CUDA that computes nothing.
+LAUNCHES = {Backend.reference: 1617, Backend.fast: 501}
+
+
+def backend_notes(default: Backend, device_type: str, compiles: bool, masters: bool) -> list[str]:
+    """What a choice of backend means on this device, a line each."""
+    on_gpu, notes = device_type == "cuda", []
+    reference, fast = (f"{LAUNCHES[backend]:,}" for backend in (Backend.reference, Backend.fast))
+    if on_gpu and default == Backend.auto:
+        notes.append(
+            f"backend=auto took fast on this GPU: every gradient is ours, in {fast} kernel launches a step "
+            f"where reference makes {reference} (counted for model=tiny)"
+        )
+    if on_gpu and default == Backend.reference:
+        notes.append(
+            f"backend=reference makes {reference} kernel launches a step where fast makes {fast} (counted for "
+            "model=tiny): expect it to be several times slower on this GPU. Set backend=fast"
+        )
+    if compiles:
+        more = ["channels-last layout", "augmentation in one pass", "the update in one pass"]
+        more += ["float32 master weights with a bfloat16 working copy"] * masters
+        notes.append(f"with compiled layers come {', '.join(more)}")
+    return notes
 
 
 def image_data(config: Train) -> ImageData:
@@ -236,7 +278,7 @@ def trainer(
     if resolved["captured"]:
         arguments["strategy"] = captured_strategy()
     arguments.update(
-        precision="32-true" if precision == MASTERS else precision,
+        precision=lightning_precision(precision),
         default_root_dir=str(directory),
         enable_progress_bar=bar,
     )
@@ -309,7 +351,7 @@ def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, 
     bfloat16 means float32 masters with bfloat16 shadows (optim_masters.py), or autocast where these do not serve:
     without a compiled backend, and on several devices, which exchange the gradients of the masters.
     """
-    asked = str(trainer["precision"])
+    asked = checked_precision(str(trainer["precision"]), device_type)
     single = single_device(trainer)
     if asked == MASTERS and not single:
         raise UserError(f"trainer.precision={MASTERS} is for one device: set trainer.precision=bf16-mixed")

@@ -115,8 +115,7 @@ class CudaGraphs:
     def record(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
         # thread_local: a thread that reads the next images may allocate and copy meanwhile.
-        where = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, **where):
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             outputs = step()
 
         def replay() -> Outputs:
@@ -181,7 +180,8 @@ class CapturedStrategy(SingleDeviceStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Outputs:
         if self.step is None:
             classifier, optimizer = self.lightning_module, self.optimizers[0]
-            assert isinstance(classifier, Classifier) and isinstance(optimizer, FusedKrizhevsky)
+            assert isinstance(classifier, Classifier)
+            assert isinstance(optimizer, FusedKrizhevsky)
             classifier.captured = True
             self.step = CapturedStep(classifier, optimizer, self.make_recorder(self.root_device))
         with self.precision_plugin.train_step_context():

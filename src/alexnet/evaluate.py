@@ -7,6 +7,10 @@
 Probabilities are averaged, then the logarithm is taken; averaging logits would be another ensemble. Ten views
 are the four corners and the centre of the image and the five mirrored; one view is the centre.
 
+The network computes with its float32 weights in IEEE float32, whatever precision it was trained in: the numbers
+belong to the weights and not to what made their training faster, and the end of a run, evaluate.py and
+reproduce.py agree. The price, after training in bfloat16 under a compiled backend, is a second set of compiled graphs.
+
 Every number comes with a 95 % interval over the draw of the *images*: another draw of the same size would
 give another error. How much another *seed* changes it is a different question, answered by training again.
 """
@@ -32,6 +36,7 @@ from alexnet.classifier import Classifier
 from alexnet.config import Evaluate
 from alexnet.data.store import Store, open_store
 from alexnet.errors import UserError
+from alexnet.precision import under_precision
 from alexnet.run_record import command_line, environment, write_json
 
 LEVEL = 0.95  # of every interval
@@ -134,7 +139,8 @@ def log_probabilities(
     """Images (N, px, px, 3) uint8, or the rows that `index` names -> log p (N, classes), float32 on the CPU.
 
     `images` may be memory-mapped: one batch is read at a time. `batch_size` counts views. Network and views
-    move to `device`; the network runs in evaluation mode, under the caller's `autocast` if there is one.
+    move to `device`; the network runs in evaluation mode, float32 products in IEEE float32, under
+    the caller's `autocast` if there is one.
     Raises UserError for views other than 1 or 10 and for no images.
     """
     if views not in (1, 10):
@@ -147,7 +153,10 @@ def log_probabilities(
     if isinstance(augment, nn.Module):
         augment.to(device)
     try:
-        with tqdm(total=len(rows), desc="evaluate", unit=" images", disable=None) as bar:
+        with (
+            under_precision("32-true"),
+            tqdm(total=len(rows), desc="evaluate", unit=" images", disable=None) as bar,
+        ):
             parts = []
             for start in range(0, len(rows), step):
                 batch = _read(images, rows[start : start + step]).to(device)

@@ -136,6 +136,7 @@ def _headline(run: build.Training) -> str:
         f"{len(run.data.split[0]):,} train and {len(run.data.split[1]):,} holdout images",
         f"  {resolved['device']}, precision {resolved['precision']}, backend {', '.join(backends)}"
         + (", step captured as one CUDA graph" if resolved["captured"] else ""),
+        *(f"  {note}" for note in run.notes),
     ]
     if run.last_checkpoint and not run.record.finished:
         lines.append(f"  resuming from {run.last_checkpoint}")

@@ -35,6 +35,7 @@ from alexnet.errors import UserError
 PX, CLASSES = 6, 4
 CPU = torch.device("cpu")
 AUGMENT = AugmentConfig(crop_px=4)
+NO_GPU_NEEDED = pytest.mark.filterwarnings("ignore:GPU available but not used")
 
 
 def write_store(path: Path, n: int, with_mean: bool) -> None:
@@ -239,6 +240,7 @@ def fit(
     return model
 
 
+@NO_GPU_NEEDED
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # it is not empty: there lies what we resume from
 def test_lightning_resumes_from_every_checkpoint_exactly(root: Path, tmp_path: Path) -> None:
     """After each step, the last of an epoch included, and after each epoch: the same images and draws follow."""
@@ -429,6 +431,7 @@ def test_splits_are_train_holdout_and_val(data: ImageData) -> None:
         data.eval_loader("test")
 
 
+@NO_GPU_NEEDED
 def test_training_validates_on_holdout_and_never_opens_val(
     data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

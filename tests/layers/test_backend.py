@@ -25,6 +25,13 @@ def test_every_operation_starts_on_the_reference_pair():
     assert set(WRITTEN) == set(OPERATIONS)
 
 
+def test_auto_is_the_reference_on_a_cpu_and_our_compiled_gradients_on_a_gpu():
+    assert set(Backends(default="auto").resolve("cpu").values()) == {"reference"}
+    assert Backends(default="auto").resolve("cuda") == Backends(default="fast").resolve("cuda")
+    one = Backends(default="native", linear="auto").resolve("cpu")
+    assert (one["linear"], one["relu"]) == ("reference", "native")
+
+
 def test_an_operation_can_leave_the_default():
     chosen = Backends(default="native", relu="reference").resolve("cpu")
     assert chosen["relu"] == "reference"
@@ -41,7 +48,7 @@ def test_an_unknown_backend_is_refused_by_name(operation):
         pair_for(operation, "cuda")
 
 
-@pytest.mark.parametrize("backend", ["cuda", "fast", "fastest"])
+@pytest.mark.parametrize("backend", ["cuda", "auto", "fast", "fastest"])
 def test_a_module_refuses_what_is_no_pair_when_it_is_built(backend):
     """`fast` is a choice for a whole network and a kind of device; a module stores what it came to."""
     modules = [lambda backend: layers.Conv2d(4, 4, 3, backend=backend)]

@@ -15,8 +15,9 @@ forward saved, so pairs are never mixed.
     native      no pair: torch.nn.functional under autograd; oracle, baseline and export path
     fast        a table by device of the fastest pairs whose gradients are all ours
     fastest     the same, with the library's gradient kernel wherever ours loses
+    auto        fast on a GPU, reference elsewhere
 
-`fast` and `fastest` are resolved once, by `Backends.resolve`, when a network is built. Nothing here reads the
+`auto`, `fast` and `fastest` are resolved once, by `Backends.resolve`, when a network is built. Nothing here reads the
 environment, and nothing falls back in silence.
 """
 
@@ -41,10 +42,14 @@ class Backend(StrEnum):
     native = "native"
     fast = "fast"
     fastest = "fastest"
+    auto = "auto"
 
 
-# What a module stores: `fast` and `fastest` are choices for a whole network, resolved when it is built.
-BY_NAME = tuple(backend for backend in Backend if backend not in (Backend.fast, Backend.fastest))
+# What `auto` stands for by device; reference elsewhere, which needs no compiler.
+AUTO = {"cuda": Backend.fast}
+
+# What a module stores: the others are choices for a whole network, resolved when it is built.
+BY_NAME = tuple(b for b in Backend if b not in (Backend.auto, Backend.fast, Backend.fastest))
 
 
 class Pair(NamedTuple):
@@ -122,6 +127,8 @@ def _load(operation: str, backend: str) -> Pair:
 
 
 def _concrete(operation: str, choice: Backend, device_type: str) -> Backend:
+    if choice == Backend.auto:
+        choice = AUTO.get(device_type, Backend.reference)
     if choice not in (Backend.fast, Backend.fastest):
         return choice
     compiled = import_module("alexnet.layers.compiled")
