@@ -448,7 +448,7 @@ PAIRS_OF_CUDA = [
         _LRN, "even window not reflected", "window_sum", _never_reflected, "even window, two towers"
     ),
     part_on_cuda(_LRN, "window one map further on", "shifted_sum", _one_map_further),
-    part_on_cuda(_LRN, "s^-3/4 where s^-7/4 belongs", "gain_and_slope", _gain_twice),
+    part_on_cuda(_LRN, "s^-3/4 where s^-7/4 belongs", "slope", lambda right, s, beta: on_cuda.gain(s, beta)),
     part_on_cuda("same_map_norm", "sum over a row for the square", "square_sum", _only_along_rows),
     part_on_cuda(
         "same_map_norm",
