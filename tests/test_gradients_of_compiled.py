@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from alexnet.gradients import network
-from alexnet.gradients.bugs_of_compiled import MUTANTS_OF_COMPILED, backward
+from alexnet.gradients.bugs_of_compiled import MUTANTS_OF_COMPILED, PAIRS_OF_CUDA, backward
 from alexnet.gradients.checks import results_of
 from alexnet.gradients.mutants import hunt
 from alexnet.gradients.operations import ALL
 from alexnet.layers import Backends
-from alexnet.layers.backend import OPERATIONS
+from alexnet.layers.backend import OPERATIONS, PAIRS
+from alexnet.layers.compiled.on_cuda import ON_CUDA
 
 # One of each kind that compiles in a second; the others wait for the whole suite.
 QUICK = "y >= 0 for y > 0: never closed", "dw with images out of step"
@@ -24,6 +25,23 @@ def rows():
 @pytest.mark.parametrize("mutant", rows())
 def test_planted_bug_is_noticed(mutant):
     assert hunt(mutant).noticed_by
+
+
+@pytest.mark.parametrize("mutant", [pytest.param(m, id=f"{m.where}, {m.name}") for m in PAIRS_OF_CUDA])
+def test_planted_bug_of_a_cuda_pair_is_noticed_uncompiled(mutant):
+    with torch.compiler.set_stance("force_eager"):
+        assert hunt(mutant).noticed_by
+
+
+@pytest.mark.parametrize("operation", ON_CUDA)
+def test_checks_of_the_small_cases_hold_for_the_cuda_pairs_uncompiled(operation, monkeypatch):
+    monkeypatch.setitem(PAIRS, (operation, "compiled"), ON_CUDA[operation])
+    (checked,) = (found for found in ALL if found.name == operation)
+    with torch.compiler.set_stance("force_eager"):
+        for case in checked.cases:
+            if case.kind in ("ordinary", "awkward"):
+                results = results_of(checked, case, "compiled", "cpu", (torch.float64, torch.bfloat16))
+                assert [r for r in results if not r.passed] == []
 
 
 @pytest.mark.slow

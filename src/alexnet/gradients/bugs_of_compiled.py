@@ -5,7 +5,8 @@ row, the table is another's, the byte is full or the gap is missing. The mathema
 where a fast pair calls the same formula, one of those stands for all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from alexnet.graphs import batched
 from alexnet.layers.backend import PAIRS, Pair, pair_for, wide
 from alexnet.layers.compiled import local_response_norm as norm
 from alexnet.layers.compiled import max_pool2d as pool
-from alexnet.layers.compiled import pointwise, relu_lrn_pool, same_map_norm
+from alexnet.layers.compiled import on_cuda, pointwise, relu_lrn_pool, same_map_norm
 
 # The package's own `conv2d` is the function.
 conv = import_module("alexnet.layers.compiled.conv2d")
@@ -65,6 +66,18 @@ def backward(
         return mock.patch.dict(PAIRS, {(where, backend): instead})
 
     return Mutant(where, name, plant, backend, dtype, shows)
+
+
+def part_on_cuda(where: str, name: str, attribute: str, wrong: Any, shows: str = "") -> Mutant:
+    """`part`, in the pair that serves CUDA; it is compiled for the CPU and checked there."""
+    mutant = part(where, f"on CUDA: {name}", on_cuda, attribute, wrong, shows)
+
+    @contextmanager
+    def plant() -> Iterator[None]:
+        with mock.patch.dict(PAIRS, {(where, "compiled"): on_cuda.ON_CUDA[where]}), mutant.plant():
+            yield
+
+    return mutant._replace(plant=plant)
 
 
 # ---- linear, relu, tanh, dropout ------------------------------------------------------------------------------
@@ -388,7 +401,7 @@ CROSS_ENTROPY = [
         "smoothing forgotten in the backward",
         pointwise,
         "_loss_gradient",
-        lambda right, dloss, x, lse, target, _: right(dloss, x, lse, target, 0.0),
+        lambda right, dloss, x, lse, target, _, reduction: right(dloss, x, lse, target, 0.0, reduction),
         "labels smoothed",
     ),
     part(
@@ -401,4 +414,93 @@ CROSS_ENTROPY = [
     ),
 ]
 
-MUTANTS_OF_COMPILED = (*SMALL, *MAX_POOL, *NORMS, *BLOCK, *CONVOLUTION, *LIBRARY, *CROSS_ENTROPY)
+# ---- the pairs of CUDA ------------------------------------------------------------------------------------------
+
+
+def _turned_back(right: Function, winners: list[Tensor], turn: Any, kernel: Any, *rest: Any) -> Tensor:
+    return right(winners, turn[::-1], kernel, *rest)
+
+
+def _one_map_further(right: Function, a: Tensor, dim: int, shifts: int, length: int) -> Tensor:
+    return right(a.roll(1, dim), dim, shifts, length)
+
+
+def _only_along_rows(right: Function, a: Tensor, size: int) -> Tensor:
+    padded = F.pad(a, (0, 0, size // 2, size // 2))
+    return on_cuda.shifted_sum(padded, 2, size, a.shape[2])
+
+
+def _never_reflected(right: Function, a: Tensor, size: int, groups: Any, reflected: bool = False) -> Tensor:
+    return right(a, size, groups)
+
+
+def _one_tower(right: Function, a: Tensor, size: int, groups: Any, reflected: bool = False) -> Tensor:
+    return right(a, size, groups and 1, reflected)
+
+
+def _last_window_only(right: Function, winners: list[Tensor], turn: Any, *rest: Any) -> Tensor:
+    return right(winners, turn, *rest) & (turn == (0, 0))
+
+
+PAIRS_OF_CUDA = [
+    part_on_cuda(_LRN, "tower boundary ignored", "window_sum", _one_tower, "two towers"),
+    part_on_cuda(
+        _LRN, "even window not reflected", "window_sum", _never_reflected, "even window, two towers"
+    ),
+    part_on_cuda(_LRN, "window one map further on", "shifted_sum", _one_map_further),
+    part_on_cuda(_LRN, "s^-3/4 where s^-7/4 belongs", "slope", lambda right, s, beta: on_cuda.gain(s, beta)),
+    part_on_cuda("same_map_norm", "sum over a row for the square", "square_sum", _only_along_rows),
+    part_on_cuda(
+        "same_map_norm",
+        "divided by n, not by n^2",
+        "area",
+        lambda right, size, groups: size,
+    ),
+    part_on_cuda(
+        "same_map_norm",
+        "stored q is dy x, without the power",
+        "competitors",
+        lambda right, dy, x, *rest: dy * x,
+    ),
+    part_on_cuda("max_pool2d", "only the last of a pixel's windows", "_wins", _last_window_only),
+    part_on_cuda(
+        "max_pool2d", "windows' rows and columns exchanged", "_wins", _turned_back, "overlapping windows"
+    ),
+    part_on_cuda("max_pool2d", "winner's row and column exchanged", "_won", _row_and_column_exchanged),
+    part_on_cuda(
+        _BLOCK,
+        "the ReLU's mask forgotten, paper's order",
+        "norm_gradient",
+        lambda right, dy, x, constants, groups, relu: right(
+            dy, x.clamp(min=0) if relu else x, constants, groups, False
+        ),
+    ),
+    part_on_cuda(
+        _BLOCK,
+        "closed windows have a winner, 2012 order",
+        "closed",
+        lambda right, m, winners, order, *rest: (
+            right(m, winners, order, *rest)[0],
+            *right(m, winners, "", *rest)[1:],
+        ),
+        "closed windows, code",
+    ),
+    part_on_cuda(
+        "dropout",
+        "every slice has the first rows' mask",
+        "row_words",
+        lambda right, rows, key, first_row: right(rows, key, 0),
+        "second half of a batch",
+    ),
+    part_on_cuda(
+        "dropout",
+        "units not mixed: neighbours share bits",
+        "unit_words",
+        lambda right, units, device: torch.arange(units, device=device),
+    ),
+]
+
+MUTANTS_OF_COMPILED = (
+    *(*SMALL, *MAX_POOL, *NORMS, *BLOCK, *CONVOLUTION, *LIBRARY, *CROSS_ENTROPY),
+    *PAIRS_OF_CUDA,
+)
