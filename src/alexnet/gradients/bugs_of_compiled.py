@@ -355,7 +355,7 @@ def _other_image(right: Function, dy: Tensor, *rest: Any) -> tuple[Any, ...]:
 
 
 def _in_lines(name: str, attribute: str, wrong: Function, shows: str, backend: str = "compiled") -> Mutant:
-    """What half types take."""
+    """What bfloat16 takes on a CPU."""
     return part("conv2d", name, conv, attribute, wrong, shows, backend, BF16)
 
 
@@ -373,6 +373,21 @@ CONVOLUTION = [
         "kernel filled up at the wrong end", "kernel_to_depth", _last_taps_for_first, "stride and padding"
     ),
     part("conv2d", "padding cut off on the wrong side", conv, "input_gradient", _wrong_side),
+    part(
+        "conv2d",
+        "the other tower's columns",
+        conv,
+        "columns",
+        lambda right, *arguments: right(*arguments).roll(1, 0),
+        "towers, unequal sides",
+    ),
+    part(
+        "conv2d",
+        "columns of the next image",
+        conv,
+        "columns",
+        lambda right, x, *rest: right(x.roll(1, 0), *rest),
+    ),
     part("conv2d", "db of the first image", conv, "bias_gradient", lambda right, dy: right(dy[:1])),
 ]
 
