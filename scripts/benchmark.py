@@ -1,4 +1,4 @@
-"""How fast is it here? python scripts/benchmark.py [suite=layers|step|data|end_to_end|memory|all] [quick=true].
+"""How fast is it here? python scripts/benchmark.py [suite=layers|step|data|end_to_end|memory|gpu|all] [quick=true].
 
 Every row beside its baselines, interleaved, with spread; writes CSV, JSON, a picture and a Markdown table.
 """

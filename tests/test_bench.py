@@ -9,13 +9,28 @@ import pytest
 import torch
 
 from alexnet.allocator import keep_freed_memory
-from alexnet.bench import Benchmark, alone, data, layers, networks, results, steps
+from alexnet.bench import (
+    Benchmark,
+    Suite,
+    alone,
+    ceilings,
+    check,
+    data,
+    gpu,
+    layers,
+    networks,
+    results,
+    steps,
+)
 from alexnet.bench.results import describe, finish, headlines, markdown, save
-from alexnet.bench.timing import Contestant, Kind, Machine, Row, interleave
+from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interleave, set_precision
+from alexnet.classifier import typed
 from alexnet.data.module import Resident
 from alexnet.errors import UserError
-from alexnet.layers import relu
-from alexnet.model import layer_table
+from alexnet.gradients.bugs_of_compiled import MUTANTS_OF_COMPILED
+from alexnet.layers import ReluLrnPool
+from alexnet.layers.backend import PAIRS, Pair, pair_for
+from alexnet.model import ModelConfig, layer_table
 
 SMALL = {
     "image_px": 40,
@@ -24,13 +39,22 @@ SMALL = {
     "kernel_size": [7, 5, 3, 3, 3],
     "stride": [2, 1, 1, 1, 1],
 }
-MACHINE = Machine(1e9, {"float32": 1e9, "bfloat16": 1e9})
+LIKE_2012 = {**SMALL, "same_map_norm": True, "order1": "lrn_pool_relu", "dropout_mode": "inverted"}
+MACHINE = Machine({"copy": 1e9, "float32": 1e9, "bfloat16": 1e9})
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(networks.MODELS, "paper", SMALL)
-    monkeypatch.setattr(networks, "CLASSES", 5)
+    small_models(monkeypatch)
+
+
+def small_models(monkeypatch, **changes):
+    models = {"paper": SMALL, "code145": LIKE_2012}
+    monkeypatch.setattr(
+        networks,
+        "model_config",
+        lambda name: typed(ModelConfig, {**models[name], "num_classes": 5, **changes}),
+    )
 
 
 def test_contestants_take_turns_and_the_first_call_is_timed_apart():
@@ -38,9 +62,54 @@ def test_contestants_take_turns_and_the_first_call_is_timed_apart():
     contestants = [Contestant(name, Kind.ours, partial(calls.append, name)) for name in "abc"]
     for c in contestants:
         c.run = lambda name=c.name: calls.append(name) or 0.5  # its own clock: half a second
-    rows = interleave("layers", "row", "float32", contestants, rounds=2, images=10, bound_ms=125.0)
+    bound = Bound(MACHINE, "float32", 0.125e9)
+    rows = interleave("layers", "row", "float32", contestants, rounds=2, images=10, bound=bound)
     assert "".join(calls) == "abc" + "abc" + "abcabc"  # compile, guess the repeats, two rounds
     assert [(r.ms, r.rounds, r.images_per_second, r.share_of_bound) for r in rows] == [(500, 2, 20, 0.25)] * 3
+
+
+def test_the_bound_is_measured_before_between_and_after_the_rounds_and_the_best_rate_counts():
+    calls, machine = [], Machine({})
+    machine.calls["copy"] = [(lambda: calls.append("bound"), 1.0)]
+    contestant = Contestant("", Kind.ours, lambda: calls.append("ours") or 0.5)
+    (row,) = interleave("layers", "row", "float32", [contestant], 2, bound=Bound(machine, "copy", 1.0))
+    assert [name for name, next in zip(calls, [*calls[1:], ""], strict=True) if name != next] == [
+        *("ours", "bound", "ours", "bound", "ours", "bound")
+    ]
+    assert row.bound_ms == 1e3 / machine.rates["copy"] < 500
+
+
+def test_one_that_is_faster_than_its_bound_says_so():
+    contestant = Contestant("ours", Kind.ours, lambda: 0.1)
+    rows = interleave("step", "row", "float32", [contestant], 1, bound=Bound(MACHINE, "float32", 0.12e9))
+    assert rows[0].ms == 100
+    assert "- row, float32, ours: at 120 % of the bound" in markdown(rows, about())
+
+
+def test_after_the_deadline_nothing_begins_and_what_has_begun_ends():
+    calls = []
+    contestants = [Contestant("ours", Kind.ours, lambda: calls.append(1))]
+    (row,) = interleave("gpu", "row", "float32", contestants, rounds=2, deadline=0.0)
+    assert not calls
+    assert row.note == "not run: the time was used up"
+
+
+def test_ceilings_are_measured_in_several_shapes_and_layouts(monkeypatch):
+    monkeypatch.setattr(
+        ceilings, "candidates", lambda *_: [(lambda: None, work) for work in (1.0, 1e12, 1e6)]
+    )
+    machine = ceilings.measured_machine(["float32"], "cpu")
+    assert [work for _, work in machine.calls["float32"]] == [1e12, 1e6]  # the best are measured again
+    assert machine.rates["copy"] > 0
+
+
+def test_every_precision_says_how_products_and_convolutions_are_computed():
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    for dtype, meant in (("tf32", "tf32"), ("float32", "ieee"), ("bfloat16", "ieee")):
+        set_precision(dtype)
+        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == meant
+        assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
 
 
 def test_the_median_counts_and_the_spread_is_kept():
@@ -99,15 +168,16 @@ def test_every_form_of_the_results_is_written(tmp_path):
 
 
 @pytest.mark.usefixtures("small")
-def test_the_stock_network_is_the_same_network():
-    assert networks.check("paper", "reference", "float32", "cpu") < 1e-5
-    assert sum(p.numel() for p in networks.stock_network(networks.model_config("paper")).parameters()) == sum(
-        row.parameters for row in layer_table(networks.model_config("paper"))
-    )
+@pytest.mark.parametrize("model", ["paper", "code145"])
+def test_the_stock_network_is_the_same_network(model):
+    assert check.check_network(model, "reference", "cpu") < 1e-5
+    config = networks.model_config(model)
+    stock = networks.stock_network(config).parameters()
+    assert sum(p.numel() for p in stock) == sum(row.parameters for row in layer_table(config))
 
 
 @pytest.mark.usefixtures("small")
-def test_a_wrong_gradient_stops_the_benchmark(monkeypatch):
+def test_a_wrong_stock_network_stops_the_benchmark(monkeypatch):
     stock_network = networks.stock_network
 
     def without_norms(config):
@@ -115,21 +185,88 @@ def test_a_wrong_gradient_stops_the_benchmark(monkeypatch):
             *(m for m in stock_network(config) if not isinstance(m, torch.nn.LocalResponseNorm))
         )
 
-    monkeypatch.setattr(networks, "stock_network", without_norms)
+    monkeypatch.setattr(check, "stock_network", without_norms)
     with pytest.raises(AssertionError, match="nothing is timed"):
-        networks.check("paper", "reference", "float32", "cpu")
+        check.check("paper", "reference", "float32", "cpu")
+
+
+@pytest.fixture
+def uncompiled():
+    """The compiled pairs as plain Python: the check is tried here, not the compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("small", "uncompiled")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["paper", "code145"])
+@pytest.mark.parametrize("backend", ["fast", "fastest"])
+def test_right_layers_pass(model, backend, dtype):
+    worst = check.check(model, backend, dtype, "cpu")
+    assert worst < check.BOUND[dtype] / 2  # the noise is well below what is refused
+
+
+OPERATIONS = (
+    *("conv2d", "relu_lrn_pool", "local_response_norm", "same_map_norm", "max_pool2d"),
+    *("relu", "linear", "dropout", "cross_entropy"),
+)
+
+
+@pytest.mark.usefixtures("small", "uncompiled")
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_result_off_by_a_thirtieth_is_refused_in_bfloat16(operation, where, monkeypatch):
+    right = pair_for(operation, "compiled")
+
+    def off(function):
+        def wrong(*operands):
+            results = function(*operands)
+            if where == "forward" or isinstance(results, tuple):  # y, or every gradient
+                first, *rest = results
+                rest = rest if where == "forward" else [g if g is None else g * 31 / 30 for g in rest]
+                return first if first is None else first * 31 / 30, *rest
+            return results * 31 / 30
+
+        return wrong
+
+    wrong = right._replace(**{where: off(getattr(right, where))})
+    monkeypatch.setitem(PAIRS, (operation, "compiled"), wrong)
+    with pytest.raises(AssertionError, match="nothing is timed"):
+        check.check("code145", "fast", "bfloat16", "cpu")
+
+
+# Mutants that need what the network has not: an even window, padded pools, single losses, ... say so (`shows`).
+PLANTED = [m for m in MUTANTS_OF_COMPILED if not m.shows and m.where in OPERATIONS]
+
+
+@pytest.mark.usefixtures("small", "uncompiled")
+@pytest.mark.parametrize("mutant", PLANTED, ids=lambda m: f"{m.where}: {m.name}")
+def test_a_planted_mutant_is_refused_in_bfloat16(mutant):
+    backend = "fastest" if mutant.backend == "library" else "fast"
+    with mutant.plant(), pytest.raises(AssertionError, match="nothing is timed"):
+        check_both(backend)
+
+
+def check_both(backend):
+    """Either order of the block, and the parts that a same-map norm leaves of it."""
+    for model in ("paper", "code145"):
+        check.check(model, backend, "bfloat16", "cpu")
+
+
+def test_windows_whose_winner_rounding_could_change_are_left_out():
+    x = torch.zeros(1, 1, 3, 5)
+    x[0, 0, 0, 0], x[0, 0, 1, 1] = 100.0, 99.9  # rounded: equal
+    x[0, 0, :, 4] = torch.tensor([-100.0, 0.0, 100.0])
+    clear = check.clear_windows(ReluLrnPool(1, alpha=0.0, k=1.0), x)
+    assert clear.flatten().tolist() == [0.0, 1.0]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_wrong_layer_stops_the_benchmark(monkeypatch):
-    def doubled(x, backend):
-        y = relu(x, backend=backend)
-        return y if backend != "compiled" else y * 1.1
-
-    x = torch.randn(2, 3, 4, 4)
-    layers.check_layer("relu", lambda x, backend: relu(x, backend=backend), x)
-    with pytest.raises(AssertionError, match="nothing is timed"):
-        layers.check_layer("relu", doubled, x)
+def test_a_wrong_norm_stops_the_row():
+    x, right = torch.randn(2, 8, 9, 9), ReluLrnPool(5, 0.3, backend="native")
+    layers._check_norms("block", {"reference": ReluLrnPool(5, 0.3)}, right, x, "bfloat16")
+    with pytest.raises(AssertionError, match="block, reference, bfloat16: results differ"):
+        layers._check_norms("block", {"reference": ReluLrnPool(5, 0.25)}, right, x, "bfloat16")
 
 
 def test_only_the_rows_that_are_asked_for():
@@ -141,7 +278,7 @@ def test_only_the_rows_that_are_asked_for():
 
 
 def test_a_name_that_no_row_has_is_refused_and_replaces_no_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "measured_machine", lambda *_: MACHINE)
+    monkeypatch.setattr(ceilings, "measured_machine", lambda *_: MACHINE)
     with pytest.raises(UserError, match="only=nothing is in the name of no row of suite=data"):
         results.benchmark(Benchmark(suite="data", only="nothing", output_dir=str(tmp_path)))
     assert not list(tmp_path.iterdir())
@@ -152,7 +289,7 @@ def test_a_name_that_no_row_has_is_refused_and_replaces_no_results(tmp_path, mon
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_every_step_runs_and_learns(dtype, monkeypatch):
     monkeypatch.setattr(networks, "RATE", 1e-3)
-    monkeypatch.setitem(networks.MODELS, "paper", {**SMALL, "dropout": 0.0})
+    small_models(monkeypatch, dropout=0.0)
     given = networks.task("paper", 4, dtype, "cpu")
     eager = [c for c in networks.stock(given, quick=False) if "compiled" not in c.name]
     assert len(eager) == (2 if dtype == "float32" else 3)
@@ -164,6 +301,36 @@ def test_every_step_runs_and_learns(dtype, monkeypatch):
 def test_multiply_adds_leave_out_the_gradient_of_the_image():
     config = networks.model_config("paper")
     assert networks.multiply_adds(config) == 3 * 724_406_816 - 105_415_200
+
+
+def test_networks_are_those_of_conf():
+    assert networks.model_config("mini").hidden == [2048, 2048]
+    assert networks.model_config("tiny").same_map_norm
+    assert networks.model_config("code145").classes == 1000
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_name_of_the_gpu_suite_is_a_contestant_and_no_name_stands_twice(dtype):
+    given = networks.task("paper", 2, dtype, "cpu")
+    names = gpu.names(dtype, quick=False)
+    assert len(set(names)) == len(names)
+    for name in names:
+        if networks.TRITON_NORMS in name:  # only on CUDA
+            continue
+        assert networks.contestant_named(name, given).kind == gpu.kind_of(name), name
+
+
+@pytest.mark.usefixtures("small", "uncompiled")
+def test_what_was_not_checked_says_so_and_what_is_wrong_is_not_timed_on_a_gpu(monkeypatch):
+    assert "NOT CHECKED" in markdown(rows(), {**about(), "checked": False})
+    given = networks.task("paper", 2, "float32", "cpu")
+    right = pair_for("relu", "reference")
+    monkeypatch.setitem(PAIRS, ("relu", "reference"), Pair(right.forward, lambda dy, y: dy))
+    for checked in (True, False):
+        step = gpu.late("reference", given, "paper", "float32", checked)
+        (row,) = interleave("gpu", "row", "float32", [Contestant("reference", Kind.ours, step)], rounds=1)
+        assert ("nothing is timed" in row.note) == checked == math.isnan(row.ms)
 
 
 @pytest.mark.usefixtures("small")
@@ -192,8 +359,10 @@ def test_convolutions_are_those_of_the_paper():
     ("choice", "said"),
     [
         ({"batch": 0}, "batch=0"),
-        ({"dtypes": ["float16"]}, "float32 and bfloat16"),
-        ({"models": []}, "paper and mini"),
+        ({"dtypes": ["float16"]}, "choose from float32, bfloat16, tf32"),
+        ({"models": ["vgg"]}, "choose from caffe, code145"),
+        ({"dtypes": ["tf32"]}, "need a GPU"),
+        ({"suite": Suite.gpu}, "need a GPU"),
         ({"device": "tpu"}, "device=tpu: there is no such device here"),
     ],
 )

@@ -5,16 +5,19 @@
     data         store -> augmented batch
     end_to_end   images -> trained network: bare loop, Lightning, and the usual pipeline of JPEG files
     memory       peak memory of a step, one fresh process per variant
+    gpu          a step and the norms on one CUDA device, captured beside eager; not in `all`
 
 Rules. All contestants of a row run in one process, in turn (A B C A B C ...), on the same allocator; the median over
 the rounds counts, and the spread is shown. The first call, which compiles, is timed apart. Before anything is timed,
-ours is compared with the reference, and the reference with the stock modules. Headline ratios are against the *best*
-baseline of the row; "as people run it" is stock eager (with autocast for bfloat16) in a fresh process with the default
-allocator. A bound is what this machine, measured in the same run, could do at best. Rows that we lose stay.
+each layer of ours is compared with the reference, and the reference with the stock modules. All contestants of a row
+compute in the same precision. Headline ratios are against the *best* baseline of the row; "as people run it" is stock
+eager (with autocast for bfloat16) in a fresh process with the default allocator. A bound is what this machine could do
+at best, measured between the rounds of the same run; a row that beats its bound says so. Rows that we lose stay.
 """
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 import torch
 
@@ -27,7 +30,15 @@ class Suite(StrEnum):
     data = "data"
     end_to_end = "end_to_end"
     memory = "memory"
+    gpu = "gpu"
     all = "all"
+
+
+MODELS = Path(__file__).resolve().parents[3] / "conf" / "model"
+PRECISIONS = ("float32", "bfloat16", "tf32")
+# What an empty list stands for.
+USUAL = {"dtypes": ["float32", "bfloat16"], "models": ["paper", "mini"]}
+ON_GPU = {"dtypes": ["bfloat16", "float32", "tf32"], "models": ["tiny", "code145", "mini"]}
 
 
 @dataclass
@@ -37,12 +48,14 @@ class Benchmark:
     suite: Suite = Suite.all
     # Batch 16, 3 rounds and fewer baselines: does everything run? Its ratios mean nothing.
     quick: bool = False
-    # None: 64 images (256 for the small nets), or 16 if quick.
+    # None: 64 images (256 for the small nets), or 16 if quick; suite=gpu 128 and 1024.
     batch: int | None = None
     # None: 5, or 3 if quick.
     rounds: int | None = None
-    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
-    models: list[str] = field(default_factory=lambda: ["paper", "mini"])
+    # float32, bfloat16, tf32 (CUDA). Empty: float32 and bfloat16; suite=gpu bfloat16, float32, tf32, in this order.
+    dtypes: list[str] = field(default_factory=list)
+    # Names in conf/model. Empty: paper and mini; suite=gpu tiny, code145, mini.
+    models: list[str] = field(default_factory=list)
     device: str = "cpu"
     # None: as many as torch takes.
     threads: int | None = None
@@ -50,6 +63,10 @@ class Benchmark:
     tuned_allocator: bool = True
     # Only the rows whose name contains this.
     only: str = ""
+    # False: time it without asking whether it is right (a rehearsal on a device that computes nothing).
+    check: bool = True
+    # suite=gpu begins nothing new after so many seconds. None: as long as it takes.
+    budget_s: float | None = None
     output_dir: str = "outputs"
 
     def __post_init__(self) -> None:
@@ -57,12 +74,14 @@ class Benchmark:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} is no count: give 1 or more")
-        unknown = set(self.dtypes) - {"float32", "bfloat16"}
-        if unknown or not self.dtypes:
-            raise UserError(f"dtypes={self.dtypes}: choose from float32 and bfloat16")
-        unknown = set(self.models) - {"paper", "mini"}
-        if unknown or not self.models:
-            raise UserError(f"models={self.models}: choose from paper and mini")
+        usual = ON_GPU if self.suite == Suite.gpu else USUAL
+        self.dtypes, self.models = self.dtypes or usual["dtypes"], self.models or usual["models"]
+        models = sorted(path.stem for path in MODELS.glob("*.yaml"))
+        for name, known in (("dtypes", list(PRECISIONS)), ("models", models)):
+            if not set(getattr(self, name)) <= set(known):
+                raise UserError(f"{name}={getattr(self, name)}: choose from {', '.join(known)}")
+        if self.device == "cpu" and ("tf32" in self.dtypes or self.suite == Suite.gpu):
+            raise UserError("suite=gpu and dtypes=[tf32] need a GPU: set device=cuda, or leave them out")
         on_gpu = self.device.partition(":")[0] == "cuda" and torch.cuda.is_available()
         if self.device != "cpu" and not on_gpu:
             raise UserError(
@@ -71,11 +90,18 @@ class Benchmark:
 
     @property
     def suites(self) -> list[Suite]:
-        return [s for s in Suite if s != Suite.all] if self.suite == Suite.all else [self.suite]
+        if self.suite == Suite.all:
+            return [suite for suite in Suite if suite not in (Suite.all, Suite.gpu)]
+        return [self.suite]
 
     @property
     def interleaved_rounds(self) -> int:
         return self.rounds or (3 if self.quick else 5)
 
     def batch_of(self, model: str = "paper") -> int:
-        return self.batch or (16 if self.quick else 256 if model == "mini" else 64)
+        small = model in ("mini", "tiny")
+        return self.batch or (16 if self.quick else 256 if small else 64)
+
+    @property
+    def batches_on_gpu(self) -> tuple[int, ...]:
+        return (self.batch,) if self.batch else (16,) if self.quick else (128, 1024)

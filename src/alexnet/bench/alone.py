@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from alexnet.allocator import keep_freed_memory
-from alexnet.bench.steps import contestant_named
-from alexnet.bench.timing import synchronise
+from alexnet.bench.networks import LIBRARY_CHOOSES, contestant_named, task
+from alexnet.bench.timing import set_precision, synchronise
 
 STATUS = Path("/proc/self/status")
 
@@ -36,7 +36,10 @@ def measure(
         torch.set_num_threads(threads)
     if tuned_allocator:
         keep_freed_memory()
-    step = contestant_named(contestant, model, batch, dtype, device).run
+    set_precision(dtype)
+    torch.backends.cudnn.benchmark = contestant.endswith(LIBRARY_CHOOSES)
+    given = task(model, batch, dtype, device)
+    step = contestant_named(contestant.removesuffix(LIBRARY_CHOOSES), given).run
     torch.compile(torch.neg)(torch.ones(2))
     before = held("VmRSS")
     start = time.perf_counter()

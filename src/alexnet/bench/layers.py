@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet.bench import Benchmark
-from alexnet.bench.networks import differences, model_config, stock_compiled
-from alexnet.bench.timing import Contestant, Kind, Machine, Row, interleave
-from alexnet.layers import conv2d, local_response_norm, relu_lrn_pool
+from alexnet.bench.check import clear_windows, compare
+from alexnet.bench.networks import TYPES, model_config, stock_compiled
+from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interleave
+from alexnet.layers import LocalResponseNorm, ReluLrnPool, conv2d
 from alexnet.layers.backend import pair_for
+from alexnet.model import layer_table
 
 NORM = 5, 5e-4, 0.75, 2.0  # the paper's, alpha times the window
 # (C, side, towers) where the paper's norms stand, and the parts of a tensor that the fused work must move: LRN
@@ -32,14 +35,14 @@ CONVOLUTIONS = {
 def rows(config: Benchmark, machine: Machine) -> Iterator[Row]:
     for dtype in config.dtypes:
         for channels, side in SHAPES[:1] if config.quick else SHAPES:
-            yield from _norm_rows(config, machine, dtype, channels, side)
+            yield from norm_rows(config, machine, dtype, channels, side, config.batch_of())
         for name in CONVOLUTIONS if dtype != "float32" or not config.quick else ():
             yield from _convolution_rows(config, machine, dtype, name)
 
 
 def noise(config: Benchmark, dtype: str, *shape: int) -> Tensor:
     """Standard normals, channels-last."""
-    x = torch.randn(*shape, device=config.device).to(getattr(torch, dtype))
+    x = torch.randn(*shape, device=config.device).to(TYPES[dtype])
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -57,32 +60,16 @@ def both_ways(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], o
     return run
 
 
-def check_layer(row: str, function: Callable[..., Tensor], *operands: Tensor) -> None:
-    """AssertionError unless `function(*operands, backend="compiled")` and its gradients are torch's own in float32.
-
-    A hundredth of the norm is let pass, which a few pooling winners take that rounding decides anew, and in bfloat16
-    a quarter more than the reference is off.
-    """
-
-    def outcome(backend: str, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in operands]
-        y = function(*leaves, backend=backend)
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-        return [y, *torch.autograd.grad(y, leaves, dy)]
-
-    dtype, exact = operands[0].dtype, outcome("native", torch.float32)
-    allowed = [1.25 * d + 0.01 for d in differences(exact, outcome("reference", dtype))]
-    off = differences(exact, outcome("compiled", dtype))
-    wrong = [f"{d:.1e}" for d, limit in zip(off, allowed, strict=True) if not d <= limit]
-    assert not wrong, f"{row}, {dtype}: output or gradients differ by {', '.join(wrong)}; nothing is timed"
-
-
-def _norm_rows(config: Benchmark, machine: Machine, dtype: str, channels: int, side: int) -> Iterator[Row]:
-    x = 10 * noise(config, dtype, config.batch_of(), channels, side, side)
+def norm_rows(
+    config: Benchmark, machine: Machine, dtype: str, channels: int, side: int, batch: int
+) -> Iterator[Row]:
+    """Response norm and block, both ways. On CUDA the Triton pairs run beside the compiled ones."""
+    x = 10 * noise(config, dtype, batch, channels, side, side)
     shape = f"({len(x)},{channels},{side},{side})"
-    copy = Contestant("copy", Kind.yardstick, x.clone)
+    on_cpu = config.device == "cpu"
     # torch's norm has no bfloat16 kernel on a CPU.
-    wide = dtype != "float32" and config.device == "cpu"
+    wide = dtype == "bfloat16" and on_cpu
+    backends = ("compiled",) if on_cpu else ("compiled", "triton")
     layouts = {"": x} if config.quick else {"": x, ", NCHW": x.contiguous()}
 
     def norm(x: Tensor) -> Tensor:
@@ -93,30 +80,33 @@ def _norm_rows(config: Benchmark, machine: Machine, dtype: str, channels: int, s
         b = norm(a.float()).to(a.dtype) if wide else norm(a)
         return F.max_pool2d(b, 3, 2, ceil_mode=True)
 
-    def our_norm(x: Tensor, backend: str = "compiled") -> Tensor:
-        return local_response_norm(x, *NORM, backend=backend)
-
-    def our_block(x: Tensor, backend: str = "compiled") -> Tensor:
-        return relu_lrn_pool(x, *NORM, backend=backend)
-
-    for name, mine, theirs, moves in (
-        ("response norm", our_norm, norm, NORM_MOVES),
-        ("ReLU + norm + pool", our_block, block, BLOCK_MOVES),
+    for name, layer, theirs, moves in (
+        ("response norm", LocalResponseNorm, norm, NORM_MOVES),
+        ("ReLU + norm + pool", ReluLrnPool, block, BLOCK_MOVES),
     ):
         row = f"{name} {shape}"
         if config.only not in row:
             continue
+        ours = {backend: layer(*NORM, backend=backend) for backend in backends}
+        contestants = [Contestant(f"{b} pair", Kind.ours, both_ways(mine, x)) for b, mine in ours.items()]
         how = " (norm in float32)" if wide and theirs is block else ""
-        contestants = [Contestant("compiled pair", Kind.ours, both_ways(mine, x))]
         for layout, given in layouts.items():
             eager, compiled = both_ways(theirs, given), both_ways(stock_compiled(theirs), given)
             contestants.append(Contestant(f"stock eager{how}{layout}", Kind.baseline, eager))
             contestants.append(Contestant(f"stock compiled{how}{layout}", Kind.baseline, compiled))
-        bound = machine.move_ms(moves * x.nbytes)
-        rounds = config.interleaved_rounds
-        # So large that the norm's second term matters.
-        check = partial(check_layer, row, mine, 30 * x[:2])
-        yield from interleave("layers", row, dtype, [*contestants, copy], rounds, bound_ms=bound, check=check)
+        contestants.append(Contestant("copy", Kind.yardstick, x.clone))
+        check = partial(_check_norms, row, ours, layer(*NORM, backend="native"), 3 * x[:2], dtype)
+        bound, rounds = Bound(machine, "copy", moves * x.nbytes), config.interleaved_rounds
+        yield from interleave(
+            "layers", row, dtype, contestants, rounds, bound=bound, check=check if config.check else None
+        )
+
+
+def _check_norms(row: str, ours: dict[str, Any], native: Any, x: Tensor, dtype: str) -> None:
+    """x so large that the norm's second term matters."""
+    for backend, mine in ours.items():
+        clear = clear_windows(mine, x.float()) if isinstance(mine, ReluLrnPool) else None
+        compare(f"{row}, {backend}", mine, native, [x], dtype, clear)
 
 
 def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str) -> Iterator[Row]:
@@ -135,7 +125,8 @@ def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str
     def convolution(x: Tensor, w: Tensor, backend: str) -> Tensor:
         return conv2d(x, w, None, stride, sides, groups=groups, backend=backend)
 
-    check = partial(check_layer, name, convolution, x[:2], w)
+    ways = partial(convolution, backend="compiled"), partial(convolution, backend="native")
+    check = partial(compare, name, *ways, [x[:2], w], dtype) if config.check else None
     ours, library = pair_for("conv2d", "compiled"), pair_for("conv2d", "library")
     assert ours is not None
     assert library is not None
@@ -167,8 +158,8 @@ def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str
             lambda: kernel_of_the_library(True, False, False),
         ),
     }
-    macs = {layer.name: layer.macs for layer in _paper_layers()}[name] * len(x)
-    bound, rounds = machine.multiply_ms(macs, dtype), config.interleaved_rounds
+    macs = {layer.name: layer.macs for layer in layer_table(model_config("paper"))}[name] * len(x)
+    bound, rounds = Bound(machine, dtype, 2 * macs), config.interleaved_rounds
     for part in parts_of:
         if config.only in f"{name} {part}":
             mine, theirs = parts[part]
@@ -177,10 +168,4 @@ def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str
                 Contestant("library", Kind.baseline, theirs),
             ]
             row = f"{name} {part}"
-            yield from interleave("layers", row, dtype, contestants, rounds, bound_ms=bound, check=check)
-
-
-def _paper_layers() -> list:
-    from alexnet.model import layer_table
-
-    return layer_table(model_config("paper"))
+            yield from interleave("layers", row, dtype, contestants, rounds, bound=bound, check=check)

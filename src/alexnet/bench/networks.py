@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet.bench.timing import Contestant, Kind
-from alexnet.classifier import typed
-from alexnet.layers import Backends, cross_entropy
-from alexnet.model import AlexNet, ModelConfig, Ties, layer_table
+from alexnet.layers import Backend, Backends, SameMapNorm, cross_entropy
+from alexnet.model import AlexNet, ModelConfig, Order, layer_table
 from alexnet.optim import OptimConfig, parameter_groups
 from alexnet.optim_masters import FusedKrizhevsky, Shadows
 
@@ -19,21 +19,26 @@ CLASSES = 1000
 RATE = 1e-6  # so small that a hundred steps on noise do no harm
 TUNED = "channels-last, fused SGD"
 
-MODELS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    # conf/model/mini.yaml
-    "mini": {
-        "image_px": 56,
-        "kernel_size": [7, 5, 3, 3, 3],
-        "stride": [2, 1, 1, 1, 1],
-        "padding": [[1, 2, 1, 2], [2, 2, 2, 2], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]],
-        "hidden": [2048, 2048],
-    },
-}
+# How tensors are held, by the name of a precision (timing.set_precision says how they are multiplied).
+TYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+TRITON_NORMS = "fastest, triton norms"
 
 
+@cache
 def model_config(model: str) -> ModelConfig:
-    return typed(ModelConfig, {**MODELS[model], "num_classes": CLASSES})
+    """conf/model/<model>.yaml, with 1000 classes."""
+    from alexnet.config import compose  # which knows this package's Benchmark
+
+    config = compose("train", ["experiment=none", f"model={model}", "name=benchmark"]).model
+    return replace(config, num_classes=CLASSES)
+
+
+def backends_named(name: str, device_type: str) -> dict[str, str]:
+    """The backend of each operation: a backend's own name, or TRITON_NORMS."""
+    choices: dict[str, Any] = {"default": name}
+    if name == TRITON_NORMS:
+        choices = {"default": "fastest", "relu_lrn_pool": "triton", "local_response_norm": "triton"}
+    return Backends(**choices).resolve(device_type)
 
 
 @dataclass
@@ -49,14 +54,22 @@ class Task:
     def cast(self) -> Tensor:
         return self.images.to(self.dtype)
 
+    @cached_property
+    def first_graph(self) -> torch.cuda.CUDAGraph:
+        """It keeps the pool of all graphs alive, also where a capture fails."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.labels.clone()
+        return graph
+
 
 def task(model: str, batch: int, dtype: str, device: str) -> Task:
     config = model_config(model)
     generator = torch.Generator().manual_seed(0)
     images = 50 * torch.randn(batch, 3, config.image_px, config.image_px, generator=generator)
-    labels = torch.randint(CLASSES, (batch,), generator=generator)
+    labels = torch.randint(config.classes, (batch,), generator=generator)
     images = images.to(device).contiguous(memory_format=torch.channels_last)
-    return Task(config, images, labels.to(device), getattr(torch, dtype))
+    return Task(config, images, labels.to(device), TYPES[dtype])
 
 
 def multiply_adds(config: ModelConfig) -> float:
@@ -71,7 +84,7 @@ def ours(task: Task, backend: str, own_input: bool = False) -> Contestant:
     own_input: the caller puts a new batch into the task before each step, and its cast is part of the step.
     """
     device = task.images.device
-    net = AlexNet(task.config, Backends(default=backend).resolve(device.type), seed=0)  # type: ignore[arg-type]
+    net = AlexNet(task.config, backends_named(backend, device.type), seed=0)
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     shadows = None if task.dtype == torch.float32 else Shadows(net, task.dtype)
     optimizer = FusedKrizhevsky(parameter_groups(net, OptimConfig(lr=RATE)), shadows, lr=RATE)
@@ -85,7 +98,8 @@ def ours(task: Task, backend: str, own_input: bool = False) -> Contestant:
         optimizer.step()
         return loss.detach()
 
-    return Contestant(backend, Kind.ours, step)
+    # torch's own operators under autograd: nothing of the mathematics is ours.
+    return Contestant(backend, Kind.baseline if backend == Backend.native else Kind.ours, step)
 
 
 def stock_network(config: ModelConfig) -> nn.Sequential:
@@ -98,18 +112,29 @@ def stock_network(config: ModelConfig) -> nn.Sequential:
             modules.append(nn.ZeroPad2d((left, right, top, bottom)))
         symmetric = 0 if (left, top) != (right, bottom) else left
         kernel, stride = config.kernel_size[i], config.stride[i]
-        modules += [nn.Conv2d(inputs, outputs, kernel, stride, symmetric, groups=groups[i]), nn.ReLU()]
-        if i < 2:
-            alpha = config.lrn_alpha * config.lrn_size  # nn.LocalResponseNorm divides it
-            modules.append(nn.LocalResponseNorm(config.lrn_size, alpha, config.lrn_beta, config.lrn_k))
-        if i in (0, 1, 4):
-            modules.append(nn.MaxPool2d(3, 2, ceil_mode=True))
+        modules += [nn.Conv2d(inputs, outputs, kernel, stride, symmetric, groups=groups[i])]
+        modules += stock_block(config, i)
         inputs = outputs
     flat = {row.name: row for row in layer_table(config)}["pool5"]
     features, (fc6, fc7) = flat.channels * flat.px**2, config.hidden
     modules += [nn.Flatten(), nn.Linear(features, fc6), nn.ReLU(), nn.Dropout(config.dropout)]
     modules += [nn.Linear(fc6, fc7), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(fc7, config.classes)]
     return nn.Sequential(*modules)
+
+
+def stock_block(config: ModelConfig, i: int) -> list[nn.Module]:
+    """What follows the convolution number i."""
+    pools: list[nn.Module] = [nn.MaxPool2d(3, 2, ceil_mode=True)] if i in (0, 1, 4) else []
+    if i >= 2:
+        return [nn.ReLU(), *pools]
+    # nn.LocalResponseNorm divides alpha.
+    alpha = config.lrn_alpha * (1 if config.lrn_alpha_divided else config.lrn_size)
+    norms: list[nn.Module] = [nn.LocalResponseNorm(config.lrn_size, alpha, config.lrn_beta, config.lrn_k)]
+    if config.same_map_norm and i == 1:  # torch has no such module: its mean pooling, squared and divided by
+        norms.append(SameMapNorm(5, 1e-3, 0.75, 1.0, backend=Backend.native))
+    if (config.order1, config.order2)[i] == Order.relu_lrn_pool:
+        return [nn.ReLU(), *norms, *pools]
+    return [*norms, *pools, nn.ReLU()]
 
 
 class Float32Norm(nn.LocalResponseNorm):
@@ -130,9 +155,9 @@ def bfloat16_weights(net: nn.Sequential, device_type: str = "cpu") -> nn.Sequent
     return nn.Sequential(*modules).bfloat16()
 
 
-def stock_compiled(function: Any) -> Any:
-    """A baseline through torch.compile at its best: shapes constant, whatever was compiled before it."""
-    return torch.compile(function, dynamic=False)
+def stock_compiled(function: Any, mode: str | None = None) -> Any:
+    """A baseline through torch.compile at its best: one graph, shapes constant, whatever was compiled before it."""
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
 def stock_step(
@@ -142,6 +167,7 @@ def stock_step(
     autocast: bool = False,
     compiled: bool = False,
     own_input: bool = False,
+    mode: str | None = None,
 ) -> Callable[[], Tensor]:
     """A step of stock modules: torch's loss and SGD, no `.item()`. Tuned: channels-last and fused SGD."""
     layout = torch.channels_last if tuned else torch.contiguous_format
@@ -152,7 +178,7 @@ def stock_step(
         return (task.images if autocast else task.cast).contiguous(memory_format=layout)
 
     optimizer = torch.optim.SGD(net.parameters(), RATE, 0.9, weight_decay=5e-4, fused=tuned or None)
-    forward, fixed = stock_compiled(net) if compiled else net, given()
+    forward, fixed = stock_compiled(net, mode) if compiled else net, given()
 
     def step() -> Tensor:
         x = given() if own_input else fixed
@@ -173,7 +199,7 @@ def stock(task: Task, quick: bool) -> list[Contestant]:
     return [stock_named(name, task) for name in (list(forms)[:2] if quick else forms)]
 
 
-def stock_forms(dtype: torch.dtype) -> dict[str, dict[str, bool]]:
+def stock_forms(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """By name, how each is made; the first two are usually the best."""
     if dtype == torch.float32:
         return {
@@ -192,8 +218,18 @@ def stock_forms(dtype: torch.dtype) -> dict[str, dict[str, bool]]:
     }
 
 
+# torch.compile's own forms for a GPU, both replayed as CUDA graphs, forward and backward apart.
+MODES = ("reduce-overhead", "max-autotune")
+
+
 def stock_named(name: str, task: Task) -> Contestant:
-    how = dict(stock_forms(task.dtype)[name])
+    """One of `stock_forms`, or of its compiled forms with ", <mode>" behind the name."""
+    form, _, mode = name.rpartition(", ")
+    how = (
+        {**stock_forms(task.dtype)[form], "mode": mode}
+        if mode in MODES
+        else dict(stock_forms(task.dtype)[name])
+    )
     net = stock_network(task.config)
     if how.pop("weights", False):
         net = bfloat16_weights(net, task.images.device.type)
@@ -201,62 +237,54 @@ def stock_named(name: str, task: Task) -> Contestant:
 
 
 def torchvision_step(task: Task, compiled: bool) -> Contestant:
-    """torchvision's alexnet (one tower, no response norm), tuned; a yardstick of another network."""
+    """torchvision's alexnet (one tower, no response norm), tuned; a yardstick of another network.
+
+    It gets images of 224 pixels, as many as the others get: smaller ones do not last to its third pool.
+    """
     from torchvision.models import alexnet
 
     net = alexnet(num_classes=task.config.classes).to(task.dtype)
+    task = replace(task, images=torch.randn(len(task.images), 3, 224, 224, device=task.images.device))
     name = f"torchvision {'compiled' if compiled else 'eager'}, no norm, {TUNED}"
     return Contestant(name, Kind.yardstick, stock_step(net, task, tuned=True, compiled=compiled))
 
 
-# Largest relative difference (Frobenius norm) of a parameter's gradient: thousands of float32 terms in another order.
-TOLERANCE = 1e-4
+CAPTURED = ", captured"
+LIBRARY_CHOOSES = ", cudnn.benchmark"
 
 
-def check(model: str, backend: str, dtype: str, device: str) -> float:
-    """Compares the gradients of two images, without dropout; AssertionError if they are not as they must be.
-
-    In float32 ours with the reference's, and the reference's with the stock net's. In bfloat16 rounding decides
-    pooling ties anew, so ours must be no further from float32 than the reference is in bfloat16 (a quarter more, or
-    a hundredth, is let pass). Returns the largest difference in float32, or from float32.
-    """
-    given, exact = task(model, 2, dtype, device), task(model, 2, "float32", device)
-    config = replace(given.config, dropout=0.0)
-    expected = _our_gradients(config, "reference", exact)
-    ours = differences(expected, _our_gradients(config, backend, given))
-    if dtype == "float32":
-        common = replace(config, lrn_within_tower=False, pool_ties=Ties.first)  # what stock modules can do
-        stock = _stock_gradients(common, given)
-        ours += differences(_our_gradients(common, "reference", given), stock)
-        allowed = [TOLERANCE] * len(ours)
+def contestant_named(name: str, given: Task) -> Contestant:
+    """The contestant of that name; with CAPTURED behind it, its step as one CUDA graph."""
+    plain = name.removesuffix(CAPTURED)
+    if plain.startswith("torchvision"):
+        made = torchvision_step(given, "compiled" in plain)
     else:
-        rounded = _our_gradients(config, "reference", given)
-        allowed = [1.25 * d + 0.01 for d in differences(expected, rounded)]
-    wrong = [f"{d:.1e}" for d, limit in zip(ours, allowed, strict=True) if d > limit]
-    assert not wrong, f"{model}, {dtype}, {backend}: gradients differ by {', '.join(wrong)}; nothing is timed"
-    return max(ours)
+        made = stock_named(plain, given) if plain.startswith("stock") else ours(given, plain)
+    return Contestant(name, made.kind, captured(made.run, given) if name != plain else made.run)
 
 
-def _our_gradients(config: ModelConfig, backend: str, given: Task) -> list[Tensor]:
-    device = given.images.device
-    choice: Any = backend
-    net = AlexNet(config, Backends(default=choice).resolve(device.type), seed=0)
-    return _gradients(net.to(device, given.dtype, memory_format=torch.channels_last), given)  # type: ignore[call-overload]
+def captured(step: Callable[[], object], given: Task) -> Callable[[], object]:
+    """The step as one CUDA graph, made at the first call. Its inputs must stay where they are in memory.
+
+    All graphs of a task share one pool of memory: one step at a time runs, and nobody reads its results.
+    """
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def replay() -> None:
+        if not graphs:
+            graphs.append(_capture(step, given.first_graph.pool()))
+        graphs[0].replay()
+
+    return replay
 
 
-def _stock_gradients(config: ModelConfig, given: Task) -> list[Tensor]:
-    net, device = stock_network(config), given.images.device
-    weights = AlexNet(config, seed=0).parameters()
-    for theirs, ours in zip(net.parameters(), weights, strict=True):
-        theirs.data.copy_(ours.data)
-    return _gradients(net.to(device), given)
-
-
-def _gradients(net: nn.Module, given: Task) -> list[Tensor]:
-    loss = F.cross_entropy(net(given.cast).float(), given.labels)
-    return list(torch.autograd.grad(loss, list(net.parameters())))
-
-
-def differences(expected: list[Tensor], actual: list[Tensor]) -> list[float]:
-    both = [(e.float(), a.float()) for e, a in zip(expected, actual, strict=True)]
-    return [float((a - e).detach().norm() / e.detach().norm().clamp(min=1e-12)) for e, a in both]
+def _capture(step: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, makes the optimiser's state, lets libraries allocate
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph

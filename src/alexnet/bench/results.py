@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from alexnet.bench import Benchmark, Suite
-from alexnet.bench.timing import Kind, Machine, Row, measured_machine
+from alexnet.bench.networks import CAPTURED
+from alexnet.bench.timing import Kind, Machine, Row
 from alexnet.errors import UserError
 
 COLUMNS = (
@@ -25,7 +26,8 @@ COLUMNS = (
 def benchmark(config: Benchmark) -> list[Row]:
     """Runs the suites and writes <output_dir>/benchmark/. Returns every row."""
     from alexnet.allocator import keep_freed_memory
-    from alexnet.bench import data, layers, steps
+    from alexnet.bench import data, gpu, layers, steps
+    from alexnet.bench.ceilings import measured_machine
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -39,36 +41,41 @@ def benchmark(config: Benchmark) -> list[Row]:
         Suite.data: data.data_rows(config),
         Suite.end_to_end: data.end_to_end_rows(config),
         Suite.memory: steps.memory_rows(config),
+        Suite.gpu: gpu.rows(config, machine),
     }
+    directory = Path(config.output_dir) / "benchmark"
     rows: list[Row] = []
     for suite in config.suites:
         if config.device != "cpu" and suite in (Suite.data, Suite.end_to_end):
             print(f"suite {suite} is left out: it measures the CPU (device=cpu)")
             continue
-        rows += suites[suite]
-        if rows:
-            save(rows, about, Path(config.output_dir) / "benchmark")  # what is measured stays, whatever comes
+        for row in suites[suite]:
+            rows.append(row)
+            save(rows, describe(config, machine, tuned), directory)  # what is measured stays, whatever comes
     if not rows and config.only:
         raise UserError(
             f"only={config.only} is in the name of no row of suite={config.suite}: give less of a name"
         )
-    finish(rows, about, Path(config.output_dir) / "benchmark")
+    finish(rows, describe(config, machine, tuned), directory)
     return rows
 
 
 def describe(config: Benchmark, machine: Machine, tuned: bool) -> dict[str, Any]:
-    """The machine, the versions and the two rates that the bounds come from."""
-    rates = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in machine.flops.items())
+    """The machine, the versions and the best rates so far, which the bounds come from."""
+    rates = ", ".join(
+        f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in machine.rates.items() if kind != "copy"
+    )
     return {
         "processor": processor(config.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "allocator": "keeps freed memory" if tuned else "default",
-        "copy": f"{machine.copy_bytes_per_s / 1e9:.1f} GB/s, read and written",
+        "copy": f"{machine.rates['copy'] / 1e9:.1f} GB/s, read and written",
         "matrix product": rates,
         "date": time.strftime("%Y-%m-%d"),
         "quick": config.quick,
+        "checked": config.check,
     }
 
 
@@ -115,7 +122,8 @@ def headlines(rows: list[Row]) -> list[dict[str, Any]]:
             if row.kind != Kind.ours:
                 continue
             best, against = ratio(row, group, Kind.baseline)
-            eager, _ = ratio(row, group, Kind.baseline, "eager")
+            launched = [r for r in group if CAPTURED not in r.contestant]
+            eager, _ = ratio(row, launched, Kind.baseline, "eager")
             torchvision, _ = ratio(row, group, Kind.yardstick, "torchvision")
             as_run, _ = ratio(row, group, Kind.as_run)
             lines.append(
@@ -145,26 +153,34 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     head = [f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}."]
     if about["quick"]:
         head.append("Quick run: it shows that everything runs; its ratios mean nothing.")
+    if not about["checked"]:
+        head.append(
+            "**NOT CHECKED** (check=false): nobody asked whether what was timed computes the right numbers."
+        )
     table = [
-        "| | type | ours | median (spread) | first call | of the bound | x best baseline | which | x eager |"
-        " x torchvision | x as run |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | type | ours | median (spread) | images/s | first call | of the bound | x best baseline | which |"
+        " x eager | x torchvision | x as run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in headlines(rows):
         memory = line["suite"] == Suite.memory
         spread = "" if memory else f" ({line['low']:.1f}-{line['high']:.1f})"
         value = f"{line['amount']:.1f} {'MiB' if memory else 'ms'}{spread}"
-        cells = [line["row"], line["dtype"], line["ours"], value, f"{line['compile_s']:.1f} s"]
-        cells += [_percent(line["share_of_bound"])]
+        cells = [line["row"], line["dtype"], line["ours"], value, _count(line["images_per_second"])]
+        cells += [f"{line['compile_s']:.1f} s", _percent(line["share_of_bound"])]
         cells += [_times(line["ratio"]), line["baseline"]]
         cells += [_times(line[key]) for key in ("ratio_eager", "ratio_torchvision", "ratio_as_run")]
         table.append("| " + " | ".join(cells) + " |")
-    refused = [f"- {r.row}, {r.dtype}, {r.contestant}: {r.note}" for r in rows if r.note]
-    return "\n".join([*head, "", *table, *(["", *refused] if refused else []), ""])
+    noted = [f"- {r.row}, {r.dtype}, {r.contestant}: {r.note}" for r in rows if r.note]
+    return "\n".join([*head, "", *table, *(["", *noted] if noted else []), ""])
 
 
 def _times(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def _count(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:,.0f}"
 
 
 def _percent(value: float) -> str:

@@ -6,26 +6,25 @@ import sys
 from collections.abc import Iterator
 
 from alexnet.bench import Benchmark
+from alexnet.bench.check import check
 from alexnet.bench.networks import (
     TUNED,
-    check,
     multiply_adds,
     ours,
     stock,
-    stock_named,
     task,
     torchvision_step,
 )
-from alexnet.bench.timing import Contestant, Kind, Machine, Row, interleave, print_row
+from alexnet.bench.timing import Bound, Kind, Machine, Row, interleave, print_row
 
 OURS = ("fast", "fastest")
 
 
 def step_rows(config: Benchmark, machine: Machine) -> Iterator[Row]:
     for model, dtype in combinations(config, "step"):
-        for backend in OURS:
+        for backend in OURS if config.check else ():
             worst = check(model, backend, dtype, config.device)
-            print(f"  {model}, {dtype}, {backend}: gradients as they must be, to {worst:.1e}")
+            print(f"  {model}, {dtype}, {backend}: right, to {worst:.1e}")
         yield from _step_rows(config, machine, model, dtype)
 
 
@@ -46,7 +45,7 @@ def _step_rows(config: Benchmark, machine: Machine, model: str, dtype: str) -> I
     if model == "paper" and dtype != "float32":
         contestants += [torchvision_step(given, compiled) for compiled in (False, True)]
     images = len(given.images)
-    bound = machine.multiply_ms(multiply_adds(given.config) * images, dtype)
+    bound = Bound(machine, dtype, 2 * multiply_adds(given.config) * images)
     name = row_name(config, "step", model)
     yield from interleave("step", name, dtype, contestants, config.interleaved_rounds, images, bound)
     if config.device == "cpu" and not config.quick:
@@ -54,7 +53,7 @@ def _step_rows(config: Benchmark, machine: Machine, model: str, dtype: str) -> I
 
 
 # How people run it: nothing tuned. In a type of its own process, since the allocator cannot be set back.
-AS_RUN = {"float32": "stock eager", "bfloat16": "stock eager, autocast"}
+AS_RUN = {"float32": "stock eager", "tf32": "stock eager", "bfloat16": "stock eager, autocast"}
 
 
 def memory_rows(config: Benchmark) -> Iterator[Row]:
@@ -79,9 +78,10 @@ def alone(
     row: str,
     kind: Kind,
     tuned_allocator: bool,
+    batch: int | None = None,
 ) -> Row:
     """The step of one contestant in a fresh process (bench/alone.py)."""
-    batch, rounds = config.batch_of(model), config.interleaved_rounds
+    batch, rounds = batch or config.batch_of(model), config.interleaved_rounds
     order = {
         "model": model,
         "batch": batch,
@@ -102,10 +102,3 @@ def alone(
         result = Row(suite, row, dtype, contestant, kind, batch, rounds=rounds, **told)
     print_row(result)
     return result
-
-
-def contestant_named(name: str, model: str, batch: int, dtype: str, device: str) -> Contestant:
-    given = task(model, batch, dtype, device)
-    if name in OURS:
-        return ours(given, name)
-    return stock_named(name, given)

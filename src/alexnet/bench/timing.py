@@ -1,16 +1,15 @@
 """Contestants in interleaved rounds, and the rates of this machine that bound them."""
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 NOTHING = float("nan")
 SHORTEST_SAMPLE = 0.02  # seconds; a faster contestant is called several times per sample
@@ -30,6 +29,46 @@ class Contestant:
     name: str
     kind: Kind
     run: Callable[[], object]
+
+
+def set_precision(dtype: str) -> None:
+    """How CUDA computes. float32: IEEE in products and convolutions; tf32: TF32 in both; bfloat16: float32 sums."""
+    fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = fp32_precision  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+@dataclass
+class Machine:
+    """The best rates that this machine reached in this run: bytes/s of a copy, FLOP/s of products by type.
+
+    `calls` are what reaches them: by kind ("copy" or a type), functions and the bytes or FLOP of one call.
+    """
+
+    rates: dict[str, float]
+    calls: dict[str, list[tuple[Callable[[], object], float]]] = field(default_factory=dict)
+
+    def measure(self, kind: str) -> None:
+        """Once more; a better rate replaces the old one."""
+        for call, work in self.calls.get(kind, []):
+            self.rates[kind] = max(self.rates.get(kind, 0.0), work / fastest_of(call, samples=1))
+
+
+@dataclass
+class Bound:
+    """What the machine could do at best: so many bytes to move ("copy") or FLOP to do in a type."""
+
+    machine: Machine
+    kind: str
+    work: float
+
+    @property
+    def ms(self) -> float:
+        return self.work / self.machine.rates[self.kind] * 1e3
+
+    def measure(self) -> None:
+        self.machine.measure(self.kind)
 
 
 @dataclass
@@ -67,47 +106,76 @@ def interleave(
     contestants: list[Contestant],
     rounds: int,
     images: int = 0,
-    bound_ms: float = NOTHING,
-    check: Callable[[], object] = lambda: None,
+    bound: Bound | None = None,
+    check: Callable[[], object] | None = None,
+    deadline: float = math.inf,
 ) -> list[Row]:
     """Times all contestants in turn, `rounds` times. One that raises is kept, with what it said.
 
-    `check` raises if ours is wrong; it comes after the first calls, which compile, and before anything is timed.
+    All compute in the precision of the row (`set_precision`). `check` raises if ours is wrong; it comes after the
+    first calls, which compile, and before anything is timed. The bound is measured before, between and after the
+    rounds. After `deadline` (time.monotonic) no contestant and no second round begins.
     """
-    started = [(c, *_first_call(c)) for c in contestants]
-    check()
-    repeats = {c.name: _repeats(c) for c, _, said in started if not said}
+    set_precision(dtype)
+    started = {c.name: _first_call(c, deadline) for c in contestants}
+    if check:
+        check()
+        set_precision(dtype)
+    running = [c for c in contestants if not started[c.name].said]
+    repeats = {c.name: _repeats(c) for c in running}
     samples: dict[str, list[float]] = {name: [] for name in repeats}
     gc.collect()
-    for _ in range(rounds):
-        for c, _, said in started:
-            if not said:
+    for number in range(rounds):
+        if number and time.monotonic() > deadline:
+            break
+        if bound:
+            bound.measure()
+        for c in list(running):
+            try:
                 samples[c.name].append(_sample(c, repeats[c.name]))
+            except torch.OutOfMemoryError:  # beside what the others keep
+                running.remove(c)
+                started[c.name] = First(0.0, "out of memory beside the others")
+    if bound:
+        bound.measure()
     rows = []
-    for c, first, said in started:
-        ms = samples.get(c.name) or [NOTHING]
-        middle, low, high = statistics.median(ms), min(ms), max(ms)
-        bound = NOTHING if c.kind == Kind.yardstick else bound_ms
-        rows.append(
-            Row(suite, row, dtype, c.name, c.kind, images, middle, low, high, rounds, first, bound, note=said)
-        )
-        print_row(rows[-1])
+    for c in contestants:
+        first, ms = started[c.name], samples.get(c.name) or [NOTHING]
+        limit = NOTHING if c.kind == Kind.yardstick or bound is None else bound.ms
+        found = Row(suite, row, dtype, c.name, c.kind, images, statistics.median(ms), min(ms), max(ms))
+        found.rounds, found.compile_s, found.bound_ms, found.note = len(ms), first.seconds, limit, first.said
+        if found.share_of_bound > 1:
+            percent = 100 * found.share_of_bound
+            found.note = (
+                f"at {percent:.0f} % of the bound, which is none: the rate behind it was measured too low"
+            )
+        print_row(found)
+        rows.append(found)
     return rows
 
 
 def print_row(row: Row) -> None:
-    spread = row.note or f"{row.ms:10.2f} ms  ({row.ms_low:.2f} to {row.ms_high:.2f})"
-    print(f"  {row.row:44s} {row.dtype:9s} {row.contestant:34s} {spread}", flush=True)
+    spread = "" if math.isnan(row.ms) else f"{row.ms:10.2f} ms  ({row.ms_low:.2f} to {row.ms_high:.2f}) "
+    print(f"  {row.row:44s} {row.dtype:9s} {row.contestant:34s} {spread}{row.note}", flush=True)
 
 
-def _first_call(contestant: Contestant) -> tuple[float, str]:
+class First(NamedTuple):
+    """A first call: its seconds, and what it said if it raised."""
+
+    seconds: float
+    said: str = ""
+
+
+def _first_call(contestant: Contestant, deadline: float) -> First:
+    if time.monotonic() > deadline:
+        return First(0.0, "not run: the time was used up")
     start = time.perf_counter()
     try:
         contestant.run()
         synchronise()
-    except (RuntimeError, NotImplementedError) as error:
-        return 0.0, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return time.perf_counter() - start, ""
+    except Exception as error:  # whatever it is, the others must still run
+        return First(0.0, f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}")
+    return First(time.perf_counter() - start)
 
 
 def _repeats(contestant: Contestant) -> int:
@@ -131,42 +199,9 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-@dataclass
-class Machine:
-    """What this machine did in this run."""
-
-    copy_bytes_per_s: float  # read and written, of a tensor outside the caches
-    flops: dict[str, float]  # of large products, by type
-
-    def move_ms(self, moved: float) -> float:
-        """Time to read or write so many bytes."""
-        return moved / self.copy_bytes_per_s * 1e3
-
-    def multiply_ms(self, multiply_adds: float, dtype: str) -> float:
-        return 2 * multiply_adds / self.flops[dtype] * 1e3
-
-
-def measured_machine(dtypes: list[str], device: str) -> Machine:
-    """Rates of a copy outside the caches, and of the best of a matrix product (either way round) and a convolution."""
-    big = torch.ones(2**26, device=device)  # 256 MB
-    side, images = (2048, 32) if device == "cpu" else (8192, 1024)
-    flops = {}
-    for name in dtypes:
-        a = torch.ones(side, side, dtype=getattr(torch, name), device=device)
-        x = torch.ones(images, 256, 13, 13, dtype=a.dtype, device=device).to(
-            memory_format=torch.channels_last
-        )
-        w = torch.ones(384, 256, 3, 3, dtype=a.dtype, device=device).to(memory_format=torch.channels_last)
-        work: dict[Callable[[], Tensor], float] = {
-            partial(torch.mm, a, a): side**3,
-            partial(torch.mm, a, a.T): side**3,
-            partial(F.conv2d, x, w, padding=1): images * 13**2 * w.numel(),
-        }
-        flops[name] = max(2 * multiply_adds / _fastest(run) for run, multiply_adds in work.items())
-    return Machine(2 * big.nbytes / _fastest(big.clone), flops)
-
-
-def _fastest(run: Callable[[], Tensor]) -> float:
+def fastest_of(run: Callable[[], object], samples: int) -> float:
+    """Seconds of a call."""
     call = Contestant("", Kind.yardstick, run)
-    _first_call(call)
-    return min(_sample(call, 2) for _ in range(5)) / 1e3
+    run()
+    repeats = _repeats(call)
+    return min(_sample(call, repeats) for _ in range(samples)) / 1e3
