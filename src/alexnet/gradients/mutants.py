@@ -15,7 +15,7 @@ every module that imported it and every pair that holds it runs the mutant. No f
 
 import inspect
 import linecache
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from textwrap import dedent
@@ -93,13 +93,13 @@ class Mutant(NamedTuple):
             yield
 
 
+Table = dict[str, Change | tuple[Change, ...]]  # name: what is changed
+
+
 def mutants(
-    where: str,
-    table: Mapping[str, Change | tuple[Change, ...]],
-    backend: str = "reference",
-    dtype: torch.dtype = torch.float64,
+    where: str, table: Table, backend: str = "reference", dtype: torch.dtype = torch.float64
 ) -> list[Mutant]:
-    """One mutant for each {name: change or changes}."""
+    """One mutant for each row of the table."""
     return [
         Mutant(where, name, changes if isinstance(changes, tuple) else (changes,), backend, dtype)
         for name, changes in table.items()

@@ -9,18 +9,18 @@ from importlib import import_module
 
 import torch
 
-from alexnet.gradients.mutants import mutants, mutate
+from alexnet.gradients.mutants import Table, mutants, mutate
 from alexnet.layers.compiled import local_response_norm as norm
 from alexnet.layers.compiled import max_pool2d as pool
 from alexnet.layers.compiled import pointwise, relu_lrn_pool, same_map_norm
 
 conv = import_module("alexnet.layers.compiled.conv2d")  # the package's own `conv2d` is the function
 
-LINEAR = {
+LINEAR: Table = {
     "dw with images out of step": mutate(pointwise.linear_backward, "(dy, x, w", "(dy, x.roll(1, 0), w"),
 }
 
-RELU = {
+RELU: Table = {
     "dy read in its own memory order, not y's": mutate(
         pointwise.relu_backward, "as_it_lies(dy, y)", "as_it_lies(dy)"
     ),
@@ -29,11 +29,11 @@ RELU = {
     ),
 }
 
-TANH = {
+TANH: Table = {
     "1 - y for 1 - y^2": mutate(pointwise._tanh_gradient, "squashed_gradient(dy, y)", "dy * (1 - y)"),
 }
 
-DROPOUT = {
+DROPOUT: Table = {
     "every slice has the first rows' mask": mutate(pointwise.dropout_forward, "key, first_row)", "key, 0)"),
     "scale forgotten in the backward": mutate(pointwise._dropout_gradient, ") * scale", ")"),
     "the next unit's mask in the backward": mutate(
@@ -46,7 +46,7 @@ DROPOUT = {
     ),
 }
 
-MAX_POOL2D = {
+MAX_POOL2D: Table = {
     "= for += where windows overlap": mutate(
         pool._paid,
         "total + torch.where(won, dy[window].to(total.dtype), 0)",
@@ -77,7 +77,7 @@ MAX_POOL2D = {
 }
 
 _slope_like_gain = mutate(norm.gain_and_slope, "gain * (root * root)", "gain")
-LOCAL_RESPONSE_NORM = {
+LOCAL_RESPONSE_NORM: Table = {
     "last map's neighbour in the next pixel": mutate(norm.window_sums, "term(x) * keep[i]", "term(x)"),
     "tower boundary ignored": mutate(norm.neighbours, "C = x.shape[-1]", "C, groups = x.shape[-1], 1"),
     "even window not reflected": mutate(norm.neighbours, "groups, after, before", "groups, before, after"),
@@ -90,7 +90,7 @@ LOCAL_RESPONSE_NORM = {
     "s^-3/4 where s^-7/4 belongs": _slope_like_gain,
 }
 
-SAME_MAP_NORM = {
+SAME_MAP_NORM: Table = {
     "square one column to the right": mutate(same_map_norm.square_sum, "rows[:, i", "rows.roll(1, 2)[:, i"),
     "sum over a row for the square": mutate(
         same_map_norm.square_sum,
@@ -100,7 +100,7 @@ SAME_MAP_NORM = {
     "s^-3/4 where s^-7/4 belongs": _slope_like_gain,
 }
 
-RELU_LRN_POOL = {
+RELU_LRN_POOL: Table = {
     "the ReLU's mask forgotten, paper's order": mutate(
         norm.norm_rows_backward, "torch.where(a <= 0, 0, piece) if relu else piece", "piece"
     ),
@@ -119,7 +119,7 @@ RELU_LRN_POOL = {
 _first_taps_dropped = mutate(
     conv.kernel_from_depth, ": w.shape[2], : w.shape[3]", "-w.shape[2] :, -w.shape[3] :"
 )
-CONV2D_BF16 = {
+CONV2D_BF16: Table = {
     "tap one row off": mutate(conv.weight_gradient, "S - 1 - left)", "S - 1 - left).roll(row, 1)"),
     "no zeros between the rows": mutate(conv.line_steps, "x.shape[3] + max(left, right)", "x.shape[3]"),
     "no zeros between the images": mutate(conv.line_steps, "x.shape[2] + max(top, bottom)", "x.shape[2]"),
@@ -137,18 +137,18 @@ CONV2D_BF16 = {
 _cut_off_on_the_wrong_side = mutate(
     conv.input_gradient, "(left, right, top, bottom) = x.shape", "(right, left, bottom, top) = x.shape"
 )
-CONV2D = {
+CONV2D: Table = {
     "padding cut off on the wrong side": _cut_off_on_the_wrong_side,
     "db of the first image": mutate(conv.bias_gradient, "dy.permute", "dy[:1].permute"),
 }
 
-LIBRARY_BF16 = {"added taps kept, first taps dropped": _first_taps_dropped}
-LIBRARY = {
+LIBRARY_BF16: Table = {"added taps kept, first taps dropped": _first_taps_dropped}
+LIBRARY: Table = {
     "padding cut off on the wrong side": _cut_off_on_the_wrong_side,
     "dw with images out of step": mutate(conv.library_backward, "dy.contiguous", "dy.roll(1, 0).contiguous"),
 }
 
-CROSS_ENTROPY = {
+CROSS_ENTROPY: Table = {
     "mean over the batch missing": mutate(pointwise.cross_entropy_backward, "/ (images", "/ (1"),
     "smoothing forgotten in the backward": mutate(
         pointwise._loss_gradient,

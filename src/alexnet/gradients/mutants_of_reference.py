@@ -1,6 +1,6 @@
 """The mutants of the reference pairs, operation by operation."""
 
-from alexnet.gradients.mutants import mutants, mutate
+from alexnet.gradients.mutants import Table, mutants, mutate
 from alexnet.gradients.mutants_of_rules import MUTANTS_OF_RULES
 from alexnet.layers.conv2d import (
     _weight_from_rows,
@@ -18,7 +18,7 @@ from alexnet.layers.relu_lrn_pool import relu_lrn_pool_backward, relu_lrn_pool_f
 from alexnet.layers.same_map_norm import same_map_norm_backward, same_map_norm_forward
 from alexnet.layers.tanh import tanh_backward
 
-LINEAR = {
+LINEAR: Table = {
     "dx by W' where W is square": mutate(
         linear_backward, "dy @ w", "dy @ (w.T if len(w) == len(w.T) else w)"
     ),
@@ -30,7 +30,7 @@ LINEAR = {
     "db a mean over the batch": mutate(linear_backward, "dy_NO.sum(0", "dy_NO.mean(0"),
 }
 
-RELU = {
+RELU: Table = {
     "y >= 0 for y > 0: never closed": mutate(relu_backward, "y <= 0", "y < 0"),
     "gradient passes at exactly 0": (
         mutate(relu_forward, "return y, y", "return y, x"),
@@ -42,12 +42,12 @@ RELU = {
     ),
 }
 
-TANH = {
+TANH: Table = {
     "1 - y for 1 - y^2": mutate(tanh_backward, "y_wide * y_wide", "y_wide"),
     "tanh taken again of y": mutate(tanh_backward, "wide(y.dtype))", "wide(y.dtype)).tanh()"),
 }
 
-DROPOUT = {
+DROPOUT: Table = {
     "scale forgotten in the backward": mutate(dropout_backward, "dy * scale", "dy"),
     "another mask in the backward": mutate(dropout_backward, "where(keep", "where(keep.roll(1, -1)"),
     "no mask in the backward": mutate(dropout_backward, "torch.where(keep, dy * scale, 0)", "dy * scale"),
@@ -58,7 +58,7 @@ DROPOUT = {
     ),
 }
 
-MAX_POOL2D = {
+MAX_POOL2D: Table = {
     "= for += where windows overlap": mutate(max_pool2d_backward, "+=", "="),
     "padding cut off on the wrong side": mutate(
         max_pool2d_backward, "top : top + H, left : left + W", "bottom : bottom + H, right : right + W"
@@ -90,7 +90,7 @@ _second_term_dropped = mutate(
     local_response_norm_backward, "t - 2 * alpha * beta / size * x_wide * competition", "t"
 )
 _towers_ignored = mutate(local_response_norm_backward, "size // 2, groups", "size // 2, 1")
-LOCAL_RESPONSE_NORM = {
+LOCAL_RESPONSE_NORM: Table = {
     "second term dropped": _second_term_dropped,
     "first term dropped": mutate(local_response_norm_backward, "t - 2", "-2"),
     "factor 2 of the square forgotten": mutate(local_response_norm_backward, "2 * alpha", "alpha"),
@@ -116,7 +116,7 @@ LOCAL_RESPONSE_NORM = {
     "k = 1 whatever is asked": mutate(local_response_norm_forward, "s = k", "s = 1"),
 }
 
-SAME_MAP_NORM = {
+SAME_MAP_NORM: Table = {
     "divided by the width, not the area": mutate(same_map_norm_backward, "size**2", "size"),
     "second term dropped": mutate(
         same_map_norm_backward, "t - 2 * alpha * beta / size**2 * x_wide * competition", "t"
@@ -131,7 +131,7 @@ SAME_MAP_NORM = {
     ),
 }
 
-CONV2D = {
+CONV2D: Table = {
     "= for += where windows overlap": mutate(fold, "+=", "="),
     "stride forgotten in fold": mutate(
         fold, "r : r + stride[0] * P : stride[0], s : s + stride[1] * Q : stride[1]", "r : r + P, s : s + Q"
@@ -162,7 +162,7 @@ CONV2D = {
     "db summed over one axis too few": mutate(conv2d_backward, "dy.sum((0, 2, 3)", "dy[..., 0].sum((0, 2)"),
 }
 
-CROSS_ENTROPY = {
+CROSS_ENTROPY: Table = {
     "mean over the batch missing": mutate(cross_entropy_backward, "/ (images", "/ (1"),
     "mean over classes instead of images": mutate(cross_entropy_backward, "/ (images", "/ (classes"),
     "smoothing forgotten in the backward": mutate(
@@ -177,7 +177,7 @@ CROSS_ENTROPY = {
     ),
 }
 
-RELU_LRN_POOL = {
+RELU_LRN_POOL: Table = {
     "the ReLU's mask forgotten, paper's order": mutate(
         relu_lrn_pool_backward, "relu_backward(da, relu_y)", "da"
     ),

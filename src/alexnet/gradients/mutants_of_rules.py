@@ -9,11 +9,11 @@ from alexnet.data.augment import (
     stream,
     to_input,
 )
-from alexnet.gradients.mutants import mutants, mutate
+from alexnet.gradients.mutants import Table, mutants, mutate
 from alexnet.gradients.rules import DATA, UPDATE
 from alexnet.optim import Krizhevsky, krizhevsky_update, parameter_groups
 
-_UPDATE = {
+_UPDATE: Table = {
     "rate outside the velocity": mutate(
         Krizhevsky.step, "krizhevsky_update if self.rate_inside else sgd_update", "sgd_update"
     ),
@@ -42,7 +42,7 @@ _UPDATE = {
     "frozen layers coast on": mutate(Krizhevsky.step, "if lr and params", "if params"),
 }
 
-_DATA = {
+_DATA: Table = {
     "crop offset by one": mutate(
         crop_rows, "top * width + left", "top * width + (left + 1).clamp(max=width - side)"
     ),
