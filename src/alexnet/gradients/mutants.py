@@ -10,7 +10,9 @@ Each is a mistake that somebody made: a second term dropped, `=` for `+=` (invis
 towers that leak into each other, a mean taken twice. Many leave every shape right and the loss falling.
 
 `mutate` compiles the function's changed source and exchanges its `__code__`. The function stays the same object, so
-every module that imported it and every pair that holds it runs the mutant. No file is edited.
+every module that imported it and every pair that holds it runs the mutant. No file is edited. torch.compile checks at
+each call that the functions of a graph have the `__code__` they were compiled with, so a mutant gets graphs of its own
+and the shipped code gets its old ones back.
 """
 
 import inspect
@@ -21,12 +23,14 @@ from dataclasses import dataclass
 from textwrap import dedent
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from alexnet.gradients import rules
 from alexnet.gradients.checks import Result, results_of
 from alexnet.gradients.operations import ALL
+from alexnet.layers.backend import PAIRS, Pair
 
 
 @dataclass(frozen=True)
@@ -80,16 +84,15 @@ class Mutant(NamedTuple):
     backend: str = "reference"
     dtype: torch.dtype = torch.float64  # in which the changed code runs
     first_case: str = ""  # to begin with, where each case costs seconds; the others follow
+    pair: Pair | None = None  # that serves the operation instead of the backend's own
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Runs the mutant instead of the shipped code. What torch.compile made of either is dropped in between."""
+        """Runs the mutant instead of the shipped code."""
+        pair = {} if self.pair is None else {(self.where, self.backend): self.pair}
         with ExitStack() as stack:
-            if self.backend != "reference":
-                torch.compiler.reset()
-                stack.callback(torch.compiler.reset)
-            for change in self.changes:
-                stack.enter_context(change)
+            for context in (mock.patch.dict(PAIRS, pair), *self.changes):
+                stack.enter_context(context)
             yield
 
 
