@@ -9,8 +9,9 @@ from alexnet.gradients.mutants import Mutant, mutate, try_to_kill
 from alexnet.gradients.mutants_of_compiled import MUTANTS_OF_COMPILED
 from alexnet.gradients.operations import ALL
 from alexnet.layers import Backends
-from alexnet.layers.backend import OPERATIONS
+from alexnet.layers.backend import OPERATIONS, PAIRS
 from alexnet.layers.compiled import pointwise
+from alexnet.layers.compiled.on_cuda import ON_CUDA
 from alexnet.layers.relu import relu_backward
 
 # One of each kind that compiles in a second; the others wait for the whole suite.
@@ -26,6 +27,25 @@ def rows():
 @pytest.mark.parametrize("mutant", rows())
 def test_mutant_is_killed(mutant):
     assert try_to_kill(mutant).killed_by
+
+
+def test_every_mutant_is_killed_uncompiled_on_the_case_that_it_names():
+    """All of them in seconds: the same code, run by torch without the compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        kills = [(mutant, try_to_kill(mutant)) for mutant in MUTANTS_OF_COMPILED]
+    assert [kill for _, kill in kills if not kill.killed_by] == []
+    assert [m.name for m, kill in kills if m.first_case and kill.case != m.first_case] == []
+
+
+@pytest.mark.parametrize("operation", ON_CUDA)
+def test_checks_of_the_small_cases_hold_for_the_cuda_pairs_uncompiled(operation, monkeypatch):
+    monkeypatch.setitem(PAIRS, (operation, "compiled"), ON_CUDA[operation])
+    (checked,) = (found for found in ALL if found.name == operation)
+    with torch.compiler.set_stance("force_eager"):
+        for case in checked.cases:
+            if case.kind in ("ordinary", "awkward"):
+                results = results_of(checked, case, "compiled", "cpu", (torch.float64, torch.bfloat16))
+                assert [r for r in results if not r.passed] == []
 
 
 @pytest.mark.slow

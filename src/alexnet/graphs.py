@@ -18,10 +18,28 @@ from torch import Tensor
 VARIANTS = 512
 
 
+# Inductor stores a value that is read more than a few times, or that takes many operations. Under these limits it
+# computes the value again wherever it is read.
+RECOMPUTE = {
+    "realize_reads_threshold": 128,
+    "realize_opcount_threshold": 2000,
+    "realize_acc_reads_threshold": 128,
+}
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one graph per layer; an error, never a fallback, if torch cannot make it one."""
+    return _compiled(function, None)
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, as one kernel: only inputs and outputs are in memory."""
+    return _compiled(function, RECOMPUTE)
+
+
+def _compiled(function: Callable[..., Any], options: dict[str, Any] | None) -> Callable[..., Any]:
     # False: constant unless declared variable.
-    graphs = torch.compile(function, fullgraph=True, dynamic=False)
+    graphs = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     @wraps(function)
     def call(*arguments: Any) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from alexnet.layers import (
     conv2d,
     cross_entropy,
     dropout,
+    dropout_mask,
     linear,
     local_response_norm,
     max_pool2d,
@@ -31,8 +33,10 @@ from alexnet.layers import (
     same_map_norm,
     tanh,
 )
-from alexnet.layers.backend import OPERATIONS, PAIRS, pair_for
+from alexnet.layers.backend import OPERATIONS, PAIRS, Pair, pair_for
+from alexnet.layers.compiled import by_device
 from alexnet.layers.compiled.conv2d import kernel_from_depth, space_to_depth, takes_columns, weight_gradient
+from alexnet.layers.compiled.on_cuda import FEW, ON_CUDA
 from alexnet.layers.compiled.relu_lrn_pool import halves
 from alexnet.layers.conv2d import _sides, conv2d_backward, conv2d_forward, two
 from alexnet.model import AlexNet, ModelConfig
@@ -118,6 +122,85 @@ def assert_equals_the_reference(function, *inputs, backend="compiled", **toleran
     expected = outcome(lambda *x: function(*x, backend="reference"), *inputs)
     ours = outcome(lambda *x: function(*x, backend=backend), *inputs)
     torch.testing.assert_close(ours, expected, **(tolerances or EXACT))
+
+
+@pytest.fixture
+def pairs_of_cuda(monkeypatch):
+    """The pairs that serve CUDA, here on a CPU."""
+    for operation, pair in ON_CUDA.items():
+        monkeypatch.setitem(PAIRS, (operation, "compiled"), pair)
+
+
+@pytest.mark.usefixtures("pairs_of_cuda")
+@pytest.mark.parametrize("case", CASES)
+def test_formulas_for_cuda_equal_the_reference(case):
+    """Uncompiled, which takes no time; `slow` compiles them."""
+    function, inputs = CASES[case]
+    with torch.compiler.set_stance("force_eager"):
+        assert_equals_the_reference(function, *inputs)
+
+
+# Every operation, both orders, both ways through the gradient of a norm: q in between (9, 25 > FEW terms) and not (4).
+@pytest.mark.slow
+@pytest.mark.usefixtures("pairs_of_cuda")
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            "the papers block",
+            "the block of 2012, with ties",
+            "even window",
+            "window over all maps",
+            "same map",
+        ),
+        *("padded pool, rounded up", "pool with other sides and ties", "dropout"),
+    ],
+)
+def test_graphs_for_cuda_equal_the_reference(case):
+    assert 5 <= FEW < 9
+    function, inputs = CASES[case]
+    assert_equals_the_reference(function, *inputs)
+
+
+@pytest.mark.usefixtures("pairs_of_cuda")
+@pytest.mark.parametrize(
+    "function",
+    [block("relu_lrn_pool", "first", SMALL), block("lrn_pool_relu", "first"), CASES["even window"][0]],
+)
+def test_a_nan_stays_in_its_tower_on_cuda(function):
+    x = X.clone()
+    x[1, 3, 4, 7] = float("nan")  # the last map of a tower: the next number in memory is another tower's
+    x[0, 7, 8, 7] = float("inf")  # the last number of an image
+    with torch.compiler.set_stance("force_eager"):
+        ours, [dx] = outcome(lambda x: function(x, backend="compiled"), x)
+    y, [expected] = outcome(lambda x: function(x, backend="reference"), x)
+    assert torch.equal(ours.isnan(), y.isnan())
+    assert torch.equal(dx.isnan(), expected.isnan())
+
+
+def test_a_tensors_device_chooses_the_pair():
+    def named(name):
+        return Pair(lambda x, *rest: (name, "forward", *rest), lambda dy, *rest: (name, "backward", *rest))
+
+    pair, cuda, cpu = by_device(named("cpu"), named("cuda")), SimpleNamespace(is_cuda=True), X
+    assert pair.forward(cpu, 1) == ("cpu", "forward", 1)
+    assert pair.backward(cuda, 1) == ("cuda", "backward", 1)
+    assert pair.forward(cuda, 1) == ("cuda", "forward", 1)
+    assert pair.backward(cpu, 1) == ("cpu", "backward", 1)
+
+
+@pytest.mark.usefixtures("pairs_of_cuda")
+def test_a_new_key_in_the_same_memory_is_a_new_mask_from_the_same_graph():
+    """What a captured step does: only the key's memory changes."""
+    key, pair = torch.tensor(5), pair_for("dropout", "compiled")
+    constants = 0.4, 3, 1.0
+    first, _ = pair.forward(X, key, *constants)
+    graphs = counters["stats"]["unique_graphs"]
+    key.fill_(1 << 40)  # a key whose lower word is 0
+    second, kept = pair.forward(X, key, *constants)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert torch.equal(kept, dropout_mask(X.shape, 0.4, 1 << 40, 3))
+    assert not torch.equal(first, second)
 
 
 # Towers and stride 1; conv1's geometry; every side and both strides different; no kernel row left over.
@@ -316,6 +399,12 @@ def test_one_graph_serves_every_batch_and_nothing_falls_back():
     reference.load_state_dict(net.state_dict())
     assert_one_graph_serves_every_batch(net, step)
     torch.testing.assert_close(step(net, 6), step(reference, 6, "reference"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pairs_of_cuda")
+def test_one_graph_for_cuda_serves_every_batch():
+    assert_one_graph_serves_every_batch(small_net(), step)
 
 
 @pytest.mark.slow

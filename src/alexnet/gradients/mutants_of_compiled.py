@@ -12,7 +12,7 @@ import torch
 from alexnet.gradients.mutants import Table, mutants, mutate
 from alexnet.layers.compiled import local_response_norm as norm
 from alexnet.layers.compiled import max_pool2d as pool
-from alexnet.layers.compiled import pointwise, relu_lrn_pool, same_map_norm
+from alexnet.layers.compiled import on_cuda, pointwise, relu_lrn_pool, same_map_norm
 
 conv = import_module("alexnet.layers.compiled.conv2d")  # the package's own `conv2d` is the function
 
@@ -46,6 +46,7 @@ DROPOUT: Table = {
     ),
 }
 
+_winner_exchanged = mutate(pool._won, "float(place)", "float(place % 3 * 3 + place // 3)")
 MAX_POOL2D: Table = {
     "= for += where windows overlap": mutate(
         pool._paid,
@@ -58,9 +59,7 @@ MAX_POOL2D: Table = {
         ".to(dy.dtype))\n    planes[-1].zero_()  # what the memory held before",
     ),
     "places counted from 1": mutate(pool._won, "float(place)", "float(place + 1)"),
-    "winner's row and column exchanged": mutate(
-        pool._won, "float(place)", "float(place % 3 * 3 + place // 3)"
-    ),
+    "winner's row and column exchanged": _winner_exchanged,
     "border of windows on the other side": mutate(
         pool.gather,
         "(reach[1], ends[1] - Q, reach[0], ends[0] - P)",
@@ -100,6 +99,7 @@ SAME_MAP_NORM: Table = {
     "s^-3/4 where s^-7/4 belongs": _slope_like_gain,
 }
 
+_closed_windows_have_a_winner = mutate(relu_lrn_pool.closed, "NOBODY[ties]", '(ties == "all")')
 RELU_LRN_POOL: Table = {
     "the ReLU's mask forgotten, paper's order": mutate(
         norm.norm_rows_backward, "torch.where(a <= 0, 0, piece) if relu else piece", "piece"
@@ -107,9 +107,7 @@ RELU_LRN_POOL: Table = {
     "towers ignored in the backward": mutate(
         relu_lrn_pool.relu_lrn_pool_backward, "norm, groups, relu", "norm, 1, relu"
     ),
-    "closed windows have a winner, 2012 order": mutate(
-        relu_lrn_pool._forward, "NOBODY[ties]", '{"first": 0, "all": 1}[ties]'
-    ),
+    "closed windows have a winner, 2012 order": _closed_windows_have_a_winner,
     "gathered for a window further on": mutate(
         relu_lrn_pool.relu_lrn_pool_backward, "gather(dy_part", "gather(dy_part.roll(1, 2)"
     ),
@@ -149,15 +147,63 @@ LIBRARY: Table = {
 }
 
 CROSS_ENTROPY: Table = {
-    "mean over the batch missing": mutate(pointwise.cross_entropy_backward, "/ (images", "/ (1"),
+    "mean over the batch missing": mutate(
+        pointwise._loss_gradient, 'dloss / images if reduction == "mean" else dloss', "dloss"
+    ),
     "smoothing forgotten in the backward": mutate(
         pointwise._loss_gradient,
         "(1 - label_smoothing) * hit.to(p.dtype) + label_smoothing / classes",
         "hit.to(p.dtype)",
     ),
     "a batch's losses weighed by the first": mutate(
-        pointwise.cross_entropy_backward, "dloss_N1.expand", "dloss_N1[:1].expand"
+        pointwise.cross_entropy_backward, "reshape(-1, 1)", "reshape(-1, 1)[:1]"
     ),
+}
+
+# The pairs that serve CUDA (on_cuda.py), compiled for the CPU and checked there.
+CUDA: dict[str, Table] = {
+    "local_response_norm": {
+        "tower boundary ignored": mutate(
+            on_cuda.window_sum, "maps = a.shape[-1] // groups", "groups, maps = 1, a.shape[-1]"
+        ),
+        "even window not reflected": mutate(
+            on_cuda.window_sum,
+            "reversed(reach(size, maps)) if reflected else reach(size, maps)",
+            "reach(size, maps)",
+        ),
+        "window one map further on": mutate(on_cuda.shifted_sum, "a.narrow", "a.roll(1, dim).narrow"),
+        "s^-3/4 where s^-7/4 belongs": _slope_like_gain,
+    },
+    "same_map_norm": {
+        "sum over a row for the square": mutate(
+            on_cuda.square_sum,
+            "shifted_sum(shifted_sum(padded, 2, size, W), 1, size, H)",
+            "shifted_sum(padded, 2, size, W)[:, half : half + H]",
+        ),
+        "divided by n, not by n^2": mutate(on_cuda.area, "size**2", "size"),
+        "stored q is dy x, without the power": mutate(on_cuda.competitors, "dy * a * slope", "dy * a"),
+    },
+    "max_pool2d": {
+        "only the last of a pixel's windows": mutate(
+            on_cuda._wins, "return wins", "return wins & (turn == (0, 0))"
+        ),
+        "windows' rows and columns exchanged": mutate(
+            on_cuda._pool_gradient, "(t, s), kernel", "(s, t), kernel"
+        ),
+        "winner's row and column exchanged": _winner_exchanged,
+    },
+    "relu_lrn_pool": {
+        "the ReLU's mask forgotten, paper's order": mutate(
+            on_cuda.gradient, "torch.where(a <= 0, 0, dx) if relu else dx", "dx"
+        ),
+        "closed windows have a winner, 2012 order": _closed_windows_have_a_winner,
+    },
+    "dropout": {
+        "every slice has the first rows' mask": mutate(on_cuda._dropout, "key, first_row)", "key, 0)"),
+        "units not mixed: neighbours share bits": mutate(
+            on_cuda._dropout, "unit_words(x.shape[1], x.device)", "torch.arange(x.shape[1], device=x.device)"
+        ),
+    },
 }
 
 # A case is compiled and takes seconds: those that show a mutant come first.
@@ -170,6 +216,7 @@ FIRST_CASES = {
     "tower boundary ignored": "two towers",
     "even window not reflected": "even window, two towers",
     "towers ignored in the backward": "towers, paper",
+    "windows' rows and columns exchanged": "overlapping windows",
     "closed windows have a winner, 2012 order": "closed windows, code",
     "tap one row off": "many taps",
     "no zeros between the rows": "many taps",
@@ -181,21 +228,32 @@ FIRST_CASES = {
     "a batch's losses weighed by the first": "a loss for each image",
 }
 
-MUTANTS_OF_COMPILED = tuple(
-    mutant._replace(first_case=FIRST_CASES.get(mutant.name, ""))
-    for mutant in (
-        *mutants("linear", LINEAR, "compiled"),
-        *mutants("relu", RELU, "compiled"),
-        *mutants("tanh", TANH, "compiled"),
-        *mutants("dropout", DROPOUT, "compiled"),
-        *mutants("max_pool2d", MAX_POOL2D, "compiled"),
-        *mutants("local_response_norm", LOCAL_RESPONSE_NORM, "compiled"),
-        *mutants("same_map_norm", SAME_MAP_NORM, "compiled"),
-        *mutants("relu_lrn_pool", RELU_LRN_POOL, "compiled"),
-        *mutants("conv2d", CONV2D_BF16, "compiled", torch.bfloat16),
-        *mutants("conv2d", CONV2D, "compiled"),
-        *mutants("conv2d", LIBRARY_BF16, "library", torch.bfloat16),
-        *mutants("conv2d", LIBRARY, "library"),
-        *mutants("cross_entropy", CROSS_ENTROPY, "compiled"),
+_by_operation = (
+    *mutants("linear", LINEAR, "compiled"),
+    *mutants("relu", RELU, "compiled"),
+    *mutants("tanh", TANH, "compiled"),
+    *mutants("dropout", DROPOUT, "compiled"),
+    *mutants("max_pool2d", MAX_POOL2D, "compiled"),
+    *mutants("local_response_norm", LOCAL_RESPONSE_NORM, "compiled"),
+    *mutants("same_map_norm", SAME_MAP_NORM, "compiled"),
+    *mutants("relu_lrn_pool", RELU_LRN_POOL, "compiled"),
+    *mutants("conv2d", CONV2D_BF16, "compiled", torch.bfloat16),
+    *mutants("conv2d", CONV2D, "compiled"),
+    *mutants("conv2d", LIBRARY_BF16, "library", torch.bfloat16),
+    *mutants("conv2d", LIBRARY, "library"),
+    *mutants("cross_entropy", CROSS_ENTROPY, "compiled"),
+)
+_of_cuda = [mutant for where, table in CUDA.items() for mutant in mutants(where, table, "compiled")]
+
+MUTANTS_OF_CUDA = tuple(
+    mutant._replace(
+        name=f"on CUDA: {mutant.name}",
+        first_case=FIRST_CASES.get(mutant.name, ""),
+        pair=on_cuda.ON_CUDA[mutant.where],
     )
+    for mutant in _of_cuda
+)
+MUTANTS_OF_COMPILED = (
+    *(mutant._replace(first_case=FIRST_CASES.get(mutant.name, "")) for mutant in _by_operation),
+    *MUTANTS_OF_CUDA,
 )

@@ -1,10 +1,11 @@
-"""The pairs through `torch.compile`: the same mathematics in fewer passes over memory, on CPU and CUDA.
+"""The pairs through `torch.compile`: the same mathematics in fewer passes over memory.
 
     local_response_norm   the window as shifted views of flat memory; only x is kept
     max_pool2d            one byte per output is kept (two for ties="all"); the gradient is gathered
     relu_lrn_pool         both in one, for either order; kept are the convolution's output and the winners
     conv2d                library forward convolutions and matrix products on operands we derive
     pointwise             relu, tanh, dropout, cross_entropy: the reference formulas, compiled; linear as it is
+    on_cuda               norms, block, pooling gradient and dropout once more, in the form that CUDA's compiler fuses
 
 Every graph serves one layer, type and layout and any batch of two images or more (graphs.py). Inductor keeps what it
 compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine waits.
@@ -12,9 +13,9 @@ compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the
 Layout: convolution, norms, pool and block work on channels-last tensors and hand them out; the pointwise pairs keep
 the layout they are given. An output may be a view of what was computed: torch refuses to change it in place.
 
-Numbers that are none: norms and block read past the end of a row of maps and multiply by 0 what lies there. A NaN at
-that end, or a value whose square overflows, so shows in the next row too, where the reference keeps it to its own.
-Among several NaNs of a window the first wins here, the last in the reference.
+Non-finite values: on a CPU, response norm and block read past the last map of a pixel and multiply what they find by 0.
+A NaN there, or a value whose square overflows, also makes the neighbouring pixel NaN; the reference and CUDA confine it
+to its own pixel. Among several NaNs of a pooling window the first wins here, the last in the reference.
 """
 
 import shutil
@@ -22,8 +23,10 @@ import sysconfig
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from alexnet.errors import UserError
 from alexnet.layers.backend import Pair
@@ -64,7 +67,21 @@ def load(operation: str) -> Pair:
             f"backend.{operation}=compiled cannot be used here: {missing}. Install it, or set backend=reference"
         )
     module = import_module(f"alexnet.layers.compiled.{MODULES[operation]}")
-    return Pair(getattr(module, f"{operation}_forward"), getattr(module, f"{operation}_backward"))
+    pair = Pair(getattr(module, f"{operation}_forward"), getattr(module, f"{operation}_backward"))
+    on_cuda = import_module("alexnet.layers.compiled.on_cuda").ON_CUDA.get(operation)
+    return pair if on_cuda is None else by_device(pair, on_cuda)
+
+
+def by_device(pair: Pair, on_cuda: Pair) -> Pair:
+    """`on_cuda` for tensors on a CUDA device, `pair` for all others."""
+
+    def forward(x: Tensor, *arguments: Any) -> Any:
+        return (on_cuda if x.is_cuda else pair).forward(x, *arguments)
+
+    def backward(dy: Tensor, *arguments: Any) -> Any:
+        return (on_cuda if dy.is_cuda else pair).backward(dy, *arguments)
+
+    return Pair(forward, backward)
 
 
 def missing_tool() -> str | None:

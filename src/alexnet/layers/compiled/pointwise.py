@@ -140,17 +140,17 @@ def cross_entropy_backward(
     dloss: Tensor, x: Tensor, lse: Tensor, target: Tensor, label_smoothing: float, reduction: str
 ) -> Tensor:
     """dloss, a number or (N) -> dx (N, K)."""
-    images = len(x)
-    dloss_N1 = dloss.reshape(-1, 1) / (images if reduction == "mean" else 1)
-    dloss_N1 = dloss_N1.expand(images, 1).contiguous()
-    return _loss_gradient(*batched(dloss_N1, x, lse, target), label_smoothing)
+    # (1, 1) or (N, 1), which are graphs of their own.
+    dloss = dloss.reshape(-1, 1).contiguous()
+    return _loss_gradient(*batched(dloss, x, lse, target), label_smoothing, reduction)
 
 
 @compiled
 def _loss_gradient(
-    dloss_N1: Tensor, x: Tensor, lse: Tensor, target: Tensor, label_smoothing: float
+    dloss: Tensor, x: Tensor, lse: Tensor, target: Tensor, label_smoothing: float, reduction: str
 ) -> Tensor:
-    classes = x.shape[1]
+    images, classes = x.shape
+    dloss_N1 = dloss / images if reduction == "mean" else dloss
     p = (x.to(lse.dtype) - lse).exp()
     hit = torch.arange(classes, device=x.device) == target[:, None]
     q = (1 - label_smoothing) * hit.to(p.dtype) + label_smoothing / classes

@@ -55,13 +55,17 @@ def _forward(
     order: str,
     ties: str,
 ) -> tuple[Tensor, ...]:
-    paper = order == "relu_lrn_pool"
-    b = norm_rows(x, keep, before, norm, relu=paper)
+    b = norm_rows(x, keep, before, norm, relu=order == "relu_lrn_pool")
     m, winners = pooled(b, None, windows, kernel, stride, UNPADDED, ties)
-    if not paper:
+    return closed(m, winners, order, ties, x.dtype)
+
+
+def closed(m: Tensor, winners: list[Tensor], order: str, ties: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Maxima and winners as they are kept; in the order of 2012 a window that the ReLU closes has no winner."""
+    if order == "lrn_pool_relu":
         winners = [torch.where(m <= 0, float(NOBODY[ties]), w) for w in winners]
         m = m.clamp(min=0)
-    return m.to(x.dtype), *(w.to(torch.int8) for w in winners)
+    return m.to(dtype), *(w.to(torch.int8) for w in winners)
 
 
 def relu_lrn_pool_backward(dy: Tensor, x: Tensor, *saved: Tensor | Two | float | str | bool) -> Tensor:
