@@ -90,9 +90,9 @@ class Mutant(NamedTuple):
     def in_place(self) -> Iterator[None]:
         """Runs the mutant instead of the shipped code."""
         pair = {} if self.pair is None else {(self.where, self.backend): self.pair}
-        with ExitStack() as stack:
-            for context in (mock.patch.dict(PAIRS, pair), *self.changes):
-                stack.enter_context(context)
+        with mock.patch.dict(PAIRS, pair), ExitStack() as stack:
+            for change in self.changes:
+                stack.enter_context(change)
             yield
 
 
