@@ -172,7 +172,7 @@ CUDA: dict[str, Table] = {
             "reach(size, maps)",
         ),
         "window one map further on": mutate(on_cuda.shifted_sum, "a.narrow", "a.roll(1, dim).narrow"),
-        "s^-3/4 where s^-7/4 belongs": _slope_like_gain,
+        "s^-3/4 where s^-7/4 belongs": mutate(on_cuda.slope, "gain(s, beta) / s", "gain(s, beta)"),
     },
     "same_map_norm": {
         "sum over a row for the square": mutate(
@@ -181,7 +181,9 @@ CUDA: dict[str, Table] = {
             "shifted_sum(padded, 2, size, W)[:, half : half + H]",
         ),
         "divided by n, not by n^2": mutate(on_cuda.area, "size**2", "size"),
-        "stored q is dy x, without the power": mutate(on_cuda.competitors, "dy * a * slope", "dy * a"),
+        "stored q is dy x, without the power": mutate(
+            on_cuda.competitors, "dy * a * slope(denominator(a, norm, groups), norm[2])", "dy * a"
+        ),
     },
     "max_pool2d": {
         "only the last of a pixel's windows": mutate(
