@@ -273,6 +273,12 @@ def test_a_run_is_as_long_as_its_schedule(compose: Callable[..., Any], override:
     assert override.lstrip("+") in str(caught.value)
 
 
+def test_a_backend_for_an_operation_that_the_network_lacks_is_refused(compose: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"backend\.same_map_norm=native has no effect: this network has no"):
+        build.training(compose("backend.same_map_norm=native"))
+    build.training(compose("backend.cross_entropy=native", "backend.linear=native"))
+
+
 def test_a_run_is_trained_by_one_process_at_a_time(compose: Callable[..., Any]) -> None:
     config = compose()
     directory = build.run_directory(config)

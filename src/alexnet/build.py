@@ -146,6 +146,7 @@ def training(config: Train) -> Training:
         statistics=data.statistics,
         masters=precision == MASTERS,
     )
+    config.backend.check_used(classifier.net.operations | {"cross_entropy"})
     has_holdout = len(data.split[1]) > 0
     made = trainer(config, directory, precision, has_holdout)
     check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)

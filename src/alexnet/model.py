@@ -43,6 +43,7 @@ from alexnet.layers import (
     SameMapNorm,
     Tanh,
 )
+from alexnet.layers.backend import OPERATIONS, convolution_backend
 
 CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 LAYERS = (*CONVOLUTIONS, "fc6", "fc7", "fc8")
@@ -302,6 +303,11 @@ class AlexNet(nn.Module):
         self.dropout = Dropout(config.dropout, mode=config.dropout_mode, backend=backends["dropout"])
         initialise(self, config, seed)
 
+    @property
+    def operations(self) -> set[str]:
+        """What its layers compute; the file of a layer is named after its operation."""
+        return {type(layer).__module__.rpartition(".")[2] for layer in self.modules()} & set(OPERATIONS)
+
     def forward(self, x: Tensor, dropout_key: Tensor | int | None = None, first_row: int = 0) -> Tensor:
         """`dropout_key` names this step's masks, `first_row` this batch's place in the global batch."""
         return self.fc8(self.last_hidden(self.features(x), dropout_key, first_row))
@@ -346,7 +352,7 @@ def _convolution(config: ModelConfig, i: int, inputs: int, backends: Mapping[str
         stride=config.stride[i],
         padding=_sides(config.padding[i]),
         groups=_groups(config, i),
-        backend=backends["conv2d"],
+        backend=convolution_backend(backends, config.kernel_size[i], _groups(config, i)),
     )
 
 

@@ -9,13 +9,16 @@ from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.layers.backend import (
     OPERATIONS,
+    OURS_WINS,
     PAIRS,
+    convolution_kind,
     no_autocast,
     pair_for,
     to_autocast,
     to_float32,
     wide,
 )
+from alexnet.model import AlexNet, ModelConfig
 
 WRITTEN = sorted(operation for operation, backend in PAIRS if backend == "reference")
 
@@ -29,6 +32,58 @@ def test_an_operation_can_leave_the_default():
     chosen = Backends(default="native", relu="reference").resolve("cpu")
     assert chosen["relu"] == "reference"
     assert {backend for operation, backend in chosen.items() if operation != "relu"} == {"native"}
+
+
+def small_net(**backends):
+    """The paper's layers with 8 maps each, two towers."""
+    config = ModelConfig(
+        5, 56, channels=[8] * 5, hidden=[16, 16], kernel_size=[7, 5, 3, 3, 3], stride=[2, 1, 1, 1, 1]
+    )
+    return AlexNet(config, Backends(**backends).resolve("cpu"))
+
+
+def backends_of_convolutions(net):
+    return [getattr(net, f"conv{i}").backend for i in range(1, 6)]
+
+
+def test_fastest_decides_for_each_kind_of_convolution(monkeypatch):
+    assert backends_of_convolutions(small_net(default="fastest")) == ["library"] * 5
+    monkeypatch.setitem(OURS_WINS, "cpu", ("conv2d 3x3", "conv2d 5x5 groups"))
+    chosen = Backends(default="fastest").resolve("cpu")
+    assert {name: b for name, b in chosen.items() if name.startswith("conv2d")} == {
+        "conv2d": "library",
+        "conv2d 3x3": "compiled",
+        "conv2d 5x5 groups": "compiled",
+    }
+    net = small_net(default="fastest")
+    assert backends_of_convolutions(net) == ["library", "compiled", "compiled", "library", "library"]
+    assert str(net).count("backend=library") == 3
+    assert net.backends == chosen
+
+
+@pytest.mark.parametrize("choice", ["fast", "reference", "library", "native"])
+def test_only_fastest_tells_convolutions_apart(choice, monkeypatch):
+    monkeypatch.setitem(OURS_WINS, "cpu", ("conv2d 3x3",))
+    resolved = "compiled" if choice == "fast" else choice
+    assert backends_of_convolutions(small_net(conv2d=choice)) == [resolved] * 5
+
+
+def test_every_row_of_the_table_is_a_kind_of_convolution():
+    """A row with another name would change nothing."""
+    kinds = {convolution_kind(size, groups) for size in (3, 5, 7, 11) for groups in (1, 2)}
+    assert {kind for rows in OURS_WINS.values() for kind in rows} <= kinds
+    assert convolution_kind(5, 2) == "conv2d 5x5 groups"
+
+
+def test_an_override_without_effect_is_refused_with_the_operations_there_are():
+    net = small_net()
+    assert net.operations == {"conv2d", "dropout", "linear", "max_pool2d", "relu", "relu_lrn_pool"}
+    Backends(relu="native", relu_lrn_pool="native").check_used(net.operations)
+    with pytest.raises(
+        UserError, match=r"backend\.local_response_norm=native has no effect: .* relu_lrn_pool$"
+    ) as e:
+        Backends(local_response_norm="native").check_used(net.operations)
+    assert "\n" not in str(e.value)
 
 
 def test_native_is_no_pair():

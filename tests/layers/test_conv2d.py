@@ -10,11 +10,13 @@ from cases import (
     assert_module_travels,
     assert_once_differentiable,
     assert_wrong_gradients_are_noticed,
+    gapped,
     normals,
     outcome,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet.errors import UserError
 from alexnet.layers import Conv2d, conv2d
@@ -29,6 +31,7 @@ from alexnet.layers.conv2d import (
 )
 
 MODULE = import_module("alexnet.layers.conv2d")  # the package's own `conv2d` is the function
+FAST = import_module("alexnet.layers.compiled.conv2d")
 
 # Every part differs from every other: 2 towers of 2 and 3 channels, a 2x3 kernel, 4 paddings, 2 strides.
 X, W, B = normals(3, 4, 7, 8), normals(6, 2, 2, 3, seed=2), normals(6, seed=3)
@@ -398,3 +401,110 @@ def test_one_number_in_a_tuple_is_for_both_axes_as_in_torch():
 def test_module_refuses_what_it_has_not(arguments):
     with pytest.raises(UserError, match=next(iter(arguments))):
         Conv2d(4, 6, 3, **arguments)
+
+
+# ---- the weight gradient of the compiled pair on CUDA, whose values are checked on a CPU ----------------------
+
+
+def columns_of_cuda(dy, x, w, stride, padding, groups):
+    return FAST.product_of_columns(dy, x, w, stride, padding, groups, "cuda")
+
+
+def geometry_of(case):
+    stride, padding, groups = case[2:]
+    return MODULE.two(stride), MODULE._sides(padding), groups
+
+
+@pytest.mark.parametrize("images", [None, 2, 1], ids=["whole batch", "two at once", "one by one"])
+@pytest.mark.parametrize("case", [*ALEXNET.values(), *AWKWARD.values()], ids=[*ALEXNET, *AWKWARD])
+def test_columns_of_cuda_give_the_weight_gradient(case, images, monkeypatch):
+    geometry = geometry_of(case)
+    x, w = normals(3, *case[0][1:]), normals(*case[1], seed=2)
+    y, *_ = conv2d_forward(x, w, None, *geometry)
+    dy = gapped(normals(*y.shape, seed=1))
+    if images:
+        row = w[0].numel() + -w[0].numel() % 8
+        monkeypatch.setitem(FAST.COLUMN_BYTES, "cuda", images * y[0, 0].numel() * geometry[2] * row * 8)
+    _, expected, _ = conv2d_backward(dy, x, w, *geometry, (False, True, False))
+    with torch.compiler.set_stance("force_eager"), Products() as products:
+        ours = columns_of_cuda(dy, x, w, *geometry)
+    torch.testing.assert_close(ours, expected, **EXACT)
+    pieces = {None: 1, 2: 2, 1: 3}[images]
+    assert len(products.operands) == pieces * geometry[2]
+
+
+@COMPILES
+def test_columns_of_cuda_compile_once_for_every_batch():
+    geometry = (2, 1), (1, 0, 2, 1), 2
+    x, w = normals(5, 4, 7, 8), normals(6, 2, 2, 3, seed=2)
+    for N in (5, 3, 1):
+        dy = normals(N, 6, *output_size(x, w, *geometry[:2]), seed=1)
+        _, expected, _ = conv2d_backward(dy, x[:N], w, *geometry, (False, True, False))
+        torch.testing.assert_close(columns_of_cuda(dy, x[:N], w, *geometry), expected, **EXACT)
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float32, 2**-24), (torch.bfloat16, 2**-9)])
+def test_columns_of_cuda_keep_one_rounding(dtype, epsilon, monkeypatch):
+    """Every piece rounds its product once and pieces add up in float32: as many roundings as the reference has."""
+    geometry = (1, 1), (1, 1, 1, 1), 2
+    x, w = normals(4, 6, 6, 6).to(dtype), normals(4, 3, 3, 3, seed=2).to(dtype)
+    dy = normals(4, 4, 6, 6, seed=4).to(dtype)
+    monkeypatch.setitem(FAST.COLUMN_BYTES, "cuda", 1)
+    _, exact, _ = conv2d_backward(dy.double(), x.double(), w.double(), *geometry, (False, True, False))
+    with torch.compiler.set_stance("force_eager"):
+        ours = columns_of_cuda(dy, x, w, *geometry)
+    assert ours.dtype == dtype
+    assert (ours.double() - exact).norm() / exact.norm() < 4 * epsilon
+
+
+def test_pieces_of_cuda_add_up_in_float32(monkeypatch):
+    monkeypatch.setitem(FAST.COLUMN_BYTES, "cuda", 1)
+    dy = torch.ones(300, 1, 1, 1, dtype=torch.bfloat16)  # a bf16 sum of ones stops at 256
+    w = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    with torch.compiler.set_stance("force_eager"):
+        assert columns_of_cuda(dy, dy, w, (1, 1), (0, 0, 0, 0), 1).item() == 300
+
+
+class Products(TorchDispatchMode):
+    """The operands of all matrix products that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.operands = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm"):
+            self.operands.append(args[:2])
+        return func(*args, **(kwargs or {}))
+
+
+TINY = [  # input, weight, stride, padding, groups
+    ((3, 56, 56), (96, 3, 7, 7), 1, (2, 3, 2, 3), 1),
+    ((96, 27, 27), (256, 48, 5, 5), 1, 2, 2),
+    ((256, 13, 13), (384, 256, 3, 3), 1, 1, 1),
+    ((384, 13, 13), (384, 192, 3, 3), 1, 1, 2),
+    ((384, 13, 13), (256, 192, 3, 3), 1, 1, 2),
+]
+PAPER = [((3, 224, 224), (96, 3, 11, 11), 4, (0, 3, 0, 3), 1), *TINY[1:]]
+
+
+@pytest.mark.parametrize("network", [TINY, PAPER], ids=["tiny", "paper"])
+def test_products_of_cuda_are_few_and_aligned(network):
+    """Batch 128 in bfloat16 on torch's meta device, where nothing is computed."""
+    products = Products()
+    for case in network:
+        x = torch.empty(128, *case[0], dtype=torch.bfloat16, device="meta")
+        w = torch.empty(*case[1], dtype=torch.bfloat16, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last)
+        dy = x.new_empty(128, len(w), *output_size(x, w, *geometry_of(case)[:2]))
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        with torch.compiler.set_stance("force_eager"), products:
+            columns_of_cuda(dy, x, w, *geometry_of(case))
+    assert len(products.operands) == 10 + (network is PAPER)  # conv2, and conv1 of 224 pixels, in two pieces
+    for dy_OM, columns_MK in products.operands:
+        assert columns_MK.nbytes <= FAST.COLUMN_BYTES["cuda"]
+        assert min(dy_OM.shape + columns_MK.shape) >= 96
+        for operand in (dy_OM, columns_MK):
+            assert sorted(operand.stride())[0] == 1
+            assert sorted(operand.stride())[1] % FAST.ALIGNED == 0
+            assert operand.storage_offset() % FAST.ALIGNED == 0

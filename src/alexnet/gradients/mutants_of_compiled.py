@@ -113,12 +113,12 @@ RELU_LRN_POOL: Table = {
     ),
 }
 
-# Half types take the products over lines.
+# On a CPU bfloat16 takes the shifted products.
 _first_taps_dropped = mutate(
     conv.kernel_from_depth, ": w.shape[2], : w.shape[3]", "-w.shape[2] :, -w.shape[3] :"
 )
 CONV2D_BF16: Table = {
-    "tap one row off": mutate(conv.weight_gradient, "S - 1 - left)", "S - 1 - left).roll(row, 1)"),
+    "tap one row off": mutate(conv.shifted_products, "S - 1 - left)", "S - 1 - left).roll(row, 1)"),
     "no zeros between the rows": mutate(conv.line_steps, "x.shape[3] + max(left, right)", "x.shape[3]"),
     "no zeros between the images": mutate(conv.line_steps, "x.shape[2] + max(top, bottom)", "x.shape[2]"),
     "blocks' rows and columns exchanged": mutate(
@@ -137,6 +137,12 @@ _cut_off_on_the_wrong_side = mutate(
 )
 CONV2D: Table = {
     "padding cut off on the wrong side": _cut_off_on_the_wrong_side,
+    "the other tower's columns": mutate(
+        conv.columns,
+        "return unfold(x, kernel, stride, padding, groups)",
+        "return unfold(x, kernel, stride, padding, groups).roll(1, 0)",
+    ),
+    "columns of the next image": mutate(conv.columns, "unfold(x,", "unfold(x.roll(1, 0),"),
     "db of the first image": mutate(conv.bias_gradient, "dy.permute", "dy[:1].permute"),
 }
 
@@ -217,6 +223,7 @@ FIRST_CASES = {
     "the search begins one place late": "padding, all negative",
     "tower boundary ignored": "two towers",
     "even window not reflected": "even window, two towers",
+    "the ReLU's mask forgotten, paper's order": "towers, paper",
     "towers ignored in the backward": "towers, paper",
     "windows' rows and columns exchanged": "overlapping windows",
     "closed windows have a winner, 2012 order": "closed windows, code",
@@ -226,6 +233,7 @@ FIRST_CASES = {
     "blocks' rows and columns exchanged": "stride and padding",
     "added taps kept, first taps dropped": "stride and padding",
     "kernel filled up at the wrong end": "stride and padding",
+    "the other tower's columns": "towers, unequal sides",
     "smoothing forgotten in the backward": "labels smoothed",
     "a batch's losses weighed by the first": "a loss for each image",
 }

@@ -13,14 +13,14 @@ forward saved, so pairs are never mixed.
     library     conv2d only: as compiled, with the library's gradient kernel for the weights
     triton      hand-written kernels, CUDA only
     native      no pair: torch.nn.functional under autograd; oracle, baseline and export path
-    fast        a table by device of the fastest pairs whose gradients are all ours
-    fastest     the same, with the library's gradient kernel wherever ours loses
+    fast        the fastest pairs known whose gradients are all ours: compiled
+    fastest     the same, with the library's gradient kernel for each convolution in which ours is slower
 
 `fast` and `fastest` are resolved once, by `Backends.resolve`, when a network is built. Nothing here reads the
 environment, and nothing falls back in silence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -71,18 +71,54 @@ class Backends:
     relu_lrn_pool: Backend | None = None
 
     def resolve(self, device_type: str) -> dict[str, str]:
-        """{operation: concrete backend} for one kind of device.
+        """{operation: concrete backend} for one kind of device, e.g. {"conv2d": "library", "relu": "compiled", ...}.
 
+        A kind of convolution that differs from the others has an entry of its own: {"conv2d 5x5 groups": "compiled"}.
         Raises UserError when a chosen backend cannot be had there; the message names the way out.
         """
-        chosen = {name: getattr(self, name) or self.default for name in OPERATIONS}
-        concrete = {name: _concrete(name, Backend(choice), device_type) for name, choice in chosen.items()}
+        chosen = {name: Backend(getattr(self, name) or self.default) for name in OPERATIONS}
+        concrete = {name: fastest_known(name, choice, device_type) for name, choice in chosen.items()}
         for operation, backend in concrete.items():
             pair_for(operation, backend)
-        return {operation: str(backend) for operation, backend in concrete.items()}
+        if chosen["conv2d"] == Backend.fastest:
+            concrete |= {kind: str(Backend.compiled) for kind in OURS_WINS.get(device_type, ())}
+        return concrete
+
+    def check_used(self, operations: Collection[str]) -> None:
+        """Raises UserError for a backend that is set for an operation which the network does not have."""
+        for name in OPERATIONS:
+            if getattr(self, name) is not None and name not in operations:
+                raise UserError(
+                    f"backend.{name}={getattr(self, name)} has no effect: this network has no {name}. "
+                    f"Remove it; its operations are {', '.join(sorted(operations))}"
+                )
 
 
 OPERATIONS = tuple(field.name for field in fields(Backends) if field.name != "default")
+
+# The kinds of convolution whose weight gradient of ours is not slower than the library's, by kind of device; for them
+# `fastest` takes ours. Measured on the CPU: none, see the table in compiled/conv2d.py, every entry of which is below 1.
+# Not measured on CUDA yet: until it is, `fastest` takes the library's for all of them there.
+OURS_WINS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ()}
+
+
+def fastest_known(operation: str, choice: Backend, device_type: str) -> str:
+    """The concrete backend of a choice. A triton kernel gets here with a measured row, not before."""
+    if choice not in (Backend.fast, Backend.fastest):
+        return str(choice)
+    library = choice == Backend.fastest and operation == "conv2d" and device_type in OURS_WINS
+    return str(Backend.library if library else Backend.compiled)
+
+
+def convolution_backend(backends: Mapping[str, str], kernel_size: int, groups: int) -> str:
+    """The backend of one convolution, from what `Backends.resolve` returned: its kind's entry, else conv2d's."""
+    return backends.get(convolution_kind(kernel_size, groups), backends["conv2d"])
+
+
+def convolution_kind(kernel_size: int, groups: int) -> str:
+    """What a row of OURS_WINS is about: "conv2d 5x5 groups", "conv2d 3x3", ..."""
+    return f"conv2d {kernel_size}x{kernel_size}{' groups' if groups > 1 else ''}"
+
 
 # Layer files enter their reference pair here; the other backends are entered when first asked for.
 PAIRS: dict[tuple[str, str], Pair] = {}
@@ -119,13 +155,6 @@ def _load(operation: str, backend: str) -> Pair:
     pair = module.load(operation)
     PAIRS[operation, str(backend)] = pair
     return pair
-
-
-def _concrete(operation: str, choice: Backend, device_type: str) -> Backend:
-    if choice not in (Backend.fast, Backend.fastest):
-        return choice
-    compiled = import_module("alexnet.layers.compiled")
-    return Backend(compiled.fastest_known(operation, str(choice), device_type))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -45,17 +45,6 @@ MODULES = {
 }
 
 
-# Where the library's gradient kernel is faster than ours, by kind of device: conv2d.py has the figures of a CPU; those
-# of a GPU are not measured yet.
-OURS_LOSES = {"cpu": ("conv2d",), "cuda": ("conv2d",)}
-
-
-def fastest_known(operation: str, choice: str, device_type: str) -> str:
-    """The backend that `fast` or `fastest` stands for. A triton kernel gets here with a measured row, not before."""
-    loses = operation in OURS_LOSES.get(device_type, ())
-    return "library" if choice == "fastest" and loses else "compiled"
-
-
 def load(operation: str) -> Pair:
     """The compiled pair of an operation; compiling itself waits for the first call.
 

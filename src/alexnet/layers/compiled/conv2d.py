@@ -5,7 +5,20 @@ Forward: the library's convolution, channels-last.
 Input gradient: dx is the adjoint map applied to dy, the transposed convolution of dy with w, itself a forward
 operation of the library.
 
-Weight gradient. At stride 1, with tap (r,s) at the row r - top and the column s - left of its output,
+Weight gradient, in one of two forms.
+
+*Columns.* As in layers/conv2d.py: dW = dY' X, with a row of X for every output position. X is built for as many images
+at once as fit into COLUMN_BYTES and multiplied once for every tower. dY is dy itself in channels-last memory, no copy.
+CUDA takes columns for every convolution and type. A CPU takes them for float32 and float64, and for bfloat16 where the
+kernel is small (at most 3 x 3 taps) or the map is.
+
+    CPU    32 MiB of columns, which stay in the cache; a copy of whole kernel rows, not compiled.
+    CUDA   256 MiB, so that products are few and their summed index is long enough to fill the device. One compiled
+           kernel writes X. It fills each row up with zeros to a multiple of 8 numbers (conv1: 147 or 363 numbers become
+           152 or 368), so that in half types every row starts at a multiple of 16 bytes, as tensor cores need it.
+
+*Shifted products*, on a CPU in bfloat16. At stride 1, with tap (r,s) at the row r - top and the column s - left of its
+output,
 
     dw[o,c,r,s] = sum_{n,p,q} dy[n,o,p,q] x[n, c, p + r - top, q + s - left]
 
@@ -17,23 +30,29 @@ tap is a shift: with the line position m of output (n,p,q) and W' columns from r
     dw[:,:,r,s] = D X(delta)',   D[o,m] = dy,   X(delta)[c,m] = x[c, m + delta],   delta = (r - top) W' + s - left
 
 a matrix product of two views: x is copied once, not R S times as in im2col. Both factors have the summed index
-contiguous, which is what the library multiplies fastest.
+contiguous, which is what the library multiplies fastest on a CPU. On CUDA these views do not serve: a shift by one
+number is 2 bytes in half types, where an operand must start at a multiple of 16.
 
 Stride u: *space to depth*. The pixels of every u x v block become u v channels, and the kernel, filled up with
 zeros to a multiple of the stride, becomes one of ceil(R/u) x ceil(S/v) taps at stride 1. The same numbers are
 multiplied, plus those zeros: exact. In bf16 conv1 runs so in the forward too (3 channels fill no vector; 48 do).
 
-Float32 takes the reference's columns (im2col a few images at a time, which stay in the cache) and one product; so
-does bfloat16 on a CPU where columns are few (at most 3 x 3 taps) or the zeros on the line are many (small maps).
-Measured on a core with AVX-512 and no AMX, as a share of the library's speed, float32 | bfloat16, `paper` with batch 16
-and, in bfloat16, `mini` (maps of 13 and 6 pixels) with batch 128:
+Measured on a CPU core with AVX-512 and no AMX, as a share of the library's speed, float32 | bfloat16, `paper` with
+batch 16 and, in bfloat16, `mini` (maps of 13 and 6 pixels) with batch 128. Every share is below 1: on a CPU `fastest`
+takes the library's weight gradient for all of these convolutions (OURS_WINS in layers/backend.py).
 
                                  conv1       conv2       conv3       conv4       conv5
-    these shifted products     .41 | .68   .43 | .68   .76 | .77   .65 | .78   .66 | .75
-    columns, a few images      .65 | .61   .63 | .65   .90 | .84   .78 | .84   .68 | .72
-    columns of a kernel row    .55 | .66   .61 | .61   .89 | .83   .76 | .82   .68 | .74
-    mini: shifted | columns                .62 | .68   .61 | .81   .61 | .74   .62 | .78
+    shifted products             .41 | .68   .43 | .68   .76 | .77   .65 | .78   .66 | .75
+    columns, a few images        .65 | .61   .63 | .65   .90 | .84   .78 | .84   .68 | .72
+    columns of a kernel row      .55 | .66   .61 | .61   .89 | .83   .76 | .82   .68 | .74
+    mini: shifted | columns                  .62 | .68   .61 | .81   .61 | .74   .62 | .78
     batch and channels swapped, a convolution with a kernel as large as the image: below .2
+
+Counted on a CUDA that computes nothing, backward of the five convolutions of `tiny`, batch 128, bfloat16 (no times):
+                            products   not aligned to 16 bytes   launches   GB moved   peak memory
+    shifted products           144              130                213        8.6            167 MiB
+    columns                     10                0                 33        2.5            232 MiB
+    library                      0                0                 21        0.4
 """
 
 import torch
@@ -43,14 +62,15 @@ from torch import Tensor
 from alexnet.graphs import batched, compiled
 from alexnet.layers.backend import wide
 from alexnet.layers.compiled.layout import bordered
-from alexnet.layers.conv2d import Gradients, Sides, output_size
-from alexnet.layers.conv2d import conv2d_backward as by_columns
+from alexnet.layers.conv2d import Gradients, Sides, output_size, unfold
 
 Two = tuple[int, int]
 NO_SIDES = (0, 0, 0, 0)
 FEW_CHANNELS = 4  # the most for which space to depth pays in the forward
-FEW_TAPS = 9  # the most for which columns beat lines
-MANY_ZEROS = 1.2  # length of a line over its positions that count, from which columns beat lines
+FEW_TAPS = 9  # the most for which columns beat shifted products
+MANY_ZEROS = 1.2  # length of a line over its positions that count, from which columns beat shifted products
+COLUMN_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # columns built at once
+ALIGNED = 8  # numbers: 16 bytes of a half type
 
 
 def conv2d_forward(
@@ -90,23 +110,23 @@ def conv2d_backward(
     dx = input_gradient(dy, x, w, stride, padding, groups) if needs[0] else None
     dw = None
     if needs[1] and takes_columns(dy, x, w, stride, padding):
-        _, dw, _ = by_columns(dy, x, w, stride, padding, groups, (False, True, False))
+        dw = product_of_columns(dy, x, w, stride, padding, groups, x.device.type)
     elif needs[1] and max(stride) > 1:
         blocks = convolved if deepens(x, stride) else space_to_depth(x, w, stride, padding, groups)
-        dw = kernel_from_depth(weight_gradient(dy, blocks, NO_SIDES, groups), w, stride)
+        dw = kernel_from_depth(shifted_products(dy, blocks, NO_SIDES, groups), w, stride)
     elif needs[1]:
-        dw = weight_gradient(dy, x, padding, groups)
+        dw = shifted_products(dy, x, padding, groups)
     return dx, dw, bias_gradient(dy) if needs[2] else None
 
 
 def takes_columns(dy: Tensor, x: Tensor, w: Tensor, stride: Two, padding: Sides) -> bool:
-    """Whether the weight gradient goes by columns rather than by lines; figures above."""
+    """Whether the weight gradient is a product of columns rather than shifted products; figures above."""
     left, right, top, bottom = padding
     # A window that lies wholly in the padding begins before the zeros of its row do.
     beyond = max(stride) == 1 and (max(top, bottom) >= w.shape[2] or max(left, right) >= w.shape[3])
-    if wide(x.dtype) == x.dtype or beyond:
+    if x.device.type != "cpu" or wide(x.dtype) == x.dtype or beyond:
         return True
-    if x.device.type != "cpu" or max(stride) > 1:
+    if max(stride) > 1:
         return False
     row, image = line_steps(x, padding)
     zeros = row * image / (dy.shape[2] * dy.shape[3])
@@ -145,7 +165,49 @@ def input_gradient(dy: Tensor, x: Tensor, w: Tensor, stride: Two, padding: Sides
     return padded[:, :, top : top + H, left : left + W]
 
 
-def weight_gradient(dy: Tensor, x: Tensor, padding: Sides, groups: int) -> Tensor:
+def product_of_columns(
+    dy: Tensor, x: Tensor, w: Tensor, stride: Two, padding: Sides, groups: int, device_type: str
+) -> Tensor:
+    """dy (N, O, P, Q), x (N, C, H, W) -> dw, shape of w: dY' X for every tower, summed over pieces of the batch.
+
+    `device_type` decides how the columns are built; it is given, so that a test can have those of CUDA on a CPU.
+    """
+    K = w[0].numel()
+    row = K if device_type == "cpu" else K + -K % ALIGNED
+    image_bytes = dy.shape[2] * dy.shape[3] * groups * row * x.element_size()
+    pieces = max(1, min(len(x), -(-len(x) * image_bytes // COLUMN_BYTES[device_type])))
+    products = dy.new_empty((pieces, groups, len(w) // groups, row))
+    for dw_GOK, dy_i, x_i in zip(products, dy.tensor_split(pieces), x.tensor_split(pieces), strict=True):
+        dy_GOM = dy_i.permute(0, 2, 3, 1).reshape(-1, groups, len(w) // groups).permute(1, 2, 0)
+        # Passed on without a name, so that the columns of one piece are freed before the next are built.
+        _multiply(dy_GOM, columns(x_i, w.shape[2:], stride, padding, groups, device_type), dw_GOK)
+    dw = products[0] if pieces == 1 else products.sum(0, dtype=wide(w.dtype)).to(w.dtype)
+    dw_ORSC = dw[..., :K].reshape(w.permute(0, 2, 3, 1).shape)
+    return dw_ORSC.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _multiply(dy_GOM: Tensor, columns_GMK: Tensor, out: Tensor) -> None:
+    # One call per tower: a library divides the long sum of a single product among its processors, not of a batch's.
+    for dy_OM, columns_MK, dw_OK in zip(dy_GOM, columns_GMK, out, strict=True):
+        torch.mm(dy_OM, columns_MK, out=dw_OK)
+
+
+def columns(
+    x: Tensor, kernel: tuple[int, ...], stride: Two, padding: Sides, groups: int, device_type: str
+) -> Tensor:
+    """x (N, C, H, W) -> X (G, N*P*Q, K), on CUDA in aligned rows. A CPU copies whole runs faster than compiled code."""
+    if device_type == "cpu":
+        return unfold(x, kernel, stride, padding, groups)
+    return _aligned_columns(*batched(x), tuple(kernel), stride, padding, groups)
+
+
+@compiled
+def _aligned_columns(x: Tensor, kernel: tuple[int, ...], stride: Two, padding: Sides, groups: int) -> Tensor:
+    columns_GMK = unfold(x, kernel, stride, padding, groups)
+    return F.pad(columns_GMK, (0, -columns_GMK.shape[2] % ALIGNED))
+
+
+def shifted_products(dy: Tensor, x: Tensor, padding: Sides, groups: int) -> Tensor:
     """At stride 1: dy (N, O, P, Q), x (N, C, H, W) -> dw (O, C/G, R, S), by R S shifted products per group."""
     (H, W), (P, Q) = x.shape[2:], dy.shape[2:]
     left, right, top, bottom = padding
