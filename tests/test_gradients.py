@@ -1,6 +1,9 @@
+import functools
+import importlib
 import json
 import re
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -8,15 +11,18 @@ from unittest import mock
 import pytest
 import torch
 
+from alexnet import layers
 from alexnet.errors import UserError
 from alexnet.gradients import CheckGradients, lesson, network, rules, run
-from alexnet.gradients.bugs import MUTANTS
 from alexnet.gradients.cases import Rounding, cotangent, gapped, separated
 from alexnet.gradients.checks import Result, results_of, slope, used
-from alexnet.gradients.mutants import Kill, hunt, pair
+from alexnet.gradients.mutants import Kill, Mutant, mutate, try_to_kill
+from alexnet.gradients.mutants_of_reference import MUTANTS
 from alexnet.gradients.operations import ALL, CONV2D, LOCAL_RESPONSE_NORM, RELU
 from alexnet.layers import Backends
 from alexnet.layers.backend import OPERATIONS, PAIRS
+from alexnet.layers.local_response_norm import local_response_norm_backward
+from alexnet.layers.relu import relu_backward
 
 GOLDEN = Path(__file__).parent / "golden" / "ten_steps.json"
 REFERENCE = Backends().resolve("cpu")
@@ -48,26 +54,79 @@ def test_every_check_of_the_ordinary_cases_holds(operation):
             assert [r for r in results if not r.passed] == []
 
 
+# ---- mutants --------------------------------------------------------------------------------------------------
+
+
+def one_third():
+    return 1 / 3
+
+
+def test_a_mutant_runs_wherever_the_function_was_imported_and_nowhere_afterwards():
+    modules = [importlib.import_module(f"alexnet.layers.{name}") for name in ("relu", "relu_lrn_pool")]
+    backwards = [*(module.relu_backward for module in modules), PAIRS["relu", "reference"].backward]
+    x = torch.tensor([-1.0, 2.0], requires_grad=True)
+
+    def gradients():
+        (by_autograd,) = torch.autograd.grad(layers.relu(x).sum(), x)
+        return [by_autograd.tolist(), *(backward(torch.ones(2), x).tolist() for backward in backwards)]
+
+    with mutate(relu_backward, "return dy", "return 5 * dy"):
+        assert gradients() == [[0, 5]] * 4
+    assert gradients() == [[0, 1]] * 4
+
+
+def test_the_shipped_code_is_back_after_an_error():
+    with pytest.raises(ZeroDivisionError), mutate(one_third, "1 / 3", "1 / 0"):
+        one_third()
+    assert one_third() == 1 / 3
+
+
+def test_a_traceback_shows_the_mutated_line():
+    with pytest.raises(ZeroDivisionError) as error, mutate(one_third, "1 / 3", "1 / 0"):
+        one_third()
+    *_, last = traceback.extract_tb(error.value.__traceback__)
+    assert last.line == "return 1 / 0"
+    assert "test_gradients.one_third: 1 / 3 -> 1 / 0" in last.filename
+
+
+@pytest.mark.parametrize(("old", "times"), [("1 / 4", 0), ("r", 3)])
+def test_a_replacement_must_match_exactly_once(old, times):
+    with pytest.raises(ValueError, match=f"'{old}' stands {times} times in tests.test_gradients.one_third"):
+        mutate(one_third, old, "0")
+
+
+def test_the_wrapped_function_of_a_decorator_is_changed():
+    @functools.cache
+    def doubled(x):
+        return 2 * x
+
+    with mutate(doubled, "2 * x", "3 * x"):
+        assert doubled(1) == 3
+
+
+def test_two_changes_of_one_function_go_into_one_mutant():
+    both = mutate(one_third, "1 /", "2 /", "3", "4")
+    with both:
+        assert one_third() == 0.5
+        with pytest.raises(RuntimeError, match="one_third is mutated already"):
+            both.__enter__()
+    assert one_third() == 1 / 3
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.where}: {mutant.name}")
-def test_planted_bug_is_noticed(mutant):
-    assert hunt(mutant).noticed_by
+def test_mutant_is_killed(mutant):
+    assert try_to_kill(mutant).killed_by
+    assert all(change.function.__code__ is change.original for change in mutant.changes)
 
 
-def test_nothing_stays_planted():
-    assert PAIRS["conv2d", "reference"].backward.__module__ == "alexnet.layers.conv2d"
-    assert [r for r in rules.rule_results() if not r.passed] == []
-
-
-def test_there_are_bugs_in_every_operation():
+def test_there_are_mutants_of_every_operation():
     assert {mutant.where for mutant in MUTANTS} == {*OPERATIONS, rules.UPDATE, rules.DATA}
     assert len({(mutant.where, mutant.name) for mutant in MUTANTS}) == len(MUTANTS) >= 30
 
 
 def test_a_wrong_gradient_flattens_the_curve():
     case = LOCAL_RESPONSE_NORM.cases[0]
-    right = PAIRS["local_response_norm", "reference"]
-    wrong = pair("local_response_norm", "", backward=lambda *a: right.backward(*a) * (1 + 1e-6))
-    with wrong.plant():
+    with mutate(local_response_norm_backward, "return cast(", "return (1 + 1e-6) * cast("):
         (found,) = [
             r
             for r in results_of(LOCAL_RESPONSE_NORM, case, "reference", "cpu", TYPES[:1])
@@ -81,15 +140,13 @@ def test_slope_of_a_square_is_two():
     assert slope([(h, 3 * h**2) for h in (1e-1, 1e-2, 1e-3)]) == pytest.approx(2)
 
 
-def test_rounding_bound_is_tight_enough_to_notice_one_wrong_bit():
+def test_rounding_bound_is_tight_enough_for_one_wrong_bit():
     """A copy may not be rounded at all; a sum of 100 products in float32 may be off by 100 half-epsilons."""
     one = torch.ones(1, dtype=torch.float64)
     assert Rounding(one * 0, 0, 0).bound(torch.float32).item() == 0
     assert Rounding(one, 100, 0).bound(torch.float32).item() == pytest.approx(100 * 2**-24, rel=1e-4)
     assert Rounding(one, 0, 1).bound(torch.bfloat16).item() == pytest.approx(2**-8, rel=1e-4)
-    right = PAIRS["relu", "reference"]
-    nudged = pair("relu", "", backward=lambda dy, y: right.backward(dy, y) * (1 + 2**-23))
-    with nudged.plant():
+    with mutate(relu_backward, "return dy", "return (1 + 2**-23) * dy"):
         failed = [r for r in results_of(RELU, RELU.cases[0], "reference", "cpu", TYPES) if not r.passed]
     assert "float32" in {r.dtype for r in failed}
 
@@ -131,12 +188,12 @@ def test_ten_steps_are_the_native_networks_and_the_stored_ones():
     torch.testing.assert_close([loss for _, loss in losses.curve], stored, rtol=1e-10, atol=0)
 
 
-def test_ten_steps_notice_a_wrong_layer_and_a_wrong_rule():
+def test_ten_steps_kill_a_mutant_of_a_layer_and_one_of_a_rule():
     wrong = [m for m in MUTANTS if m.name in ("tower boundary ignored in the backward", "decay on biases")]
     assert len(wrong) == 2
     native = network.train_native(network.STEPS_NET, "cpu").losses
     for mutant in wrong:
-        with mutant.plant():
+        with mutant.in_place():
             ours = network.train_ours(network.STEPS_NET, REFERENCE, "cpu", torch.float64).losses
         assert max(abs(a - b) / b for a, b in zip(ours, native, strict=True)) > 1e-8
 
@@ -159,8 +216,7 @@ def test_whole_network_along_random_directions_and_every_parameter():
     results = list(network.network_results("small", network.STEPS_NET, REFERENCE, "cpu"))
     assert [r for r in results if not r.passed] == []
     assert {r.what for r in results if r.check == "parameters"} > {"conv1.weight", "fc8.bias", "images"}
-    right = PAIRS["relu", "reference"]
-    with pair("relu", "", backward=lambda *a: right.backward(*a) * (1 + 1e-4)).plant():
+    with mutate(relu_backward, "return dy", "return (1 + 1e-4) * dy"):
         failed = {
             r.check
             for r in network.network_results("small", network.STEPS_NET, REFERENCE, "cpu")
@@ -185,16 +241,16 @@ def test_one_operation_prints_a_narrow_table_and_writes_json(tmp_path):
     assert proof.passed
     assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 100
     assert re.search(r"tanh +reference +cpu +5 +2\.000", text)
-    assert "bugs planted, 0 survived" in text
+    assert "mutants, 0 survived" in text
     # In a place of its own: a part of the proof does not replace the whole.
     content = json.loads((tmp_path / "check_gradients" / "relu+tanh" / "results.json").read_text())
     assert content["passed"]
     assert {row["operation"] for row in content["results"]} == {"relu", "tanh"}
     assert all(row["share"] < 1 for row in content["results"])
-    assert all(kill["killed"] for kill in content["kills"])
+    assert all(kill["killed"] and kill["killed_by"] for kill in content["kills"])
 
 
-def test_the_row_of_every_planted_bug_fits_a_terminal():
+def test_the_row_of_every_mutant_fits_a_terminal():
     checks = ["autograd", "differences", "identity"]
     for m in MUTANTS:
         rule = m.where in (rules.UPDATE, rules.DATA)
@@ -204,19 +260,19 @@ def test_the_row_of_every_planted_bug_fits_a_terminal():
 
 
 def test_a_failure_is_named_and_fails_the_run(tmp_path):
-    with next(m for m in MUTANTS if m.name == "a leak in the backward only").plant():
+    with next(m for m in MUTANTS if m.name == "a leak in the backward only").in_place():
         proof, text = proven(tmp_path, operations=["relu"])
     assert not proof.passed
     assert "FAILED   relu, reference on cpu, float64, maps: differences" in text
 
 
 def test_a_survivor_fails_the_run(tmp_path):
-    harmless = pair("relu", "nothing changed", backward=PAIRS["relu", "reference"].backward)
+    harmless = Mutant("relu", "nothing changed", (mutate(relu_backward, "y <= 0", "y <= 0.0"),))
     with mock.patch.object(run, "MUTANTS", (harmless,)):
         proof, text = proven(tmp_path, operations=["relu"], mutants=True)
     assert not proof.failures
     assert not proof.passed
-    assert "IT SURVIVED" in text
+    assert re.search(r"relu: nothing changed +SURVIVED", text)
 
 
 def test_what_cannot_be_checked_is_said_and_nothing_checked_is_no_proof(tmp_path):
@@ -282,7 +338,7 @@ def test_lesson_has_every_operation_with_its_formulas_and_pictures(page):
     assert "$" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
 
 
-def test_lesson_shows_what_was_measured_and_what_was_planted(page):
+def test_lesson_shows_what_was_measured_and_which_mutants_were_killed(page):
     section = page.split('<h2 id="tanh">')[1].split("<h2")[0]
     assert "slope 2.000" in section
     assert "1 - y for 1 - y^2" in section
@@ -299,7 +355,7 @@ def test_a_failure_stands_in_the_lesson():
     missed = Result("relu", "reference", "cpu", "float64", "maps", "ordinary", "autograd", 1.0, 1e-10)
     assert not lesson._worst_rows([missed, replace(missed, value=0.0)])[0]["passed"]
     survivor = Kill("relu", "nothing changed", [], "")
-    assert lesson._survivors([survivor]).endswith("0 noticed, 1 survived.")
+    assert lesson._survivors([survivor]).endswith("0 killed, 1 survived.")
 
 
 def test_checks_need_no_extras(tmp_path):

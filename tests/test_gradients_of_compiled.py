@@ -1,16 +1,18 @@
-"""The compiled pairs under the checks of every gradient: their planted bugs are noticed, ten steps are the same."""
+"""The compiled pairs under the checks of every gradient: their mutants are killed, ten steps are the same."""
 
 import pytest
 import torch
 
 from alexnet.gradients import network
-from alexnet.gradients.bugs_of_compiled import MUTANTS_OF_COMPILED, PAIRS_OF_CUDA, backward
 from alexnet.gradients.checks import results_of
-from alexnet.gradients.mutants import hunt
+from alexnet.gradients.mutants import Mutant, mutate, try_to_kill
+from alexnet.gradients.mutants_of_compiled import MUTANTS_OF_COMPILED
 from alexnet.gradients.operations import ALL
 from alexnet.layers import Backends
 from alexnet.layers.backend import OPERATIONS, PAIRS
+from alexnet.layers.compiled import pointwise
 from alexnet.layers.compiled.on_cuda import ON_CUDA
+from alexnet.layers.relu import relu_backward
 
 # One of each kind that compiles in a second; the others wait for the whole suite.
 QUICK = "y >= 0 for y > 0: never closed", "dw with images out of step"
@@ -23,14 +25,16 @@ def rows():
 
 
 @pytest.mark.parametrize("mutant", rows())
-def test_planted_bug_is_noticed(mutant):
-    assert hunt(mutant).noticed_by
+def test_mutant_is_killed(mutant):
+    assert try_to_kill(mutant).killed_by
 
 
-@pytest.mark.parametrize("mutant", [pytest.param(m, id=f"{m.where}, {m.name}") for m in PAIRS_OF_CUDA])
-def test_planted_bug_of_a_cuda_pair_is_noticed_uncompiled(mutant):
+def test_every_mutant_is_killed_uncompiled_on_the_case_that_it_names():
+    """All of them in seconds: the same code, run by torch without the compiler."""
     with torch.compiler.set_stance("force_eager"):
-        assert hunt(mutant).noticed_by
+        kills = [(mutant, try_to_kill(mutant)) for mutant in MUTANTS_OF_COMPILED]
+    assert [kill for _, kill in kills if not kill.killed_by] == []
+    assert [m.name for m, kill in kills if m.first_case and kill.case != m.first_case] == []
 
 
 @pytest.mark.parametrize("operation", ON_CUDA)
@@ -49,7 +53,7 @@ def test_checks_of_the_small_cases_hold_for_the_cuda_pairs_uncompiled(operation,
     ("operation", "backend"), sorted({(m.where, m.backend) for m in MUTANTS_OF_COMPILED})
 )
 def test_every_check_of_the_small_cases_holds(operation, backend):
-    """In every type that a bug is planted in: what the checks notice is the bug and nothing else."""
+    """In every type that a mutant runs in: what the checks find is the mutant and nothing else."""
     dtypes = {m.dtype for m in MUTANTS_OF_COMPILED if (m.where, m.backend) == (operation, backend)}
     (checked,) = (found for found in ALL if found.name == operation)
     for case in checked.cases:
@@ -58,13 +62,26 @@ def test_every_check_of_the_small_cases_holds(operation, backend):
             assert [r for r in results if not r.passed] == []
 
 
-def test_a_bug_that_changes_nothing_survives():
-    assert not hunt(backward("linear", "none", lambda right, *arguments: right(*arguments))).noticed_by
+def test_a_mutant_that_changes_nothing_survives():
+    change = mutate(pointwise.linear_backward, "(dy, x, w", "(dy, x.clone(), w")
+    assert not try_to_kill(Mutant("linear", "none", (change,), "compiled")).killed_by
 
 
-def test_there_are_bugs_in_every_compiled_pair():
-    planted = {(mutant.where, mutant.backend) for mutant in MUTANTS_OF_COMPILED}
-    assert planted == {(operation, "compiled") for operation in OPERATIONS} | {("conv2d", "library")}
+def test_a_compiled_mutant_runs_and_the_shipped_code_runs_again_afterwards():
+    """The compiler keeps what it made of either version: neither may be served for the other."""
+    dy, y = torch.ones(2), torch.tensor([-1.0, 2.0])
+    change = mutate(pointwise._relu_gradient, "rectified_gradient(dy, y)", "dy * (y >= 0) * 5")
+    inlined = mutate(relu_backward, "return dy", "return 7 * dy")
+    assert pointwise.relu_backward(dy, y).tolist() == [0, 1]
+    for changes, slope in (((change,), 5), ((inlined,), 7)):
+        with Mutant("relu", "", changes, "compiled").in_place():
+            assert pointwise.relu_backward(dy, y).tolist() == [0, slope]
+        assert pointwise.relu_backward(dy, y).tolist() == [0, 1]
+
+
+def test_there_are_mutants_of_every_compiled_pair():
+    covered = {(mutant.where, mutant.backend) for mutant in MUTANTS_OF_COMPILED}
+    assert covered == {(operation, "compiled") for operation in OPERATIONS} | {("conv2d", "library")}
     assert len({(m.where, m.backend, m.name) for m in MUTANTS_OF_COMPILED}) == len(MUTANTS_OF_COMPILED)
 
 

@@ -5,7 +5,7 @@
     checks      a) central differences  b) autograd of the native operation  c) analytic identities
     network     d) the whole network along random directions, every parameter  e) ten training steps
     rules       the same for the update rule and the data path, which have no backward but can be as wrong
-    mutants     the kill table: `bugs` planted on purpose, and the check that notices each
+    mutants     the kill table: wrong versions of the shipped functions, and the check that kills each
     run         all of it, as one table and results.json
     lesson      the HTML page a learner reads
 
@@ -27,7 +27,7 @@ class CheckGradients:
     backend: Backends = field(default_factory=Backends)
     # Every backend that can be had on every device, and the ten steps with the paper's network.
     full: bool = False
-    # Plant the bugs of the kill table, one by one, and see which check notices.
+    # Run every mutant of the kill table and say which check kills it.
     mutants: bool = False
     # Only these operations (and no network); empty: all.
     operations: list[str] = field(default_factory=list)

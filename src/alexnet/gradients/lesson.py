@@ -29,10 +29,11 @@ from alexnet.figures_lesson import (
 )
 from alexnet.gradients.cases import evaluate
 from alexnet.gradients.checks import Result, differences
-from alexnet.gradients.mutants import Kill, pair
+from alexnet.gradients.mutants import Kill, mutate
 from alexnet.gradients.operations import ALL, CONV2D, LOCAL_RESPONSE_NORM
 from alexnet.gradients.rules import DATA, UPDATE
 from alexnet.layers.backend import PAIRS
+from alexnet.layers.local_response_norm import local_response_norm_backward
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import Krizhevsky
 from alexnet.report import picture, render
@@ -64,7 +65,7 @@ def write_lesson(
         sections=list(SECTIONS.items()),
         measured={name: _worst_rows(_of(results, name)) for name in SECTIONS},
         counts={name: _count(_of(results, name)) for name in SECTIONS},
-        bugs=_by_place(kills),
+        kills=_by_place(kills),
         results=_results(results),
         pictures={name: picture(draw()) for name, draw in _pictures(results).items()},
         command=made["command"],
@@ -156,8 +157,8 @@ def _by_place(kills: list[Kill]) -> dict[str, list[Kill]]:
 def _survivors(kills: list[Kill]) -> str | None:
     if not kills:
         return None
-    alive = sum(not kill.noticed_by for kill in kills)
-    return f"{len(kills)} bugs were planted in the code, one by one: {len(kills) - alive} noticed, {alive} survived."
+    alive = sum(not kill.killed_by for kill in kills)
+    return f"{len(kills)} mutants of the code were checked: {len(kills) - alive} killed, {alive} survived."
 
 
 def _provenance(made: dict[str, Any]) -> str:
@@ -209,9 +210,7 @@ def _curves(results: list[Result]) -> dict[str, list[tuple[float, float]]]:
             ]
             result = found[0] if found else differences(operation, case, "reference", "cpu")
             curves[operation.name] = result.curve
-    right = PAIRS["local_response_norm", "reference"]
-    wrong = pair("local_response_norm", WRONG, backward=lambda *a: right.backward(*a) * (1 + 1e-6))
-    with wrong.plant():
+    with mutate(local_response_norm_backward, "return cast(", "return (1 + 1e-6) * cast("):
         case = LOCAL_RESPONSE_NORM.cases[0]
         curves[WRONG] = differences(LOCAL_RESPONSE_NORM, case, "reference", "cpu").curve
     return curves

@@ -10,10 +10,10 @@ import torch
 
 from alexnet.errors import UserError
 from alexnet.gradients import CheckGradients
-from alexnet.gradients.bugs import MUTANTS
 from alexnet.gradients.cases import Case, Operation
 from alexnet.gradients.checks import Result, results_of
-from alexnet.gradients.mutants import Kill, Mutant, hunt
+from alexnet.gradients.mutants import Kill, Mutant, try_to_kill
+from alexnet.gradients.mutants_of_reference import MUTANTS
 from alexnet.gradients.network import (
     NETWORKS,
     STEPS_NET,
@@ -46,7 +46,7 @@ class Proof:
 
     @property
     def survivors(self) -> list[Kill]:
-        return [kill for kill in self.kills if not kill.noticed_by]
+        return [kill for kill in self.kills if not kill.killed_by]
 
     @property
     def passed(self) -> bool:
@@ -61,7 +61,7 @@ class Proof:
             "seconds": self.seconds,
             "results": [result.row() for result in self.results],
             "skipped": self.skipped,
-            "kills": [{**kill.__dict__, "killed": bool(kill.noticed_by)} for kill in self.kills],
+            "kills": [{**kill.__dict__, "killed": bool(kill.killed_by)} for kill in self.kills],
         }
 
 
@@ -201,16 +201,16 @@ def _worst_parameter(results: list[Result], like: Result) -> Result:
 def _mutants(config: CheckGradients, proof: Proof, say: Say) -> None:
     say(f"\n{KILL_HEAD}")
     for mutant in mutants(config):
-        proof.kills.append(hunt(mutant))
+        proof.kills.append(try_to_kill(mutant))
         say(kill_row(proof.kills[-1]))
 
 
 def mutants(config: CheckGradients) -> Iterator[Mutant]:
-    """The bugs of the pairs that are checked here, and of the rules, which are the same with every pair."""
+    """The mutants of the pairs that are checked here, and of the rules, which are the same with every pair."""
     chosen = {name: backends_for(name, config, "cpu", []) for name in OPERATIONS}
     found = [*MUTANTS]
     if any(backend in (Backend.compiled, Backend.library) for each in chosen.values() for backend in each):
-        from alexnet.gradients.bugs_of_compiled import MUTANTS_OF_COMPILED  # imports the compiler
+        from alexnet.gradients.mutants_of_compiled import MUTANTS_OF_COMPILED  # imports the compiler
 
         found += MUTANTS_OF_COMPILED
     for mutant in found:
@@ -228,7 +228,7 @@ OPERATION_HEAD = (
     f" {'fp32':>7} {'bf16':>7}   {'s':>4}"
 )
 ROW_HEAD = f"{'checked':31} {'backend':10} {'on':5} {'':28} {'error':>8} {'bound':>6} {'used':>6}"
-KILL_HEAD = f"{'planted bug (a differences, b autograd, c identity)':61} {'':3} noticed by"
+KILL_HEAD = f"{'mutant (a differences, b autograd, c identity)':61} {'':3} killed on"
 
 
 def operation_row(results: list[Result], seconds: float) -> str:
@@ -274,7 +274,7 @@ def percent(share: float) -> str:
 
 def kill_row(kill: Kill) -> str:
     name = f"{kill.where}: {kill.name}"
-    return f"{name[:61]:61} {kill.letters:3} {kill.case if kill.noticed_by else 'NOBODY: IT SURVIVED'}"
+    return f"{name[:61]:61} {kill.letters:3} {kill.case if kill.killed_by else 'SURVIVED'}"
 
 
 def failure_line(result: Result) -> str:
@@ -286,7 +286,7 @@ def failure_line(result: Result) -> str:
 def verdict(proof: Proof) -> str:
     line = f"\n{verdict_line(proof)}"
     if proof.kills:
-        line += f"\n{len(proof.kills)} bugs planted, {len(proof.survivors)} survived"
+        line += f"\n{len(proof.kills)} mutants, {len(proof.survivors)} survived"
     return line
 
 
