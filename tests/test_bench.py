@@ -27,7 +27,7 @@ from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interlea
 from alexnet.classifier import typed
 from alexnet.data.module import Resident
 from alexnet.errors import UserError
-from alexnet.gradients.bugs_of_compiled import MUTANTS_OF_COMPILED
+from alexnet.gradients.mutants_of_compiled import MUTANTS_OF_COMPILED
 from alexnet.layers import ReluLrnPool
 from alexnet.layers.backend import PAIRS, Pair, pair_for
 from alexnet.model import ModelConfig, layer_table
@@ -236,14 +236,14 @@ def test_a_result_off_by_a_thirtieth_is_refused_in_bfloat16(operation, where, mo
 
 
 # Mutants that need what the network has not: an even window, padded pools, single losses, ... say so (`shows`).
-PLANTED = [m for m in MUTANTS_OF_COMPILED if not m.shows and m.where in OPERATIONS]
+PLANTED = [m for m in MUTANTS_OF_COMPILED if m.pair is None and m.where in OPERATIONS]
 
 
 @pytest.mark.usefixtures("small", "uncompiled")
 @pytest.mark.parametrize("mutant", PLANTED, ids=lambda m: f"{m.where}: {m.name}")
 def test_a_planted_mutant_is_refused_in_bfloat16(mutant):
     backend = "fastest" if mutant.backend == "library" else "fast"
-    with mutant.plant(), pytest.raises(AssertionError, match="nothing is timed"):
+    with mutant.in_place(), pytest.raises(AssertionError, match="nothing is timed"):
         check_both(backend)
 
 
