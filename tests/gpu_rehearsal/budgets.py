@@ -36,11 +36,11 @@ class Budget(NamedTuple):
 BUDGETS = [
     Budget("fastest", "launches", 160),
     Budget("fastest", "GB", 6.5),  # at least 2.7: each tensor read and written once
-    Budget("fastest", "peak GiB", 3),
+    Budget("fastest", "peak GiB", 2),
     Budget("fast", "products", 60),
     Budget("fast", "unaligned products", 0),  # an operand that does not begin at a multiple of 16 bytes
     Budget("fast", "products of 3 rows", 0),  # conv1, tap by tap: each reads all of dy for 3 rows
-    Budget("fast", "peak GiB", 4),
+    Budget("fast", "peak GiB", 2.5),
     # 0.3 on a quiet machine; other programs on the same core can triple the CPU time of a step.
     Budget("captured", "host CPU ms", 1.0),
     Budget("captured", "violations", 0),

@@ -328,7 +328,7 @@ CUresult cuGetProcAddress_v2(const char *name, void **found, int version, cuuint
 static int launch(const char *origin, const char *name, dim3 grid) {
   int possible = grid.x && grid.y && grid.z && grid.y <= 65535 && grid.z <= 65535;
   event(possible ? "kernel" : "bad-grid", "%s:%s %u,%u,%u", origin, name, grid.x, grid.y, grid.z);
-  return node(), possible ? cudaSuccess : fail(cudaErrorInvalidConfiguration);
+  return node(), possible ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
 // torch's: a program registers its kernels when it is loaded, by the address of a function of the host.
@@ -351,7 +351,8 @@ void __cudaRegisterFunction(void **h, const char *host, char *device, const char
 static int launch_torch(const void *address, dim3 grid) {
   struct kernel **found = tfind(&(struct kernel){address}, &kernels, by_address);
   torch_kernels++;
-  return launch("torch", found ? (*found)->name : "?", grid);
+  int error = launch("torch", found ? (*found)->name : "?", grid);
+  return error ? fail(error) : cudaSuccess;
 }
 static __thread struct { dim3 grid, block; size_t shared; void *stream; } configuration;
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void *stream) {

@@ -1,6 +1,6 @@
-"""Counts every case and writes .github/results/gpu_rehearsal: python tests/gpu_rehearsal/report.py <name>.
+"""Counts every case and writes .github/results/gpu_rehearsal: python tests/gpu_rehearsal/report.py [<name>].
 
-<name>.json holds the figures, table.md those of every name beside the budgets.
+<name>.json holds the figures, table.md those of every name beside the budgets; without a name only the table is made.
 """
 
 import json
@@ -25,7 +25,8 @@ def counted() -> dict[str, object]:
     found: dict[str, object] = {}
     for case in CASES:
         try:
-            found[case] = {key: value for key, value in figures(case).items() if key != "details"}
+            numbers = {key: value for key, value in figures(case).items() if key != "details"}
+            found[case] = {key: float(f"{value:.4g}") for key, value in numbers.items()}
         except RuntimeError as error:  # a case that this version of the code does not have
             found[case] = {"error": str(error).splitlines()[-1]}
     return {"torch": torch.__version__, "triton": triton.__version__, "cases": found}
@@ -42,13 +43,14 @@ def table(names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(name: str) -> None:
+def main(name: str | None = None) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(counted(), indent=1) + "\n")
+    if name:
+        (RESULTS / f"{name}.json").write_text(json.dumps(counted(), indent=1) + "\n")
     names = sorted((path.stem for path in RESULTS.glob("*.json")), key=lambda stem: (stem != "before", stem))
     (RESULTS / "table.md").write_text(HEADER + table(names))
     print(table(names), f"\n{RESULTS / 'table.md'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

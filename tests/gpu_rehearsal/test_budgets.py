@@ -1,10 +1,12 @@
 """A training step on a CUDA that computes nothing stays within its budgets. Needs gcc and a CUDA build of torch."""
 
 import json
+from pathlib import Path
 
 import nullcuda
 import pytest
 from budgets import BUDGETS, SMALL_CASES, Budget, figures, run
+from nullcuda import Event
 
 REASON = nullcuda.missing()
 pytestmark = [
@@ -34,23 +36,37 @@ def test_a_captured_step_is_one_replay() -> None:
     assert found["products"] == 0, "products outside the graph"
 
 
-def test_a_wait_is_seen_with_its_line(tmp_path) -> None:
-    """The counts of zero above mean something: the log sees each kind of wait, and what capture forbids."""
-    script = tmp_path / "waits.py"
-    script.write_text(
-        "import json, torch\n"
-        "from nullcuda import Log\n"
-        "x = torch.ones(4, device='cuda')\n"
-        "with Log() as log:\n"
-        "    x.sum().item()\n"
-        "    torch.ones(4).to('cuda')\n"
-        "    try:\n"
-        "        with torch.cuda.graph(torch.cuda.CUDAGraph()): x.sum().item()\n"
-        "    except RuntimeError: pass\n"
-        "print(json.dumps(log.events))\n"
-    )
-    events = json.loads(run([str(script)]).splitlines()[-1])
-    where = [text for kind, text in events if kind == "where"]
-    assert [text for kind, text in events if kind == "violation"], events
-    assert any("waits.py:5" in text for text in where), events
-    assert any("waits.py:6" in text for text in where), events
+FORBIDDEN = """
+import contextlib, json, torch, triton
+from nullcuda import Log
+
+@triton.jit
+def nothing(x):
+    pass
+
+x = torch.ones(40, 32, 8, 8, device="cuda", dtype=torch.bfloat16)
+with Log() as log:
+    x.sum().item()
+    torch.ones(4).to("cuda")
+    torch.mm(x.flatten()[1:1025].view(32, 32), x[0].view(32, 64))
+    torch.nn.functional.conv2d(x, x[:, :, :3, :3].contiguous())
+    with contextlib.suppress(RuntimeError):
+        nothing[(1, 65536)](x)
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.sum().item()
+print(json.dumps(log.events))
+"""
+
+
+def test_the_log_sees_what_the_budgets_forbid(tmp_path: Path) -> None:
+    """Counts of zero mean something: each kind of mistake, made on purpose, is in the log, waits with their line."""
+    script = tmp_path / "forbidden.py"
+    script.write_text(FORBIDDEN)
+    events = [Event(*event) for event in json.loads(run([str(script)]).splitlines()[-1])]
+    waits = " ".join(event.text for event in events if event.kind == "where")
+    assert "forbidden.py:11" in waits, ".item()"
+    assert "forbidden.py:12" in waits, "a copy from pageable memory"
+    assert any(event.kind == "product" and "align 2 " in event.text for event in events)
+    assert any(event.kind == "convolution" and "NCHW" in event.text for event in events)
+    assert any(event.kind == "bad-grid" for event in events)
+    assert any(event.kind == "violation" for event in events)

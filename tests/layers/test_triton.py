@@ -31,7 +31,8 @@ CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
     [
         ("interpreter", "not slow"),
         pytest.param("interpreter", "slow", marks=pytest.mark.slow),
-        pytest.param("cuda", "slow or not slow", marks=CUDA),
+        pytest.param("cuda", "not slow", marks=CUDA),
+        pytest.param("cuda", "slow", marks=[*CUDA, pytest.mark.slow]),
     ],
 )
 def test_pairs_match_reference(on, cases):
