@@ -4,6 +4,7 @@
 """
 
 import json
+import subprocess
 import sys
 
 import nullcuda
@@ -29,12 +30,14 @@ def counted() -> dict[str, object]:
             found[case] = {key: float(f"{value:.4g}") for key, value in numbers.items()}
         except RuntimeError as error:  # a case that this version of the code does not have
             found[case] = {"error": str(error).splitlines()[-1]}
-    return {"torch": torch.__version__, "triton": triton.__version__, "cases": found}
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=nullcuda.ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "torch": torch.__version__, "triton": triton.__version__, "cases": found}
 
 
 def table(names: list[str]) -> str:
     found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in names}
-    titles = [f"{name} (torch {result['torch']})" for name, result in found.items()]
+    titles = [f"{name}: {result['commit']}, torch {result['torch']}" for name, result in found.items()]
     lines = [f"| case | figure | budget | {' | '.join(titles)} |", "|---|---|---|" + "---|" * len(titles)]
     for case, figure, most in BUDGETS:
         values = [result["cases"][case].get(figure) for result in found.values()]
