@@ -34,12 +34,14 @@ MISMATCH = "the numbers differ"  # how a comparison fails; anything else that fa
 
 
 @pytest.fixture(autouse=True)
-def _ieee(monkeypatch: pytest.MonkeyPatch) -> None:
+def _ieee() -> Iterator[None]:
     """float32 is IEEE in products and convolutions, bfloat16 is summed in float32, cudnn repeats itself."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.deterministic
+    torch.set_float32_matmul_precision("highest")
+    matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.deterministic = False, False, True
+    yield
+    matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.deterministic = before
 
 
 def pairs() -> Iterator[Any]:
