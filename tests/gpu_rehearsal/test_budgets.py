@@ -47,7 +47,7 @@ def nothing(x):
 x = torch.ones(40, 32, 8, 8, device="cuda", dtype=torch.bfloat16)
 with Log() as log:
     x.sum().item()
-    torch.ones(4).to("cuda")
+    torch.ones(4).to("cuda", non_blocking=True)
     torch.mm(x.flatten()[1:1025].view(32, 32), x[0].view(32, 64))
     torch.nn.functional.conv2d(x, x[:, :, :3, :3].contiguous())
     with contextlib.suppress(RuntimeError):
