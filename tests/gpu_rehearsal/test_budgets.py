@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nullcuda
 import pytest
-from budgets import BUDGETS, SMALL_CASES, Budget, figures, run
+from budgets import BUDGETS, Budget, figures, run
 from nullcuda import Event
 
 REASON = nullcuda.missing()
@@ -15,12 +15,8 @@ pytestmark = [
 ]
 
 
-def parameter(budget: Budget) -> object:
-    marks = [] if budget.case in SMALL_CASES else [pytest.mark.slow]
-    return pytest.param(budget, marks=marks, id=f"{budget.case}-{budget.figure.replace(' ', '_')}")
-
-
-@pytest.mark.parametrize("budget", [parameter(budget) for budget in BUDGETS])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: f"{b.case}-{b.figure.replace(' ', '_')}")
 def test_a_step_stays_within_its_budget(budget: Budget) -> None:
     found = figures(budget.case)
     why = json.dumps(found["details"], indent=1)
