@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import nullcuda
@@ -80,10 +79,12 @@ def _figures(small: bool) -> dict[str, Any]:
     return found
 
 
-def run(arguments: list[str], cwd: Path = nullcuda.ROOT, check: bool = True) -> str:
+def run(arguments: list[str], check: bool = True) -> str:
     """A Python on the null CUDA; its output, or an error with the end of it."""
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=nullcuda.environment(), cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=nullcuda.environment(), cwd=nullcuda.ROOT, capture_output=True, text=True
+    )
     if check and done.returncode:
         raise RuntimeError(
             f"{' '.join(arguments)[:200]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
