@@ -36,11 +36,13 @@ CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
     ],
 )
 def test_pairs_match_reference(on, cases):
+    # Triton's compiler needs a quarter of a minute for a backward of 1,030 maps in float64.
+    quick = ["-k", "not longer"] if (on, cases) == ("cuda", "not slow") else []
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if on == "interpreter" else {}
     command = [
         sys.executable,
         *("-m", "pytest", "--noconftest", "-p", "no:cacheprovider"),
-        *("-m", cases, str(PAIRS_TESTS)),
+        *("-m", cases, *quick, str(PAIRS_TESTS)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
