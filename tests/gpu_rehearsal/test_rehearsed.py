@@ -12,14 +12,24 @@ REASON = nullcuda.missing()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(REASON is not None, reason=f"no null CUDA: {REASON}"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 
 def test_gpu_tests_reach_their_comparisons(tmp_path: Path) -> None:
     """Nothing fails there but a comparison of numbers, which no kernel has written."""
     report, tests = tmp_path / "report.xml", str(nullcuda.HERE / "test_on_a_card.py")
-    options = ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "gpu", f"--junitxml={report}"]
+    options = [
+        "-o",
+        "addopts=",
+        "-o",
+        "timeout=900",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        f"--junitxml={report}",
+    ]
     run(["-m", "pytest", *options, tests], check=False)
     cases = list(ElementTree.parse(report).iter("testcase"))
     assert cases
