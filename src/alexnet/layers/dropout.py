@@ -35,8 +35,9 @@ keeps 0 from being mapped to 0. The unit is mixed on its own first, because rows
 only would otherwise carry the same mask in another order. Any slice of rows can be computed alone (`first_row`),
 so processes that share a batch agree, and a resumed run repeats its masks.
 
-Torch has no unsigned 32-bit arithmetic everywhere, so words travel in int64, cut to 32 bits after each step; the
-second multiplier is written as 846CA68B - 2^32, which keeps products inside int64 and the low 32 bits the same.
+Torch has no unsigned 32-bit arithmetic everywhere, so words travel in int64, cut to 32 bits after each step. The
+addend and the second multiplier are written less 2^32, which leaves the low 32 bits the same: products stay inside
+int64, and on a GPU the compiler adds to indices in int32, where 9E3779B9 does not fit.
 
 Shapes: x (N, ...): N rows, the other dimensions counted off as units; key a 0-dim int64; m bool, shaped as x.
 """
@@ -60,7 +61,7 @@ MODES = ("inverted", "mask_only")
 
 def mix(h: Word) -> Word:
     """A 32-bit word (an int, or int64 tensors of words) whose every bit depends on every bit of h."""
-    h = (h + 0x9E3779B9) & WORD
+    h = (h + (0x9E3779B9 - (1 << 32))) & WORD
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & WORD
     h = ((h ^ (h >> 15)) * (0x846CA68B - (1 << 32))) & WORD
     return h ^ (h >> 16)
