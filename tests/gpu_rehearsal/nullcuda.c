@@ -67,9 +67,10 @@ const char *nullcuda_stop(void) {
 void nullcuda_note(const char *kind, const char *text) { event(kind, "%s", text); }
 long nullcuda_torch_kernels(void) { return torch_kernels; }
 
-// ---- Capture: one at a time, for all threads as with CUDA's mode "global" ------------------------------------------
+// ---- Capture: one stream at a time; waiting for another stream meanwhile is allowed ---------------------------------
 
 static int capturing, nodes;
+static cudaStream_t captured;
 static cudaError_t last_error;
 static uintptr_t last_handle = 4096;
 
@@ -83,7 +84,7 @@ static int forbidden(const char *what) {
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
-  capturing = 1, nodes = 0;
+  capturing = 1, nodes = 0, captured = stream;
   event("capture", "begin");
   return cudaSuccess;
 }
@@ -95,7 +96,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *status = capturing && stream == captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
@@ -121,7 +122,9 @@ cudaError_t cudaUserObjectCreate(cudaUserObject_t *made, void *p, cudaHostFn_t f
   return *made = new_handle(), cudaSuccess;
 }
 
-CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) { return *status = capturing, 0; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  return *status = capturing && stream == captured, 0;
+}
 
 // ---- Memory --------------------------------------------------------------------------------------------------------
 
@@ -208,7 +211,10 @@ static cudaError_t copy(void *to, const void *from, size_t size, int synchronous
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind k) { return copy(to, from, size, 1); }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind k, cudaStream_t s) {
-  return copy(to, from, size, 0);
+  if (!capturing || s == captured) return copy(to, from, size, 0);
+  capturing = 0;  // another stream's copies are not part of what is captured
+  cudaError_t error = copy(to, from, size, 0);
+  return capturing = 1, error;
 }
 
 cudaError_t cudaMemset(void *p, int value, size_t size) {
@@ -240,7 +246,9 @@ static cudaError_t synchronize(const char *what) {
   if (forbidden(what)) return fail(cudaErrorStreamCaptureUnsupported);
   return waits("sync", what), cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t s) { return synchronize("stream"); }
+cudaError_t cudaStreamSynchronize(cudaStream_t s) {
+  return capturing && s != captured ? (waits("sync", "another stream"), cudaSuccess) : synchronize("stream");
+}
 cudaError_t cudaEventSynchronize(cudaEvent_t e) { return synchronize("event"); }
 cudaError_t cudaDeviceSynchronize(void) { return synchronize("device"); }
 
