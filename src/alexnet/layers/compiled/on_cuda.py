@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet.graphs import batched, fused
+from alexnet.graphs import batched, compiled, fused
 from alexnet.layers.backend import Pair, wide
 from alexnet.layers.compiled.layout import channels_last
 from alexnet.layers.compiled.local_response_norm import Norm, reach, response
@@ -268,7 +268,8 @@ def dropout_forward(x: Tensor, key: Tensor, p: float, first_row: int, scale: flo
     return y.view(x.shape), keep.view(x.shape)
 
 
-@fused
+# Not `fused`: every step of the hash names its word twice, and working each mention out anew takes a minute to compile.
+@compiled
 def _dropout(x: Tensor, key: Tensor, p: float, first_row: int, scale: float) -> tuple[Tensor, Tensor]:
     words = row_words(len(x), key, first_row) ^ unit_words(x.shape[1], x.device)
     keep = mix(words) >= round(p * 2**32)
