@@ -5,7 +5,7 @@ Every row beside its baselines, interleaved, with spread; writes CSV, JSON, a pi
 
 from alexnet.bench import Benchmark
 from alexnet.bench.results import benchmark
-from alexnet.config import command
+from alexnet.cli import command
 
 
 @command("benchmark")

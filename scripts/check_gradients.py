@@ -4,8 +4,8 @@ Prints a table, writes results.json and report.html (the lesson), and exits with
 takes half a minute on two cores; backend=fast takes longer the first time, for what it compiles.
 """
 
-from alexnet.config import CheckGradients, command
-from alexnet.gradients.run import prove
+from alexnet.cli import CheckGradients, command
+from alexnet.gradcheck.run import prove
 
 
 @command("check_gradients")

@@ -3,7 +3,7 @@
 Several (checkpoint=[a,b,c]) are evaluated one by one and averaged, as the paper's ensembles are.
 """
 
-from alexnet.config import Evaluate, command
+from alexnet.cli import Evaluate, command
 from alexnet.evaluate import evaluate
 
 

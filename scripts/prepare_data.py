@@ -3,7 +3,7 @@
 Again: nothing to do, or goes on where it was killed. verify=true checks the hash of every array.
 """
 
-from alexnet.config import PrepareData, command
+from alexnet.cli import PrepareData, command
 from alexnet.data.prepare import prepare, verify
 
 

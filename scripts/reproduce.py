@@ -8,9 +8,9 @@ conf/claim holds the claims, conf/experiment/claims_<scale>.yaml what all runs s
 import re
 import sys
 
-from alexnet.config import command
-from alexnet.reproduce import Reproduce
-from alexnet.reproduce.runner import reproduce
+from alexnet.claims import Reproduce
+from alexnet.claims.runner import reproduce
+from alexnet.cli import command
 
 
 @command("reproduce")

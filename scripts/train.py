@@ -3,8 +3,8 @@
 `--help` lists every choice; conf/train.yaml is where they start.
 """
 
-from alexnet.config import Train, command
-from alexnet.train import train
+from alexnet.cli import Train, command
+from alexnet.training.run import train
 
 
 @command("train")

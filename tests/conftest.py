@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import open_dict
 
-from alexnet.config import CONF, load, register
+from alexnet.cli import CONF, load, register
 from alexnet.data.prepare import PrepareConfig, prepare
 
 SMALL_NET = [
@@ -38,7 +38,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run inside a test draws nothing: that takes as long as training. Runs of wider fixtures draw theirs."""
-    monkeypatch.setattr("alexnet.train._picture", lambda *_: "not drawn")
+    monkeypatch.setattr("alexnet.training.run._picture", lambda *_: "not drawn")
 
 
 @pytest.fixture(scope="session")

@@ -24,13 +24,13 @@ from alexnet.bench import (
 )
 from alexnet.bench.results import describe, finish, headlines, markdown, save
 from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interleave, set_precision
-from alexnet.classifier import typed
 from alexnet.data.module import Resident
 from alexnet.errors import UserError
-from alexnet.gradients.mutants_of_compiled import MUTANTS_OF_COMPILED
+from alexnet.gradcheck.mutants_of_compiled import MUTANTS_OF_COMPILED
 from alexnet.layers import ReluLrnPool
 from alexnet.layers.backend import PAIRS, Pair, pair_for
 from alexnet.model import ModelConfig, layer_table
+from alexnet.training.classifier import typed
 
 SMALL = {
     "image_px": 40,

@@ -15,13 +15,13 @@ import torch
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from alexnet import build
-from alexnet.classifier import plain, typed
-from alexnet.config import CONF, as_chosen, command, load, one_line, register
+from alexnet.cli import CONF, as_chosen, command, load, one_line, register
 from alexnet.errors import UserError
 from alexnet.layers import Backend
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import build_optimizer, build_scheduler
+from alexnet.training import assemble
+from alexnet.training.classifier import plain, typed
 
 GROUPS = ("model", "backend", "data", "augment", "optim", "trainer", "callbacks", "logger", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -271,37 +271,37 @@ def assert_one_line(text: str) -> None:
 def test_missing_data_names_the_command_that_makes_them(compose: Callable[..., Any], tmp_path: Path) -> None:
     config = compose("data=tiny_imagenet", f"data_dir={tmp_path}")
     with pytest.raises(UserError, match=r"python scripts/prepare_data\.py data=tiny_imagenet"):
-        build.training(config)
+        assemble.training(config)
     assert not (tmp_path / "train").exists()
 
 
 def test_another_configuration_in_the_same_directory_is_refused(compose: Callable[..., Any]) -> None:
-    build.training(compose()).start()
+    assemble.training(compose()).start()
     with pytest.raises(UserError, match=r"optim.lr: 0.01 there, 0.02 now.*overwrite=true"):
-        build.training(compose("optim.lr=0.02"))
-    build.training(compose("optim.lr=0.02", "overwrite=true")).start(overwrite=True)
-    build.training(compose("optim.lr=0.02", "watchdog=warn"))  # not part of what a run is
+        assemble.training(compose("optim.lr=0.02"))
+    assemble.training(compose("optim.lr=0.02", "overwrite=true")).start(overwrite=True)
+    assemble.training(compose("optim.lr=0.02", "watchdog=warn"))  # not part of what a run is
 
 
 def test_a_backend_left_open_is_the_run_of_the_backend_it_stands_for(
     compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs of before `backend=auto` and `trainer.benchmark` have backend=reference on record."""
-    run = build.training(compose("backend=reference"))
+    run = assemble.training(compose("backend=reference"))
     run.start()
     assert run.record.content["config"]["backend"]["default"] == "reference"
     assert "benchmark" not in run.record.content["config"]["trainer"]
-    build.training(compose("backend=auto", "trainer.benchmark=true"))
+    assemble.training(compose("backend=auto", "trainer.benchmark=true"))
     config = compose("backend=auto", "backend.conv2d=auto")
-    monkeypatch.setattr(build, "device_type_of", lambda *_: "cuda")
-    backend = build.identity(config, None)["backend"]
+    monkeypatch.setattr(assemble, "device_type_of", lambda *_: "cuda")
+    backend = assemble.identity(config, None)["backend"]
     assert (backend["default"], backend["conv2d"], backend["relu"]) == ("fast", "fast", None)
     assert config.backend.default == "auto"
 
 
 def test_the_headline_says_what_a_backend_means_on_a_gpu() -> None:
     def notes(default: str, device_type: str = "cuda", compiles: bool = True, masters: bool = True) -> str:
-        lines = build.backend_notes(Backend(default), device_type, compiles, masters)
+        lines = assemble.backend_notes(Backend(default), device_type, compiles, masters)
         assert not any("\n" in line for line in lines)
         return "; ".join(lines)
 
@@ -316,18 +316,18 @@ def test_the_headline_says_what_a_backend_means_on_a_gpu() -> None:
 
 def test_classes_that_the_store_does_not_have_are_refused(compose: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=r"model.num_classes=7.* holds 10 classes"):
-        build.training(compose("model.num_classes=7"))
+        assemble.training(compose("model.num_classes=7"))
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="trainer=cpu"):
-        build.device_type_of("gpu")
+        assemble.device_type_of("gpu")
 
 
 def test_run_record_holds_only_plain_data(compose: Callable[..., Any]) -> None:
     config = compose()
-    identity = build.identity(config, build.image_data(config))
+    identity = assemble.identity(config, assemble.image_data(config))
     assert pickle.loads(pickle.dumps(identity)) == identity
     assert OmegaConf.create(identity)
     assert "output_dir" not in identity

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from alexnet.config import Evaluate
+from alexnet.cli import Evaluate
 from alexnet.data.store import Store
 from alexnet.errors import UserError
 from alexnet.evaluate import PAPER_ROWS, _write, average, log_probabilities, paper_rows, score, table

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet import build
-from alexnet.config import Evaluate
+from alexnet.cli import Evaluate
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.evaluate import evaluate
-from alexnet.train import train
-from tests.test_resume import Crash, assert_same_bits, crash_at, ended
+from alexnet.training import assemble
+from alexnet.training.run import train
+from tests.training.test_resume import Crash, assert_same_bits, crash_at, ended
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_prepare_train_resume_and_ten_views(
         with pytest.raises(Crash):
             train(broken)
     train(broken)
-    (a, rows_a), (b, rows_b) = (ended(build.run_directory(c)) for c in (straight, broken))
+    (a, rows_a), (b, rows_b) = (ended(assemble.run_directory(c)) for c in (straight, broken))
     assert_same_bits(a, b)
     assert rows_a == rows_b
-    (result,) = evaluate(Evaluate(str(build.run_directory(broken)), views=10, data_dir=str(imagenet)))
+    (result,) = evaluate(Evaluate(str(assemble.run_directory(broken)), views=10, data_dir=str(imagenet)))
     assert (result.views, result.n) == (10, 6)

@@ -8,12 +8,12 @@ import torch
 import torchvision
 import yaml
 
-from alexnet.checkpoint import from_torchvision
-from alexnet.classifier import typed
-from alexnet.config import CONF
+from alexnet.cli import CONF
 from alexnet.errors import UserError
 from alexnet.layers import Backend, Backends
 from alexnet.model import AlexNet, ModelConfig, layer_table
+from alexnet.training.checkpoint import from_torchvision
+from alexnet.training.classifier import typed
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from alexnet import build, plain
-from alexnet.train import read_metrics, train
+from alexnet import plain
+from alexnet.training import assemble
+from alexnet.training.run import read_metrics, train
 
 
 def test_fourteen_steps_end_with_the_bits_of_the_trainer(
@@ -17,7 +18,7 @@ def test_fourteen_steps_end_with_the_bits_of_the_trainer(
     size = ["model.width=0.5", "model.hidden=[1024,1024]", "data.batch_size=16", "data.eval_batch_size=48"]
     config = compose(*size, "optim.epochs=2", "log_every=1", "checkpoint_every=0", "evaluate=false")
     train(config)
-    directory = build.run_directory(config)
+    directory = assemble.run_directory(config)
     expected = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     rows = read_metrics(directory / "metrics.csv")
     weights, losses = plain.train(str(data_dir / "synthetic"), epochs=2, size=16)

@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 import pytest
 
-from alexnet.config import CONF, SCHEMAS, Train, as_chosen, load, register
+from alexnet.cli import CONF, SCHEMAS, Train, as_chosen, load, register
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet.config import CONF
+from alexnet.cli import CONF
 
 ROOT = CONF.parent
 

@@ -4,5 +4,5 @@
 class UserError(ValueError):
     """Something the user can put right: one line that says what, which value, which key, and what to do.
 
-    Scripts print the line on stderr and exit with code 2 (`alexnet.config.command`).
+    Scripts print the line on stderr and exit with code 2 (`alexnet.cli.command`).
     """

@@ -30,14 +30,14 @@ from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from alexnet.build import device_type_of
-from alexnet.checkpoint import find, load
-from alexnet.classifier import Classifier
-from alexnet.config import Evaluate
+from alexnet.cli import Evaluate
 from alexnet.data.store import Store, open_store
 from alexnet.errors import UserError
-from alexnet.precision import under_precision
-from alexnet.run_record import command_line, environment, write_json
+from alexnet.system import under_precision
+from alexnet.training.assemble import device_type_of
+from alexnet.training.checkpoint import find, load
+from alexnet.training.classifier import Classifier
+from alexnet.training.record import command_line, environment, write_json
 
 LEVEL = 0.95  # of every interval
 TOP5_CLASSES = 6  # with five classes or fewer, the top five are never wrong

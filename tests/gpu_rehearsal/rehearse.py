@@ -19,8 +19,8 @@ import torch
 from moved import Moved, logged_bytes
 from nullcuda import Event, Log
 
-from alexnet import build
-from alexnet.config import compose
+from alexnet.cli import compose
+from alexnet.training import assemble
 
 COUNTED = 5  # the step whose events are counted: everything is compiled, and captured
 WEIGHED = 6  # the step whose bytes are counted; then the log ends, and the host's time begins to count
@@ -76,7 +76,7 @@ def rehearse(data_dir: str, overrides: list[str]) -> dict[str, Any]:
     """The figures of a training with these overrides of conf/train.yaml."""
     with tempfile.TemporaryDirectory() as output:
         config = compose("train", [*SETTINGS, f"data_dir={data_dir}", f"output_dir={output}", *overrides])
-        run = build.training(config)
+        run = assemble.training(config)
         weigh = "trainer.capture=false" in overrides
         counted = Counted(Log().__enter__(), weigh)
         run.trainer.callbacks.append(counted)

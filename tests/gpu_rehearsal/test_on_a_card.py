@@ -13,15 +13,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils._pytree import tree_leaves
 
-from alexnet import build
-from alexnet.config import Evaluate
+from alexnet.cli import Evaluate
 from alexnet.evaluate import evaluate
-from alexnet.gradients.cases import Case, Operation, cotangent
-from alexnet.gradients.cases import evaluate as both_ways
-from alexnet.gradients.checks import prepared, used
-from alexnet.gradients.operations import ALL
+from alexnet.gradcheck.cases import Case, Operation, cotangent
+from alexnet.gradcheck.cases import evaluate as both_ways
+from alexnet.gradcheck.checks import prepared, used
+from alexnet.gradcheck.operations import ALL
 from alexnet.layers.backend import Backend, Backends, pair_for
-from alexnet.train import train
+from alexnet.training import assemble
+from alexnet.training.run import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,7 +91,7 @@ def ended(compose: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     """ended(name, *overrides): the last checkpoint of a run of two epochs, which goes on where one was interrupted."""
 
     def last_checkpoint(name: str, *overrides: str, interrupted: bool = False) -> dict[str, Any]:
-        run = build.training(compose(*RUN, f"name={name}", *overrides))
+        run = assemble.training(compose(*RUN, f"name={name}", *overrides))
         run.trainer.callbacks.extend([StopAfterOneEpoch()] * interrupted)  # after those that save
         run.start(False)
         with pytest.raises(Stop) if interrupted else nullcontext():

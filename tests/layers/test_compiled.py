@@ -12,8 +12,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alexnet.compile import VARIANTS
 from alexnet.errors import UserError
-from alexnet.graphs import VARIANTS
 from alexnet.layers import (
     Backends,
     Conv2d,

@@ -27,8 +27,6 @@ from alexnet.bench.networks import (
     stock_step,
 )
 from alexnet.bench.timing import Contestant, Kind, Row, interleave
-from alexnet.callbacks import MetricsFile
-from alexnet.classifier import Classifier, plain
 from alexnet.data.augment import Augment, AugmentConfig, statistics_of
 from alexnet.data.module import Batch, DataConfig, EpochLoader, ImageData, Pixels, Resident
 from alexnet.data.prepare import PrepareConfig, prepare
@@ -36,6 +34,8 @@ from alexnet.data.store import Store, open_store
 from alexnet.data.synthetic import blocks
 from alexnet.layers import Backend, Backends
 from alexnet.optim import OptimConfig, Schedule
+from alexnet.training.callbacks import MetricsFile
+from alexnet.training.classifier import Classifier, plain
 
 Epoch = Callable[[], Iterator[tuple[Tensor, Batch]]]
 WORKERS = 2

@@ -13,7 +13,7 @@ from alexnet.bench.timing import Contestant, Kind
 from alexnet.layers import Backend, Backends, SameMapNorm, cross_entropy
 from alexnet.model import AlexNet, ModelConfig, Order, layer_table
 from alexnet.optim import OptimConfig, parameter_groups
-from alexnet.optim_masters import FusedKrizhevsky, Shadows
+from alexnet.training.master_weights import FusedKrizhevsky, Shadows
 
 CLASSES = 1000
 RATE = 1e-6  # so small that a hundred steps on noise do no harm
@@ -27,7 +27,7 @@ TRITON_NORMS = "fastest, triton norms"
 @cache
 def model_config(model: str) -> ModelConfig:
     """conf/model/<model>.yaml, with 1000 classes."""
-    from alexnet.config import compose  # which knows this package's Benchmark
+    from alexnet.cli import compose  # which knows this package's Benchmark
 
     config = compose("train", ["experiment=none", f"model={model}", "name=benchmark"]).model
     return replace(config, num_classes=CLASSES)

@@ -47,9 +47,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from alexnet.compile import batched, compiled
 from alexnet.data.store import Store
 from alexnet.errors import UserError
-from alexnet.graphs import batched, compiled
 
 CHUNK = 32  # images that share one draw in the 2012 code (crop_chunk)
 SLAB = 1 << 19  # pixels x channels that a CPU augments at a time: 2 MB of float32

@@ -59,7 +59,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet.graphs import batched, compiled
+from alexnet.compile import batched, compiled
 from alexnet.layers.backend import wide
 from alexnet.layers.compiled.layout import bordered
 from alexnet.layers.conv2d import Gradients, Sides, output_size, unfold

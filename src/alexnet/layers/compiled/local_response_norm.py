@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet.graphs import batched, compiled
+from alexnet.compile import batched, compiled
 from alexnet.layers.backend import wide
 from alexnet.layers.compiled.layout import constant
 from alexnet.layers.local_response_norm import inverse_power

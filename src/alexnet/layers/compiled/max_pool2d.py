@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet.graphs import batched, compiled
+from alexnet.compile import batched, compiled
 from alexnet.layers.backend import wide
 from alexnet.layers.compiled.layout import bordered, channels_last, constant
 from alexnet.layers.max_pool2d import Size, Two, output_size

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet.graphs import batched, compiled, fused
+from alexnet.compile import batched, compiled, fused
 from alexnet.layers.backend import Pair, wide
 from alexnet.layers.compiled.layout import channels_last
 from alexnet.layers.compiled.local_response_norm import Norm, reach, response

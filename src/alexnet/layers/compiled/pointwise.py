@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet.graphs import batched, compiled
+from alexnet.compile import batched, compiled
 from alexnet.layers.backend import wide
 from alexnet.layers.compiled.layout import constant
 from alexnet.layers.cross_entropy import cross_entropy_forward as loss_value

@@ -12,7 +12,7 @@ the peak of the whole step's memory.
 import torch
 from torch import Tensor
 
-from alexnet.graphs import batched, compiled
+from alexnet.compile import batched, compiled
 from alexnet.layers.compiled.layout import channels_last
 from alexnet.layers.compiled.local_response_norm import Norm, backward_into, neighbours, norm_rows
 from alexnet.layers.compiled.max_pool2d import NOBODY, gather, pooled

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet.graphs import batched, compiled
+from alexnet.compile import batched, compiled
 from alexnet.layers.backend import wide
 from alexnet.layers.compiled.layout import channels_last
 from alexnet.layers.compiled.local_response_norm import Norm, gain_and_slope

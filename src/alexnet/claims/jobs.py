@@ -1,0 +1,300 @@
+"""From claims to jobs: every run of every arm once, checked before any of them starts.
+
+A job is an ordinary run in its ordinary directory, so scripts/train.py can do it as well. What a job's state is, is
+read from that directory and from nothing else.
+
+Training never sees val (evaluate=false); measures.py does, when a run is over. Where a claim tunes a rate per arm,
+tuning runs come first; they use a seed of their own and are not measured. The value
+with the lowest time to the claim's threshold is taken (where none arrives: the lowest mean over the last epoch).
+"""
+
+import copy
+import json
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alexnet.claims import Reproduce
+from alexnet.claims.claims import Claim, Run, load_claims, select
+from alexnet.claims.measures import Want, evidence, failure, is_measured, wanted
+from alexnet.claims.statistics import running_mean
+from alexnet.claims.tables import Evidence, arrival
+from alexnet.cli import CONF, Train, compose
+from alexnet.data.module import ImageData
+from alexnet.data.prepare import PrepareConfig, prepare
+from alexnet.errors import UserError
+from alexnet.model import layer_table
+from alexnet.training import assemble
+from alexnet.training.record import differences, in_progress
+from alexnet.training.run import read_metrics
+
+CLAIMS = CONF / "claim"
+SMOKE_DATA = "synthetic_500"  # conf/experiment/claims_smoke.yaml; drawn where it is missing
+Chosen = dict[tuple[str, str], float]  # (claim, arm) -> the value of its tuned key
+
+
+class State(StrEnum):
+    new = "new"
+    interrupted = "interrupted"
+    unmeasured = "unmeasured"  # trained, but a claim asks for more than was measured
+    finished = "finished"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run with all that the chosen claims want of it."""
+
+    run: Run
+    config: Train
+    wants: frozenset[Want]
+    file: str  # the claim file that asks for it first
+    undecided: bool = False  # its rate is not chosen yet, the one in `config` stands in for it
+
+    @property
+    def directory(self) -> Path:
+        return assemble.run_directory(self.config)
+
+    @property
+    def state(self) -> State:
+        path = self.directory / "run.json"
+        if self.undecided or not path.exists():
+            return State.new
+        if is_measured(self.directory, self.wants) and (self.wants or self.trained):
+            return State.finished
+        return State.unmeasured if self.trained else State.interrupted
+
+    @property
+    def trained(self) -> bool:
+        """Whether training is over, well or not."""
+        record = json.loads((self.directory / "run.json").read_text())
+        return record["state"] == "finished" or bool(failure(self.directory))
+
+    @property
+    def steps_done(self) -> int:
+        path = self.directory / "metrics.csv"
+        rows = read_metrics(path) if path.exists() and not self.undecided else []
+        return int(rows[-1]["step"]) if rows else 0
+
+
+def claims_of(settings: Reproduce) -> list[Claim]:
+    return select(load_claims(CLAIMS), ",".join(settings.claims))
+
+
+def jobs_of(claims: Iterable[Claim], settings: Reproduce) -> list[Job]:
+    """Every run of the claims once, tuning runs first, with the wants of all claims that share it."""
+    claims = list(claims)
+    jobs: dict[tuple[str, int], Job] = {}
+    for claim in claims:
+        for _, _, run in claim.tuning_runs(settings.scale):
+            _add(jobs, _job(claim, run, settings, frozenset()))
+    chosen = choose(claims, settings)
+    for claim in claims:
+        for run in claim.runs(settings.scale, settings.seeds):
+            key = (claim.uses or claim.name, run.arm)
+            undecided = claim.tune is not None and key not in chosen
+            run = _tuned(claim, run, settings, chosen.get(key))
+            _add(jobs, _job(claim, run, settings, frozenset(wanted(claim, run.seed)), undecided))
+    return list(jobs.values())
+
+
+def _add(jobs: dict[tuple[str, int], Job], job: Job) -> None:
+    key = (job.run.name, job.run.seed)
+    jobs[key] = replace(jobs[key], wants=jobs[key].wants | job.wants) if key in jobs else job
+
+
+def _tuned(claim: Claim, run: Run, settings: Reproduce, value: float | None) -> Run:
+    """The run with its chosen rate; where there is no choice yet, with the first, which costs the same."""
+    if claim.tune is None:
+        return run
+    value = claim.tune.values[settings.scale][0] if value is None else value
+    return replace(run, overrides=(*run.overrides, f"{claim.tune.key}={value}"))
+
+
+def _job(claim: Claim, run: Run, settings: Reproduce, wants: frozenset[Want], undecided: bool = False) -> Job:
+    file = f"{claim.uses or claim.name}.yaml"
+    run = replace(run, overrides=(*run.overrides, "evaluate=false"))
+    try:
+        config = _composed(run.recipe, (*settings.overrides, *run.overrides))
+    except UserError as error:
+        raise UserError(f"{file}, arm {run.arm}: {error}") from error
+    config = copy.deepcopy(config)
+    config.name, config.seed = run.name, run.seed
+    config.output_dir, config.data_dir = settings.output_dir, settings.data_dir
+    config.data.root = str(Path(settings.data_dir) / config.data.name)
+    return Job(run, config, wants, file, undecided)
+
+
+@cache
+def _composed(recipe: str, overrides: tuple[str, ...]) -> Train:
+    """Once per arm and not per run: a hundred compositions would take ten seconds."""
+    config = compose("train", [f"experiment={recipe}", "name=none", *overrides])
+    assert isinstance(config, Train)
+    return config
+
+
+def is_tuning(job: Job) -> bool:
+    return not job.wants
+
+
+def choose(claims: Iterable[Claim], settings: Reproduce) -> Chosen:
+    """The value of each tuned arm whose tuning runs are all over."""
+    chosen: Chosen = {}
+    for claim in claims:
+        found: dict[str, dict[float, Evidence | None]] = {}
+        for arm, value, run in claim.tuning_runs(settings.scale):
+            directory = Path(settings.output_dir) / "train" / run.name / f"seed{run.seed}"
+            found.setdefault(arm, {})[value] = evidence(directory)
+        for arm, values in found.items():
+            over = {value: e for value, e in values.items() if e is not None}
+            if len(over) == len(values):
+                best = min(over, key=lambda value: _rank(_tuned_claim(claim), over[value]))
+                chosen[claim.uses or claim.name, arm] = best
+    return chosen
+
+
+def _tuned_claim(claim: Claim) -> Claim:
+    """A figure is drawn from the runs of another claim, which says what they are tuned for."""
+    return load_claims(CLAIMS)[claim.uses] if claim.uses else claim
+
+
+def _rank(claim: Claim, found: Evidence) -> tuple[float, float]:
+    """(time to the threshold, mean of the last epoch) of the claim's first comparison; less is better.
+
+    A rate with which the loss ends as no number is none that an arm could be trained with; its errors are numbers.
+    """
+    comparison = claim.comparisons[0]
+    curve = running_mean(found.curves.get(comparison.metric, []))
+    if found.diverged or not curve:
+        return math.inf, math.inf
+    time = arrival(comparison, found)
+    return math.inf if time is None else time, curve[-1][1]
+
+
+def rates(claims: Iterable[Claim], chosen: Chosen, settings: Reproduce) -> list[str]:
+    """What was chosen, in words: the best at the end of a list might have been better beyond it."""
+    lines = []
+    for claim in claims:
+        tried = claim.tune.values[settings.scale] if claim.tune else []
+        for arm in claim.arms:
+            value = chosen.get((claim.uses or claim.name, arm))
+            if claim.tune is None or value is None:
+                continue
+            ends = {min(tried): "smallest: a smaller", max(tried): "largest: a larger"}
+            edge = f" (the {ends[value]} one might be better)" if value in ends else ""
+            lines.append(f"{arm}: {claim.tune.key} = {value:g}, of {len(tried)} tried{edge}")
+    return list(dict.fromkeys(lines))
+
+
+# Checks before anything starts --------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """Images of a data set."""
+
+    train: int
+    holdout: int
+    val: int
+
+
+def check(jobs: Iterable[Job]) -> dict[str, Sizes]:
+    """Stores, shapes, device and directory of every job -> the sizes of its data, by root.
+
+    Raises UserError for the first job that cannot be run.
+    """
+    sizes: dict[str, Sizes] = {}
+    arms: set[tuple[str, ...]] = set()
+    for job in jobs:
+        try:
+            if job.run.overrides not in arms:  # seeds differ in nothing that is checked here
+                sizes[job.config.data.root] = check_arm(job.config)
+            arms.add(job.run.overrides)
+        except UserError as error:
+            raise UserError(f"{job.file}, arm {job.run.arm}: {error}") from error
+    refuse_other_runs(jobs)
+    return sizes
+
+
+def check_arm(config: Train) -> Sizes:
+    parts = (Path(config.data.root) / split / "manifest.json" for split in ("train", "val"))
+    if config.data.name == SMOKE_DATA and not all(part.exists() for part in parts):
+        prepare(PrepareConfig(SMOKE_DATA, config.data.root, n_train=500, n_val=200, workers=0))
+    data = assemble.image_data(config)
+    layer_table(replace(config.model, num_classes=assemble.checked_classes(config.model.num_classes, data)))
+    config.backend.resolve(assemble.device_type_of(config.trainer["accelerator"]))
+    return Sizes(len(data.split[0]), len(data.split[1]), len(data.val_store))
+
+
+def refuse_other_runs(jobs: Iterable[Job]) -> None:
+    """UserError for a directory that holds a run with another configuration, left by an older claim file say.
+
+    Where a store is not on this machine, a run's images are taken on trust.
+    """
+    opened: dict[str, ImageData | None] = {}
+    for job in jobs:
+        path, root = job.directory / "run.json", job.config.data.root
+        if job.undecided or not path.exists():
+            continue
+        if root not in opened:
+            opened[root] = assemble.image_data(job.config) if (Path(root) / "train").exists() else None
+        changed = _changed(
+            json.loads(path.read_text())["config"], assemble.identity(job.config, opened[root])
+        )
+        if changed:
+            raise UserError(
+                f"{job.file}, arm {job.run.arm}: {job.directory} holds a run with another configuration "
+                f"({'; '.join(changed[:4])}): choose another output_dir=..., or delete it"
+            )
+
+
+def _changed(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    if now["model"]["num_classes"] is None:  # as many as the data have, and those are compared by name
+        now["model"]["num_classes"] = there["model"]["num_classes"]
+    if "store" not in now:
+        there.pop("store", None)
+    return differences(there, now)
+
+
+# The same by hand ---------------------------------------------------------------------------------------------------
+
+
+def commands(jobs: Sequence[Job], settings: Reproduce) -> str:
+    """The commands of the runs that are not trained; those whose rate waits for tuning are only counted."""
+    missing = [job for job in jobs if job.state in (State.new, State.interrupted)]
+    lines = []
+    for job in missing:
+        if not job.undecided:
+            at_work = "# in progress: " if in_progress(job.directory) else ""
+            lines.append(at_work + command(job, settings))
+    waiting = sum(job.undecided for job in missing)
+    if waiting:
+        lines.append(f"# then print=true again: {waiting} runs whose rate the tuning runs above decide")
+    lines.append(f"# then: {own_command(settings.claims, settings)}")
+    return "\n".join(lines)
+
+
+def command(job: Job, settings: Reproduce) -> str:
+    defaults = Reproduce()
+    places = [
+        f"{key}={getattr(settings, key)}"
+        for key in ("output_dir", "data_dir")
+        if getattr(settings, key) != getattr(defaults, key)
+    ]
+    experiment, name, seed, *arm = job.run.arguments
+    arguments = [experiment, name, seed, *places, *settings.overrides, *arm]
+    return shlex.join(["python", "scripts/train.py", *arguments])
+
+
+def own_command(claims: Sequence[str], settings: Reproduce) -> str:
+    """Of scripts/reproduce.py, for these claims."""
+    arguments = [f"claim={','.join(claims)}", f"scale={settings.scale}", f"seeds={settings.seeds}"]
+    for key in ("output_dir", "data_dir"):
+        if getattr(settings, key) != getattr(Reproduce(), key):
+            arguments.append(f"{key}={getattr(settings, key)}")
+    if settings.overrides:
+        arguments.append(f"overrides={json.dumps(settings.overrides)}")
+    return shlex.join(["python", "scripts/reproduce.py", *arguments])

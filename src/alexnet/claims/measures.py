@@ -1,0 +1,337 @@
+"""What a trained network says: measured once, when its run is over, and kept in the run's directory.
+
+    val_1view.npz       log-probabilities of val, (N, classes) float32, and its labels
+    val_10view.npz
+    measures.json       errors on val, holdout and training images in evaluation mode; chroma of the halves of conv1
+    conv1.npy           its kernels, (O, 3, R, S): Figure 3
+    probe.json          what the initialisation probe said of the untrained network
+    nearest_hidden.npz  for test images their six nearest training images by the last hidden layer: Figure 4
+    nearest_pixels.npz  the same by raw pixels
+    figure4.npz         the pictures that Figure 4 shows
+
+Everything here is of last.ckpt: all arms train equally long and none is stopped where it looks best. (The results in
+run.json are of best.ckpt, for the user of a network.) A file is written whole or not at all: a kill in between costs
+one measure. A run that diverged has a reason instead.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alexnet.claims.claims import FIRST_SEED, METRICS, Claim, Features, Figure, Nets, Test
+from alexnet.claims.statistics import split_excess
+from alexnet.claims.tables import Evidence
+from alexnet.cli import Train
+from alexnet.data.module import ImageData
+from alexnet.data.store import Store
+from alexnet.evaluate import TOP5_CLASSES, average, log_probabilities, score
+from alexnet.training import assemble
+from alexnet.training.checkpoint import load
+from alexnet.training.classifier import Classifier
+from alexnet.training.probe import probe
+from alexnet.training.record import git_state, write_json
+from alexnet.training.run import PROBE_IMAGES, read_metrics
+
+TRAIN_IMAGES = 2000  # seen once more in evaluation mode: a standard error of 1.1 points at most
+QUERIES = 1000  # test images whose neighbours are looked for
+NEIGHBOURS = 6  # Figure 4
+GALLERY_PART = 512  # training images compared at a time
+SHOWN, SHOWN_QUERIES = 8, 5  # test images in the left and the right half of Figure 4
+
+
+class Want(StrEnum):
+    """A measure, named by its file."""
+
+    one_view = "val_1view.npz"
+    ten_views = "val_10view.npz"
+    basic = "measures.json"  # after the view it takes val's errors from
+    kernels = "conv1.npy"
+    probe = "probe.json"
+    hidden = "nearest_hidden.npz"
+    pixels = "nearest_pixels.npz"
+    figure4 = "figure4.npz"  # after the neighbours it shows
+
+
+def wanted(claim: Claim, seed: int) -> set[Want]:
+    """What a claim asks of its runs. Pixels know no seed, and Figure 4 shows one net: those of one seed will do."""
+    wants = {Want.one_view, Want.basic, Want.kernels, *(want_of(test) for test in claim.tests.values())}
+    if claim.probe:
+        wants.add(Want.probe)
+    if claim.figure is Figure.retrieval:
+        wants |= {Want.hidden, Want.figure4}
+    return wants if seed == FIRST_SEED else wants - {Want.pixels, Want.figure4}
+
+
+def want_of(test: Test) -> Want:
+    by_features = {Features.hidden: Want.hidden, Features.pixels: Want.pixels}
+    return by_features.get(test.features, Want.one_view if test.views == 1 else Want.ten_views)
+
+
+def is_measured(directory: Path, wants: Collection[Want]) -> bool:
+    return bool(failure(directory)) or all((directory / want).exists() for want in wants)
+
+
+def failure(directory: Path) -> str:
+    """Why this run has no results, empty if it has."""
+    path = directory / Want.basic
+    return str(json.loads(path.read_text()).get("failed", "")) if path.exists() else ""
+
+
+def diverged(directory: Path) -> bool:
+    """Whether the loss of training, or of the holdout after it, ended as no number: weights do not come back."""
+    path = directory / "metrics.csv"
+    rows = read_metrics(path) if path.exists() else []
+    last = [rows[-1][name] for name in ("train/loss", "holdout/loss")] if rows else []
+    return not all(math.isfinite(float(value)) for value in last if value)
+
+
+def record_failure(directory: Path, reason: str) -> None:
+    write_json(directory / Want.basic, {"failed": reason})
+
+
+def measure(directory: Path, config: Train, wants: Collection[Want]) -> None:
+    """Makes what is missing of `wants`, in the order of Want."""
+    missing = [want for want in Want if want in wants and not (directory / want).exists()]
+    net = Net(directory, config)
+    for want in missing:
+        MAKERS[want](net, directory / want)
+
+
+class Net:
+    """The trained network of a run, and its data; each is opened when it is first asked for."""
+
+    def __init__(self, directory: Path, config: Train) -> None:
+        self.directory, self.config = directory, config
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        return dict(json.loads((self.directory / "run.json").read_text()))
+
+    @cached_property
+    def device(self) -> torch.device:
+        return torch.device(self.record["resolved"]["device"])
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        path = self.directory / "checkpoints" / "last.ckpt"
+        classifier = load(path, self.record["resolved"]["backend"])
+        return classifier.to(self.device)
+
+    @cached_property
+    def data(self) -> ImageData:
+        return assemble.image_data(self.config)
+
+    def log_probabilities(self, store: Store, rows: np.ndarray | None = None, views: int = 1) -> Tensor:
+        c = self.classifier
+        size = self.config.data.eval_batch_size
+        return log_probabilities(c.net, c.augment, store.images, views, size, self.device, rows)
+
+
+# One function per file ----------------------------------------------------------------------------------------------
+
+
+def _basic(net: Net, path: Path) -> None:
+    """measures.json; `results` in the form of run.json's."""
+    started = time.monotonic()
+    store, (trained, held_out) = net.data.train_store, (part.numpy() for part in net.data.split)
+    rows = {"train": spread(trained, TRAIN_IMAGES), "holdout": held_out}
+    seen = {s: (net.log_probabilities(store, r), store.labels[r]) for s, r in rows.items() if len(r)}
+    view = np.load(net.directory / Want.one_view)
+    seen["val"] = torch.from_numpy(view["log_probs"]), view["labels"]
+    errors = {split: score(*both, split=split, name="last epoch").as_dict() for split, both in seen.items()}
+    first, second = chroma(net.classifier.net.conv1.weight).tensor_split(2)
+    split = split_excess(first.numpy(), second.numpy())
+    results = {**errors, "conv1": {"chroma_split": split}}
+    write_json(
+        path, {"results": results, "seconds": round(time.monotonic() - started, 1), "git": git_state()}
+    )
+
+
+def chroma(weight: Tensor) -> Tensor:
+    """How far from grey each kernel is: weight (O, 3, R, S) -> (O,), 0 for grey, 1 where R + G + B = 0 everywhere.
+
+    The share of a kernel's energy outside the grey axis; random kernels have 2/3.
+    """
+    w = weight.detach().float().cpu()
+    colour = w - w.mean(1, keepdim=True)
+    return colour.square().sum((1, 2, 3)) / w.square().sum((1, 2, 3)).clamp_min(1e-30)
+
+
+def _kernels(net: Net, path: Path) -> None:
+    _save(path, lambda file: np.save(file, net.classifier.net.conv1.weight.detach().float().cpu().numpy()))
+
+
+def _probe(net: Net, path: Path) -> None:
+    """Of the network before training: its weights depend on the seed and their names alone."""
+    untrained = Classifier(**dict(net.classifier.hparams))
+    untrained.augment.load_state_dict(net.classifier.augment.state_dict())
+    untrained.to(net.device)
+    rows = spread(net.data.split[0].numpy(), PROBE_IMAGES)
+    images = torch.from_numpy(net.data.train_store.images[rows]).to(net.device)
+    labels = torch.from_numpy(net.data.train_store.labels[rows]).to(net.device)
+    write_json(path, probe(untrained.net, untrained.augment.centre(images), labels).as_dict())
+
+
+def _views(views: int) -> Callable[[Net, Path], None]:
+    def make(net: Net, path: Path) -> None:
+        store = net.data.val_store
+        log_probs = net.log_probabilities(store, views=views).numpy()
+        _save(path, lambda file: np.savez(file, log_probs=log_probs, labels=store.labels))
+
+    return make
+
+
+def _hidden(net: Net, path: Path) -> None:
+    c = net.classifier
+
+    def features(images: Tensor) -> Tensor:
+        return c.net.last_hidden(c.net.features(c.augment.centre(images)))
+
+    _neighbours(net, path, features)
+
+
+def _pixels(net: Net, path: Path) -> None:
+    """What the network sees, less its mean: subtracting the same image from both changes no distance."""
+    _neighbours(net, path, lambda images: net.classifier.augment.centre(images).flatten(1))
+
+
+def _neighbours(net: Net, path: Path, features: Callable[[Tensor], Tensor]) -> None:
+    train, val = net.data.train_store, net.data.val_store
+    queries, gallery = spread(np.arange(len(val)), QUERIES), net.data.split[0].numpy()
+    found = nearest(features, val.images, queries, train.images, gallery, net.device)
+    agree = train.labels[found] == val.labels[queries][:, None]
+    _save(path, lambda file: np.savez(file, queries=queries, neighbours=found, agree=agree))
+
+
+@torch.inference_mode()
+def nearest(
+    features: Callable[[Tensor], Tensor],
+    query_images: np.ndarray,
+    queries: np.ndarray,
+    gallery_images: np.ndarray,
+    gallery: np.ndarray,
+    device: torch.device,
+) -> np.ndarray:
+    """The rows of `gallery` whose features are nearest (Euclidean) to each query's, nearest first: (Q, NEIGHBOURS)."""
+
+    def parts(images: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(rows, max(1, -(-len(rows) // GALLERY_PART)))
+
+    def of(images: np.ndarray, rows: np.ndarray) -> Tensor:
+        return features(torch.from_numpy(images[rows]).to(device)).float()
+
+    q = torch.cat([of(query_images, rows) for rows in parts(query_images, queries)])
+    k = min(NEIGHBOURS, len(gallery))
+    distance = torch.full((len(q), k), math.inf, device=device)
+    row = torch.zeros((len(q), k), dtype=torch.int64, device=device)
+    for rows in parts(gallery_images, gallery):
+        here = torch.cdist(q, of(gallery_images, rows))
+        both = torch.cat([distance, here], 1)
+        rows_of_both = torch.cat([row, torch.from_numpy(rows).to(device).expand(len(q), -1)], 1)
+        distance, place = both.topk(k, largest=False)
+        row = rows_of_both.gather(1, place)
+    return row.cpu().numpy()
+
+
+def _figure4(net: Net, path: Path) -> None:
+    """Images chosen by their place in the store, not by what became of them: one of each of eight classes, spread."""
+    train, val = net.data.train_store, net.data.val_store
+    classes = spread(np.unique(val.labels), SHOWN)
+    left = np.array([np.flatnonzero(val.labels == c)[0] for c in classes])
+    found = np.load(net.directory / Want.hidden)
+    right = spread(np.arange(len(found["queries"])), SHOWN_QUERIES)
+    content = {
+        "images": val.images[left],
+        "labels": val.labels[left],
+        "probabilities": net.log_probabilities(val, left).exp().numpy(),
+        "names": np.array([c["words"] or c["wnid"] for c in val.classes]),
+        "queries": val.images[found["queries"][right]],
+        "neighbours": train.images[found["neighbours"][right].ravel()].reshape(
+            (*found["neighbours"][right].shape, *train.images.shape[1:])
+        ),
+        "agree": found["agree"][right],
+    }
+    _save(path, lambda file: np.savez(file, **content))
+
+
+MAKERS: Mapping[Want, Callable[[Net, Path], None]] = {
+    Want.one_view: _views(1),
+    Want.ten_views: _views(10),
+    Want.basic: _basic,
+    Want.kernels: _kernels,
+    Want.probe: _probe,
+    Want.hidden: _hidden,
+    Want.pixels: _pixels,
+    Want.figure4: _figure4,
+}
+
+
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the rows, evenly from first to last: stores are sorted by class."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]
+
+
+def _save(path: Path, write: Callable[[Any], None]) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        write(file)
+    os.replace(partial, path)
+
+
+# From files to what the tables take ---------------------------------------------------------------------------------
+
+
+def evidence(directory: Path) -> Evidence | None:
+    """Of a run that is over; None while it is not. A diverged run has nan for every result, and its curves."""
+    record_path = directory / "run.json"
+    if not record_path.exists():
+        return None
+    record = json.loads(record_path.read_text())
+    failed = bool(failure(directory))
+    if record["state"] != "finished" and not failed:
+        return None
+    failed = failed or diverged(directory)
+    rows, classes = read_metrics(directory / "metrics.csv"), record["config"]["model"]["num_classes"]
+    if failed:
+        nothing = {metric: math.nan for metric in METRICS if not metric.startswith("gap/")}
+        return Evidence(nothing, Evidence.of_run({}, rows, classes).curves, classes, diverged=True)
+    basic = directory / Want.basic
+    return Evidence.of_run(json.loads(basic.read_text()) if basic.exists() else {}, rows, classes)
+
+
+def per_image(test: Test, directories: Collection[Path]) -> dict[str, np.ndarray]:
+    """{metric: (nets, images), or (1, images) where all nets answer together} of the runs that have what it takes."""
+    files = [d / want_of(test) for d in directories if (d / want_of(test)).exists()]
+    if not files:
+        return {}
+    content = [dict(np.load(file)) for file in files]
+    if test.features is not Features.logits:
+        return {"retrieval/precision_at_6": np.stack([c["agree"].mean(1) for c in content])}
+    outputs = [torch.from_numpy(c["log_probs"]) for c in content]
+    outputs = [average(outputs)] if test.nets is Nets.all else outputs
+    labels = torch.from_numpy(content[0]["labels"])
+    nets = [_errors(log_probs, labels) for log_probs in outputs]
+    return {metric: np.stack([net[metric] for net in nets]) for metric in nets[0]}
+
+
+def _errors(log_probs: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
+    """(N, classes) and (N,) -> {metric: (N,)}: 1 for a wrong image, and its cross-entropy."""
+    right = log_probs.topk(min(5, log_probs.shape[1])).indices == labels[:, None]
+    found = {
+        "val/top1_error": ~right[:, 0],
+        "val/cross_entropy": -log_probs.double().gather(1, labels[:, None])[:, 0],
+    }
+    if log_probs.shape[1] >= TOP5_CLASSES:
+        found["val/top5_error"] = ~right.any(1)
+    return {metric: values.double().numpy() for metric, values in found.items()}

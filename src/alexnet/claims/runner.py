@@ -1,0 +1,294 @@
+"""From claims to finished runs, one after another in this process, and to the report.
+
+    claims -> jobs -> checks -> estimate, from a few measured steps of every distinct network -> runs -> report
+
+What is there is never done again: finished runs are skipped, interrupted ones resume with the same bits, and a kill
+at any moment costs what was trained since the last checkpoint. A run is locked while it is worked on, so that several
+processes, one a core say, can be given the same claims.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from alexnet.claims import Reproduce
+from alexnet.claims.claims import Claim
+from alexnet.claims.jobs import (
+    Job,
+    Sizes,
+    State,
+    check,
+    choose,
+    claims_of,
+    commands,
+    is_tuning,
+    jobs_of,
+    rates,
+    refuse_other_runs,
+)
+from alexnet.claims.measures import TRAIN_IMAGES, Want, diverged, evidence, measure, record_failure
+from alexnet.cli import Train
+from alexnet.data.module import Batch
+from alexnet.errors import UserError
+from alexnet.training import assemble
+from alexnet.training.callbacks import Stalled
+from alexnet.training.classifier import Classifier, plain
+from alexnet.training.record import git_state, in_progress, locked
+from alexnet.training.run import train
+
+WARM_UP, TIMED = 2, 3  # steps of the probe of speed
+PATIENCE = 10.0  # seconds between two looks at a run that another process is at
+
+
+# The verb -----------------------------------------------------------------------------------------------------------
+
+
+def reproduce(settings: Reproduce) -> None:
+    """Runs what is missing of the claims and renders the report; or only plans, prints or renders.
+
+    Raises UserError before any training for an unknown claim, override or store, for a directory that holds another
+    run, and when the estimate exceeds `budget_minutes`.
+    """
+    git_state()  # of the code that runs, not of what is committed in the hours to come
+    claims = claims_of(settings)
+    if not settings.report:
+        jobs = jobs_of(claims, settings)
+        sizes = check(jobs)
+        if settings.print:
+            print(commands(jobs, settings))
+            return
+        _writer()  # what the report needs is missed before the training and not after it
+        run_all(claims, jobs, sizes, settings)
+    print(_writer()(claims, settings))
+
+
+def _writer() -> Callable[[Sequence[Claim], Reproduce], str]:
+    """The report's, which wants matplotlib and a template engine. UserError without them."""
+    try:
+        from alexnet.claims.report import write_report
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the report needs {error.name}, which is not installed: pip install -e '.[plots]'"
+        ) from error
+    return write_report
+
+
+def run_all(
+    claims: Sequence[Claim], jobs: Sequence[Job], sizes: Mapping[str, Sizes], settings: Reproduce
+) -> None:
+    """Trains and measures every job that is not finished, tuning runs first."""
+    print(plan(claims, jobs, settings), flush=True)
+    estimates = estimate(jobs, sizes)
+    total = sum(estimates.values()) / 60
+    print(f"estimate  {total:.1f} minutes, from {TIMED} measured steps of each network", flush=True)
+    if settings.budget_minutes is not None and total > settings.budget_minutes:
+        raise UserError(
+            f"budget_minutes={settings.budget_minutes:g}, but these runs need about {total:.1f} minutes here: "
+            "raise it, or choose fewer claims or seeds"
+        )
+    progress = Progress(estimates)
+    run_jobs([job for job in jobs if is_tuning(job)], progress)
+    arms = [job for job in jobs_of(claims, settings) if not is_tuning(job)]  # the rates are chosen now
+    if any(job.undecided for job in jobs):
+        refuse_other_runs(arms)
+        print(*_rate_lines(claims, settings), sep="\n", flush=True)
+    run_jobs(arms, progress)
+
+
+def run_jobs(jobs: Sequence[Job], progress: "Progress") -> None:
+    """One after another. What another process is at comes last, and is done here should that one have been killed."""
+    jobs = [job for job in jobs if job.state is not State.finished]
+    while jobs:
+        busy = []
+        for job in jobs:
+            with locked(job.directory) as ours:
+                if not ours:
+                    busy.append(job)
+                elif job.state is State.finished:
+                    progress.report(job, "done by another process")
+                else:
+                    progress.report(job, run_job(job))
+        if len(busy) == len(jobs):
+            time.sleep(PATIENCE)
+        jobs = busy
+
+
+def run_job(job: Job) -> str:
+    """Trains (from where it stopped) and measures; returns a line of what came out.
+
+    A loss that is no number, or a stop by the watchdog, is a result and no mistake of the user's.
+    """
+    reason = ""
+    if job.state in (State.new, State.interrupted):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                train(copy.deepcopy(job.config), lock=False)  # it is ours already
+        except UserError as error:
+            if not isinstance(error, Stalled) and not diverged(job.directory):
+                raise
+            reason = str(error).splitlines()[0]
+    if not reason and diverged(job.directory):
+        reason = "the loss ended as no number"
+    if reason:
+        record_failure(job.directory, reason)
+        return f"diverged ({reason})"
+    measure(job.directory, job.config, job.wants)
+    return outcome(job)
+
+
+def outcome(job: Job) -> str:
+    if is_tuning(job):
+        error = json.loads((job.directory / "run.json").read_text())["train"]["top1_error"]
+        return f"training error {100 * error:.1f} % in the last epoch"
+    found = evidence(job.directory)
+    assert found is not None
+    return f"val top-1 error {100 * found.results['val/top1_error']:.1f} %"
+
+
+# Time ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one network on this machine, in seconds."""
+
+    step: float
+    image: float  # of evaluation
+    start: float  # building everything
+
+
+def estimate(jobs: Iterable[Job], sizes: Mapping[str, Sizes]) -> dict[tuple[str, int], float]:
+    """Seconds left of every unfinished job, by (name, seed)."""
+    speeds: dict[str, Speed] = {}
+    found = {}
+    for job in jobs:
+        if job.state is State.finished:
+            continue
+        key = network_key(job.config)
+        if key not in speeds:
+            speeds[key] = measure_speed(job.config)
+        found[job.run.name, job.run.seed] = seconds_left(job, sizes[job.config.data.root], speeds[key])
+    return found
+
+
+def network_key(config: Train) -> str:
+    """What the time of a step depends on: everything but initial weights, rates and names."""
+    model = {k: v for k, v in plain(config.model).items() if not k.startswith("init")}
+    return json.dumps([model, plain(config.data), plain(config.augment), plain(config.backend)])
+
+
+def measure_speed(config: Train) -> Speed:
+    """A few steps of the untrained network on a real batch; nothing is written."""
+    started = time.monotonic()
+    run = assemble.training(replace(copy.deepcopy(config), name="speed", probe=True, overwrite=False))
+    resolved = run.resolved
+    classifier = run.classifier.to(resolved["device"])
+    optimizer = classifier.make_optimizer()
+    batch = _to(next(iter(run.data.train_dataloader())), classifier.device)
+    start = time.monotonic() - started
+    with torch.autocast(resolved["device"], torch.bfloat16, enabled=resolved["precision"] == "bf16-mixed"):
+        steps = [_step_seconds(classifier, optimizer, batch) for _ in range(WARM_UP + TIMED)]
+    stored = np.array(run.data.train_store.images[: len(batch.images)])  # whole, as evaluation sees them
+    whole = torch.from_numpy(stored).to(classifier.device)
+    return Speed(min(steps[WARM_UP:]), _evaluation_seconds(classifier, whole), start)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return batch._replace(
+        images=batch.images.to(device), labels=batch.labels.to(device), draws=batch.draws.to(device)
+    )
+
+
+def _step_seconds(classifier: Classifier, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    started = time.monotonic()
+    loss = classifier.training_step(batch, 0)["loss"]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss.detach().item()  # waits for the device
+    return time.monotonic() - started
+
+
+@torch.no_grad()
+def _evaluation_seconds(classifier: Classifier, images: torch.Tensor) -> float:
+    """Of one image, in a batch of them; the first call may compile."""
+    classifier.eval()
+    for _ in range(2):
+        started = time.monotonic()
+        float(classifier(classifier.augment.centre(images)).sum())
+    return (time.monotonic() - started) / len(images)
+
+
+def steps_per_epoch(config: Train, train_images: int) -> int:
+    limit = config.trainer["limit_train_batches"]
+    batches = -(-train_images // config.data.batch_size)
+    return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+
+
+def seconds_left(job: Job, sizes: Sizes, speed: Speed) -> float:
+    """Training steps, the holdout after every epoch and at the end, and what is wanted of the trained network."""
+    batches = steps_per_epoch(job.config, sizes.train)
+    steps = max(0, job.config.optim.epochs * batches - job.steps_done)
+    images = 0.0
+    if job.state is State.unmeasured:
+        steps = 0
+    else:
+        images += steps / batches * sizes.holdout + sizes.holdout
+    costs = {
+        Want.basic: min(TRAIN_IMAGES, sizes.train) + sizes.holdout,
+        Want.one_view: sizes.val,
+        Want.ten_views: 10 * sizes.val,
+        Want.hidden: sizes.train,
+        Want.pixels: sizes.train / 4,
+    }
+    images += sum(costs.get(want, 0) for want in job.wants if not (job.directory / want).exists())
+    return steps * speed.step + images * speed.image + speed.start
+
+
+def plan(claims: Sequence[Claim], jobs: Sequence[Job], settings: Reproduce) -> str:
+    """What is there and what is to be done."""
+    states = [job.state for job in jobs]
+    parts = [f"{states.count(state)} {state}" for state in State if state in states]
+    tuning = sum(is_tuning(job) and job.state is not State.finished for job in jobs)
+    elsewhere = sum(job.state is not State.finished and in_progress(job.directory) for job in jobs)
+    return "\n".join(
+        [
+            f"claims    {', '.join(claim.name for claim in claims)}",
+            f"scale     {settings.scale}, {settings.seeds} seed{'s' * (settings.seeds > 1)}",
+            f"runs      {len(jobs)}: {', '.join(parts)}"
+            + (f"; {tuning} of them tuning" if tuning else "")
+            + (f"; {elsewhere} in progress in another process" if elsewhere else ""),
+            *_rate_lines(claims, settings),
+        ]
+    )
+
+
+def _rate_lines(claims: Sequence[Claim], settings: Reproduce) -> list[str]:
+    return [f"rate      {line}" for line in rates(claims, choose(claims, settings), settings)]
+
+
+class Progress:
+    """A line per run, with the time left: the estimate times how wrong it has been so far."""
+
+    def __init__(self, estimates: Mapping[tuple[str, int], float]) -> None:
+        self.estimates = dict(estimates)
+        self.total, self.done, self.predicted = len(estimates), 0, 0.0
+        self.started = time.monotonic()
+
+    def report(self, job: Job, text: str) -> None:
+        self.done += 1
+        self.predicted += self.estimates.pop((job.run.name, job.run.seed), 0.0)
+        spent = time.monotonic() - self.started
+        left = sum(self.estimates.values()) * spent / max(self.predicted, 1e-9)
+        print(
+            f"[{self.done:>{len(str(self.total))}}/{self.total}] {job.run.name} seed {job.run.seed}: {text}; "
+            f"{spent / 60:.1f} min, {left / 60:.1f} min left",
+            flush=True,
+        )

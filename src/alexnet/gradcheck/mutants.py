@@ -1,0 +1,148 @@
+"""Mutation testing: is a wrong gradient noticed?
+
+A check that has never failed has proven nothing. A mutant is shipped code with one expression changed:
+
+    mutate(fold, "+=", "=")
+
+The mutant is killed if a check fails while it runs, and survives if all of them pass: then the checks have a hole,
+and the whole run fails. The mutants themselves are in mutants_of_reference, mutants_of_rules and mutants_of_compiled.
+Each is a mistake that somebody made: a second term dropped, `=` for `+=` (invisible where windows do not overlap),
+towers that leak into each other, a mean taken twice. Many leave every shape right and the loss falling.
+
+`mutate` compiles the function's changed source and exchanges its `__code__`. The function stays the same object, so
+every module that imported it and every pair that holds it runs the mutant. No file is edited. torch.compile checks at
+each call that the functions of a graph have the `__code__` they were compiled with, so a mutant gets graphs of its own
+and the shipped code gets its old ones back.
+"""
+
+import inspect
+import linecache
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from textwrap import dedent
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from alexnet.gradcheck import rules
+from alexnet.gradcheck.checks import Result, results_of
+from alexnet.gradcheck.operations import ALL
+from alexnet.layers.backend import PAIRS, Pair
+
+
+@dataclass(frozen=True)
+class Change:
+    """A function and its mutated code: `with change:` runs it. Cannot be nested for one function."""
+
+    function: FunctionType
+    original: CodeType
+    mutated: CodeType
+
+    def __enter__(self) -> None:
+        if self.function.__code__ is not self.original:
+            raise RuntimeError(
+                f"{self.function.__qualname__} is mutated already: one mutate() takes both changes"
+            )
+        self.function.__code__ = self.mutated
+
+    def __exit__(self, *exception: object) -> None:
+        self.function.__code__ = self.original
+
+
+def mutate(function: Callable[..., Any], *replacements: str) -> Change:
+    """The function with the text old, new[, old, new ...] of its source replaced.
+
+    Each old text must stand in the source exactly once: a mutant must not outlive the code that it changes. Raises
+    ValueError otherwise. Decorators are kept: the function that they wrap is changed.
+    """
+    inner = inspect.unwrap(function)
+    source = dedent(inspect.getsource(inner))
+    pairs = list(zip(replacements[::2], replacements[1::2], strict=True))
+    for old, new in pairs:
+        if source.count(old) != 1:
+            name = f"{inner.__module__}.{inner.__qualname__}"
+            raise ValueError(f"mutate: {old!r} stands {source.count(old)} times in {name}, must be once")
+        source = source.replace(old, new)
+    changes = ", ".join(f"{old} -> {new}" for old, new in pairs)
+    filename, lines = (
+        f"<{inner.__module__}.{inner.__qualname__}: {changes}>",
+        source.splitlines(keepends=True),
+    )
+    linecache.cache[filename] = (len(source), None, lines, filename)  # tracebacks show the mutated lines
+    module = compile(source, filename, "exec", dont_inherit=True)  # not executed: nothing is decorated twice
+    (code,) = (c for c in module.co_consts if isinstance(c, CodeType) and c.co_name == inner.__name__)
+    return Change(inner, inner.__code__, code)
+
+
+class Mutant(NamedTuple):
+    where: str  # an operation, "update rule" or "data path"
+    name: str
+    changes: tuple[Change, ...]
+    backend: str = "reference"
+    dtype: torch.dtype = torch.float64  # in which the changed code runs
+    first_case: str = ""  # to begin with, where each case costs seconds; the others follow
+    pair: Pair | None = None  # that serves the operation instead of the backend's own
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Runs the mutant instead of the shipped code."""
+        pair = {} if self.pair is None else {(self.where, self.backend): self.pair}
+        with mock.patch.dict(PAIRS, pair), ExitStack() as stack:
+            for change in self.changes:
+                stack.enter_context(change)
+            yield
+
+
+Table = dict[str, Change | tuple[Change, ...]]  # name: what is changed
+
+
+def mutants(
+    where: str, table: Table, backend: str = "reference", dtype: torch.dtype = torch.float64
+) -> list[Mutant]:
+    """One mutant for each row of the table."""
+    return [
+        Mutant(where, name, changes if isinstance(changes, tuple) else (changes,), backend, dtype)
+        for name, changes in table.items()
+    ]
+
+
+@dataclass
+class Kill:
+    """What happened to one mutant: the checks that failed, and on which case. No check: it survived."""
+
+    where: str
+    name: str
+    killed_by: list[str]
+    case: str
+
+    @property
+    def letters(self) -> str:
+        """a, b, c of `checks`; a rule has only one check."""
+        letter = {"differences": "a", "autograd": "b", "identity": "c"}
+        return "".join(sorted(letter[check] for check in self.killed_by if check in letter))
+
+
+def try_to_kill(mutant: Mutant) -> Kill:
+    """Runs the small cases on the mutant until a check fails."""
+    with mutant.in_place():
+        for name, results in _small_checks(mutant):
+            failed = sorted({result.check for result in results if not result.passed})
+            if failed:
+                return Kill(mutant.where, mutant.name, failed, name)
+    return Kill(mutant.where, mutant.name, [], "")
+
+
+def _small_checks(mutant: Mutant) -> Iterator[tuple[str, list[Result]]]:
+    """Case by case, everything that checks this operation or rule at a small size in one type."""
+    where = mutant.where
+    if where in (rules.UPDATE, rules.DATA):
+        for result in rules.rule_results(where):
+            yield result.case, [result]
+        return
+    operation = next(operation for operation in ALL if operation.name == where)
+    for case in sorted(operation.cases, key=lambda case: case.name != mutant.first_case):
+        if case.kind in ("ordinary", "awkward"):
+            yield case.name, list(results_of(operation, case, mutant.backend, "cpu", (mutant.dtype,)))

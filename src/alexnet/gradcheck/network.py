@@ -1,0 +1,257 @@
+"""The network as a whole: its gradients on real shapes, and ten steps of training beside torch's.
+
+d) A network is right when its layers are and they are put together right. Its loss L is a number; along a random
+   direction d in all parameters and the image at once, (L(w + h d) - L(w - h d)) / 2h must be <gradient, d>. It takes
+   two forward passes, however many parameters there are. A direction crosses kinks (units that open, windows whose
+   winner changes), each of which adds an error of order h times its share: few at h = 1e-7. And every parameter's
+   gradient is compared with autograd's on its own.
+
+e) Ten steps in float64 with the same images, masks and rates: on our side the hand-derived backward and
+   `alexnet.optim`, on the other native operations, torch's autograd, and section 5's formula written out below. After
+   five steps the rate drops by ten, so that a rate outside the velocity would show. What agrees to ten digits after
+   ten steps agreed in each.
+
+Weights and images are multiples of 2^-15 from an integer generator, so every machine starts from the same bits.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from alexnet.gradcheck.checks import Result, relative
+from alexnet.layers import cross_entropy, dropout_key
+from alexnet.layers.backend import OPERATIONS
+from alexnet.model import AlexNet, Init, ModelConfig, Order
+from alexnet.optim import OptimConfig, build_optimizer
+
+NATIVE = dict.fromkeys(OPERATIONS, "native")
+IMAGES = 2
+STEP = 1e-7
+DIRECTION_BOUND = 1e-6
+DIRECTIONS = 2
+PARAMETER_BOUND = 1e-10
+LOSS_BOUND, WEIGHT_BOUND = 1e-10, 1e-9
+FLOAT32_BOUND = 1e-3
+TRAINING_STEPS, DROP_AFTER = 10, 5
+
+_MINI: dict[str, Any] = {
+    "image_px": 56,
+    "kernel_size": [7, 5, 3, 3, 3],
+    "stride": [2, 1, 1, 1, 1],
+    "padding": [[1, 2, 1, 2], [2, 2, 2, 2], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]],
+}
+# Every operation, both orders of block 1, both norms, towers, overlapping pools and ties of 2012, small enough for
+# float64: 28-14-7-3 pixels. alpha is large, so that the norms count.
+STEPS_NET = ModelConfig(
+    **_MINI, num_classes=5, channels=[8, 16, 12, 12, 8], hidden=[24, 20], order1=Order.lrn_pool_relu,
+    same_map_norm=True, lrn_alpha=0.1, init=Init.he,
+)  # fmt: skip
+NETWORKS = {  # real shapes
+    "mini": ModelConfig(**_MINI, num_classes=200, hidden=[2048, 2048], init=Init.he),
+    "code145, 224 px": ModelConfig(order1=Order.lrn_pool_relu, same_map_norm=True, init=Init.he),
+}
+
+
+def reproducible(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Multiples of 2^-15 between -1 and 1, float64."""
+    return torch.randint(-(2**15), 2**15, shape, generator=generator).double() / 2**15
+
+
+def network(config: ModelConfig, backends: Mapping[str, str], device: str, dtype: torch.dtype) -> AlexNet:
+    """Weights of He's variance 2 / fan-in, uniform, the same bits on every machine; small biases."""
+    with torch.device("meta"):
+        net = AlexNet(config, backends, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, w in net.named_parameters():
+        scale = (6 / w[0].numel()) ** 0.5 if w.dim() > 1 else 0.1
+        weights[name] = nn.Parameter((scale * reproducible(w.shape, generator)).to(device, dtype))
+    net.load_state_dict(weights, assign=True)
+    return net
+
+
+@dataclass
+class Batch:
+    images: Tensor
+    labels: Tensor
+
+
+def batches(config: ModelConfig, steps: int, device: str, dtype: torch.dtype) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        images = 2 * reproducible((IMAGES, 3, config.image_px, config.image_px), generator)
+        labels = torch.randint(config.classes, (IMAGES,), generator=generator)
+        yield Batch(images.to(device, dtype), labels.to(device))
+
+
+def loss_of(net: AlexNet, batch: Batch, step: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The training loss of one step, dropout included; at other weights than the network's own if given."""
+    arguments = (batch.images, dropout_key(0, step, 0))
+    logits = net(*arguments) if weights is None else functional_call(net, dict(weights), arguments)
+    return cross_entropy(logits, batch.labels, backend=net.backends["cross_entropy"])
+
+
+# ---- d) gradients of the whole network ------------------------------------------------------------------------
+
+
+def network_results(
+    name: str, config: ModelConfig, backends: Mapping[str, str], device: str
+) -> Iterator[Result]:
+    """Random directions, then every parameter, on real shapes in float64 with a batch of two."""
+    net = network(config, backends, device, torch.float64).train()
+    (batch,) = batches(config, 1, device, torch.float64)
+    weights = dict(net.named_parameters())
+    gradients = _gradients(net, batch, weights)
+    yield _result(name, backends, device, "directions", _along_random(net, batch, gradients), DIRECTION_BOUND)
+    native = AlexNet(config, NATIVE, seed=0).train()
+    native.load_state_dict(weights, assign=True)
+    exact = _gradients(native, batch, dict(native.named_parameters()))
+    for parameter, gradient in gradients.items():
+        value = relative(gradient, exact[parameter])
+        yield _result(name, backends, device, "parameters", value, PARAMETER_BOUND, what=parameter)
+
+
+def _gradients(net: AlexNet, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of every parameter, and of the images."""
+    batch.images.requires_grad_()
+    loss = loss_of(net, batch, step=0)
+    found = torch.autograd.grad(loss, [*weights.values(), batch.images])
+    batch.images.requires_grad_(False)
+    return dict(zip([*weights, "images"], found, strict=True))
+
+
+@torch.no_grad()
+def _along_random(net: AlexNet, batch: Batch, gradients: Mapping[str, Tensor]) -> float:
+    """|difference quotient - <gradient, d>| over the size of such products, the largest of a few directions."""
+    generator = torch.Generator().manual_seed(2)
+    return max(_along(net, batch, gradients, generator) for _ in range(DIRECTIONS))
+
+
+def _along(net: AlexNet, batch: Batch, gradients: Mapping[str, Tensor], generator: torch.Generator) -> float:
+    points = {**dict(net.named_parameters()), "images": batch.images}
+    direction = {
+        name: reproducible(x.shape, generator).to(x) * x.square().mean().sqrt() for name, x in points.items()
+    }
+
+    def loss_at(step: float) -> Tensor:
+        moved = {name: x + step * direction[name] for name, x in points.items()}
+        return loss_of(net, Batch(moved.pop("images"), batch.labels), 0, moved)
+
+    quotient = float(loss_at(STEP) - loss_at(-STEP)) / (2 * STEP)
+    products = {name: gradients[name] * d for name, d in direction.items()}
+    claimed = sum(float(product.sum()) for product in products.values())
+    size = sum(float(product.square().sum()) for product in products.values()) ** 0.5
+    return abs(quotient - claimed) / size
+
+
+# ---- e) ten steps ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """The losses of the steps and the weights after the last."""
+
+    losses: list[float]
+    weights: dict[str, Tensor]
+
+
+def train_ours(config: ModelConfig, backends: Mapping[str, str], device: str, dtype: torch.dtype) -> Training:
+    """Ten steps with the hand-derived gradients and the update rule that `scripts/train.py` uses."""
+    net = network(config, backends, device, dtype).train()
+    optimizer = build_optimizer(net, OptimConfig(lr=0.01, bias_lr_mult=2.0))
+    losses = []
+    for step, batch in enumerate(batches(config, TRAINING_STEPS, device, dtype)):
+        if step == DROP_AFTER:
+            for group in optimizer.param_groups:
+                group["lr"] /= 10
+        loss = loss_of(net, batch, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return Training(losses, {name: w.detach() for name, w in net.named_parameters()})
+
+
+def train_native(config: ModelConfig, device: str) -> Training:
+    """The same ten steps by autograd, and by section 5 as it is printed, one weight tensor after the other."""
+    net = network(config, NATIVE, device, torch.float64).train()
+    weights = dict(net.named_parameters())
+    velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
+    losses = []
+    for step, batch in enumerate(batches(config, TRAINING_STEPS, device, torch.float64)):
+        loss = loss_of(net, batch, step)
+        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        with torch.no_grad():
+            for name, w in weights.items():
+                is_bias = name.endswith("bias")
+                rate = 0.01 * (2 if is_bias else 1) * (1.0 if step < DROP_AFTER else 0.1)
+                decay = 0.0 if is_bias else 0.0005
+                velocity[name] = 0.9 * velocity[name] - decay * rate * w - rate * gradients[name]
+                w.add_(velocity[name])
+        losses.append(loss.item())
+    return Training(losses, {name: w.detach() for name, w in weights.items()})
+
+
+def step_results(
+    name: str, config: ModelConfig, backends: Mapping[str, str], device: str
+) -> Iterator[Result]:
+    """Losses and weights of ten steps against native's in float64."""
+    yield from _steps(name, config, backends, device, train_native(config, device))
+
+
+def step_results_in_both_types(
+    name: str, config: ModelConfig, backends: Mapping[str, str], device: str
+) -> Iterator[Result]:
+    """The same, and the losses of float32 beside them. Only a small network stays on float64's path for ten steps: two
+    images throw the paper's about (its loss rises to 13), and rounding grows with every step, right gradients or not.
+    """
+    native = train_native(config, device)
+    yield from _steps(name, config, backends, device, native)
+    ours = train_ours(config, backends, device, torch.float32)
+    result = _result(name, backends, device, "steps", _off(ours, native), FLOAT32_BOUND, "losses, float32")
+    result.dtype, result.curve = "float32", list(enumerate(ours.losses, start=1))
+    yield result
+
+
+def _steps(
+    name: str, config: ModelConfig, backends: Mapping[str, str], device: str, native: Training
+) -> Iterator[Result]:
+    ours = train_ours(config, backends, device, torch.float64)
+    result = _result(name, backends, device, "steps", _off(ours, native), LOSS_BOUND, "losses, float64")
+    result.curve = list(enumerate(ours.losses, start=1))
+    yield result
+    off = max(relative(w, native.weights[key]) for key, w in ours.weights.items())
+    yield _result(name, backends, device, "steps", off, WEIGHT_BOUND, "weights, float64")
+
+
+def _off(ours: Training, native: Training) -> float:
+    """The largest relative difference of a loss."""
+    return max(abs(a - b) / abs(b) for a, b in zip(ours.losses, native.losses, strict=True))
+
+
+def _result(
+    name: str,
+    backends: Mapping[str, str],
+    device: str,
+    check: str,
+    value: float,
+    bound: float,
+    what: str = "",
+) -> Result:
+    backend = "+".join(sorted(set(backends.values())))
+    return Result(
+        f"network {name}",
+        backend,
+        device,
+        "float64",
+        f"batch of {IMAGES}",
+        "network",
+        check,
+        value,
+        bound,
+        what,
+    )

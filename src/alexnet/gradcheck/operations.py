@@ -1,0 +1,573 @@
+"""Every operation with its cases, its rounding bounds and its identities. What these are, `cases` says."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet import layers
+from alexnet.gradcheck.cases import (
+    FUNCTION,
+    Case,
+    Identity,
+    Make,
+    Operation,
+    Options,
+    Rounding,
+    Tensors,
+    drawn,
+    evaluate,
+    few_integers,
+    normals,
+    off_zero,
+    separated,
+)
+from alexnet.layers.max_pool2d import two
+
+Draw = Callable[[torch.Generator], Tensor]
+
+# ---- linear ---------------------------------------------------------------------------------------------------
+
+
+def _affine(x: tuple[int, ...], outputs: int, bias: bool = True) -> Make:
+    return drawn(normals(*x), normals(outputs, x[-1]), *[normals(outputs)] * bias)
+
+
+def _linear_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+    y, gradients = evaluate(layers.linear, options, [x.abs() for x in inputs], dy.abs(), "native")
+    outputs, width = inputs[1].shape
+    rows = dy.numel() // outputs
+    counts = [(width + 1, 2), (outputs, 1), (rows, 1), (rows, 1)]
+    return [Rounding(m, *count) for m, count in zip([y, *gradients], counts, strict=False)]
+
+
+def adjoint(options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors) -> list[Identity]:
+    """y is linear in x and in w: <dy, y> = <dx, x> + <db, b> = <dw, w> + <db, b>."""
+    paid = sum(((g * b).sum() for g, b in zip(gradients[2:], inputs[2:], strict=True)), torch.zeros(()).to(y))
+    names = ("<A x, dy> = <x, A' dy>", "<A w, dy> = <w, A' dy>")
+    return [
+        Identity(name, (g * x).sum() + paid, (dy * y).sum(), (dy * y).abs().sum())
+        for name, g, x in zip(names, gradients[:2], inputs[:2], strict=False)
+    ]
+
+
+LINEAR = Operation(
+    "linear",
+    layers.linear,
+    curved=False,
+    cases=[
+        Case("batch of 6", "ordinary", _affine((6, 5), 4)),
+        Case("as many outputs as inputs", "ordinary", _affine((3, 5), 5)),
+        Case("one image", "awkward", _affine((1, 5), 4)),
+        Case("no bias", "awkward", _affine((6, 5), 4, bias=False)),
+        Case("two leading dimensions", "awkward", _affine((3, 2, 5), 4)),
+        Case("not contiguous", "awkward", _affine((6, 5), 4), layout="gapped"),
+        Case("fc7", "large", _affine((2, 4096), 4096)),
+        Case("fc8", "paper", _affine((4, 4096), 1000)),
+    ],
+    rounding=_linear_rounding,
+    identities=adjoint,
+)
+
+
+# ---- relu, tanh, dropout --------------------------------------------------------------------------------------
+
+
+def _exact(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+    """Copies and zeros: nothing is rounded."""
+    return [Rounding(torch.zeros_like(dy), 0, 0), Rounding(torch.zeros_like(inputs[0]), 0, 0)]
+
+
+def homogeneous(
+    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
+) -> list[Identity]:
+    """y(t x) = t y(x) for t > 0. Differentiate in t at 1 (Euler): <dx, x> = <dy, y>."""
+    return [
+        Identity(
+            "Euler: <dx, x> = <dy, y>", (gradients[0] * inputs[0]).sum(), (dy * y).sum(), (dy * y).abs().sum()
+        )
+    ]
+
+
+def _relu_pattern(options: Options, inputs: Tensors) -> Tensors:
+    return [inputs[0] > 0]
+
+
+RELU = Operation(
+    "relu",
+    layers.relu,
+    curved=False,
+    cases=[
+        Case("maps", "ordinary", drawn(off_zero(2, 3, 5, 4))),
+        Case("exact zeros", "awkward", drawn(few_integers(3, 7)), smooth=False),
+        Case("all closed", "awkward", drawn(lambda g: -off_zero(2, 3, 4)(g).abs())),
+        Case("not contiguous", "awkward", drawn(off_zero(2, 3, 5, 4)), layout="gapped"),
+        Case("channels last", "awkward", drawn(off_zero(2, 3, 5, 4)), layout="channels_last"),
+        Case("conv1", "paper", drawn(off_zero(1, 96, 55, 55))),
+    ],
+    rounding=_exact,
+    identities=homogeneous,
+    pattern=_relu_pattern,
+)
+
+
+def _tanh_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+    """dx = dy (1 - y y) with y off by FUNCTION roundings, twice; y itself stored once and read twice."""
+    y = inputs[0].tanh()
+    return [Rounding(y.abs(), FUNCTION, 1), Rounding(dy.abs() * (1 + y * y), 2 * FUNCTION + 3, 3)]
+
+
+def _tanh_identities(
+    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
+) -> list[Identity]:
+    """1 - tanh^2 = 1 / cosh^2."""
+    return [
+        Identity(
+            "dx cosh(x)^2 = dy",
+            gradients[0] * inputs[0].cosh() ** 2,
+            dy,
+            dy.abs().max() * inputs[0].cosh() ** 2,
+        )
+    ]
+
+
+TANH = Operation(
+    "tanh",
+    layers.tanh,
+    curved=True,
+    cases=[
+        Case("maps", "ordinary", drawn(normals(2, 3, 5, 4))),
+        Case("saturated", "awkward", drawn(normals(2, 30, times=4.0))),
+        Case("not contiguous", "awkward", drawn(normals(2, 3, 5, 4)), layout="gapped"),
+        Case("channels last", "awkward", drawn(normals(2, 3, 5, 4)), layout="channels_last"),
+        Case("conv1", "paper", drawn(normals(1, 96, 55, 55))),
+    ],
+    rounding=_tanh_rounding,
+    identities=_tanh_identities,
+)
+
+
+def _dropout_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+    """One product with the scale, which may itself be rounded."""
+    y, (dx,) = evaluate(layers.dropout, options, inputs, dy, "native")
+    return [Rounding(y.abs(), 2, 1), Rounding(dx.abs(), 2, 1)]
+
+
+def _dropout_cases() -> list[Case]:
+    def case(name: str, kind: str, *shape: int, layout: str = "contiguous", **options: Any) -> Case:
+        return Case(name, kind, drawn(normals(*shape)), {"p": 0.5, "key": 7, **options}, layout)
+
+    return [
+        case("inverted", "ordinary", 6, 8),
+        case("mask only, as in 2012", "ordinary", 6, 8, mode="mask_only"),
+        case("30 % dropped", "ordinary", 6, 8, p=0.3),
+        case("one image", "awkward", 1, 40),
+        case("second half of a batch", "awkward", 4, 8, first_row=4),
+        case("nothing dropped", "awkward", 3, 8, p=0.0),
+        case("whole maps", "awkward", 2, 3, 4, 5),
+        case("not contiguous", "awkward", 6, 8, layout="gapped"),
+        case("fc6", "paper", 32, 4096, mode="mask_only"),
+    ]
+
+
+DROPOUT = Operation(
+    "dropout",
+    layers.dropout,
+    curved=False,
+    cases=_dropout_cases(),
+    rounding=_dropout_rounding,
+    identities=adjoint,
+)
+
+
+# ---- pooling --------------------------------------------------------------------------------------------------
+
+
+def _geometry(options: Options) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    kernel = two(options.get("kernel_size", 3))
+    return kernel, two(options.get("stride", 2)), two(options.get("padding", 0))
+
+
+def _windows_per_pixel(options: Options) -> int:
+    kernel, stride, _ = _geometry(options)
+    return -(-kernel[0] // stride[0]) * -(-kernel[1] // stride[1])
+
+
+def _pool_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+    """A maximum is a copy; a pixel sums the dy of the windows it won."""
+    y, (dx,) = evaluate(layers.max_pool2d, options, inputs, dy.abs(), "native")
+    return [Rounding(torch.zeros_like(y), 0, 0), Rounding(dx, _windows_per_pixel(options), 1)]
+
+
+def _winners(x: Tensor, y: Tensor, options: Options) -> Tensor:
+    """How many pixels of each window equal its maximum, shaped as y."""
+    kernel, stride, padding = _geometry(options)
+    far = max(*kernel, *stride)
+    padded = F.pad(x, (padding[1], padding[1] + far, padding[0], padding[0] + far), value=float("-inf"))
+    windows = padded.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
+    return (windows[:, :, : y.shape[2], : y.shape[3]] == y[..., None, None]).sum((-2, -1))
+
+
+def _pool_identities(
+    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
+) -> list[Identity]:
+    """Euler, every window counted once under "first", once for each of its winners under "all"; and what arrives is
+    what was sent, counted alike."""
+    times = _winners(inputs[0], y, options) if options.get("ties") == "all" else 1
+    sent, dx = dy * times, gradients[0]
+    return [
+        Identity(
+            "Euler: <dx, x> = <dy, y>", (dx * inputs[0]).sum(), (sent * y).sum(), (sent * y).abs().sum()
+        ),
+        Identity("all of dy arrives", dx.sum(), sent.sum(), sent.abs().sum()),
+    ]
+
+
+def _pool_cases() -> list[Case]:
+    def case(name: str, kind: str, draw: Draw, **options: Any) -> Case:
+        layout, smooth = options.pop("layout", "contiguous"), options.pop("smooth", True)
+        return Case(name, kind, drawn(draw), {"kernel_size": 3, "stride": 2, **options}, layout, smooth)
+
+    maps = separated(2, 16, 7, 9)
+    return [
+        case("overlapping windows", "ordinary", maps),
+        case("windows side by side", "ordinary", separated(2, 16, 6, 8, window=2), kernel_size=2),
+        case("windows cut at the border", "awkward", separated(2, 16, 8, 6), ceil_mode=True),
+        case("ragged, rounded down", "awkward", separated(2, 16, 8, 6)),
+        case("padding, all negative", "awkward", separated(2, 16, 6, 7, sign=-1.0), padding=1),
+        case("stride 1", "awkward", separated(2, 16, 5, 6), stride=1),
+        case("stride larger than window", "awkward", separated(2, 16, 9, 8), kernel_size=2, stride=3),
+        case("unequal sides", "awkward", separated(2, 2, 8, 9), kernel_size=(3, 2), stride=(1, 2), padding=(1, 0)),
+        case("ties, first wins", "awkward", few_integers(2, 16, 7, 9), smooth=False),
+        case("ties, all win", "awkward", few_integers(2, 16, 7, 9), ties="all", smooth=False),
+        case("constant, all win", "awkward", lambda g: torch.ones(2, 16, 7, 9).double(), ties="all", smooth=False),
+        case("no ties, all win", "awkward", maps, ties="all"),
+        case("one image", "awkward", separated(1, 1, 7, 9)),
+        case("not contiguous", "awkward", maps, layout="gapped"),
+        case("channels last", "awkward", maps, layout="channels_last", ceil_mode=True),
+        case("pool1", "paper", separated(1, 96, 55, 55), ceil_mode=True, ties="all"),
+        case("pool5", "paper", separated(2, 256, 13, 13), ceil_mode=True),
+    ]  # fmt: skip
+
+
+def _pool_pattern(options: Options, inputs: Tensors) -> Tensors:
+    kernel, stride, padding = _geometry(options)
+    ceil = options.get("ceil_mode", False)
+    return [F.max_pool2d(inputs[0], kernel, stride, padding, ceil_mode=ceil, return_indices=True)[1]]
+
+
+MAX_POOL2D = Operation(
+    "max_pool2d",
+    layers.max_pool2d,
+    curved=False,
+    cases=_pool_cases(),
+    rounding=_pool_rounding,
+    identities=_pool_identities,
+    pattern=_pool_pattern,
+)
+
+
+# ---- response norms -------------------------------------------------------------------------------------------
+
+
+def _norm_magnitude(function: Callable[..., Tensor], options: Options, x: Tensor, dy: Tensor) -> Tensor:
+    """|gain| + |competition|. On absolute values the gradient is gain - competition, and the gain is dy y/x."""
+    positive = x.abs().clamp(min=1e-30)
+    y, (dx,) = evaluate(function, options, [positive], dy.abs(), "native")
+    return 2 * dy.abs() * y / positive - dx
+
+
+def _norm_roundings(terms: int) -> int:
+    """s sums `terms` squares; s and its power enter dx twice; `terms` more in the competition's sum."""
+    return 2 * terms + 2 * FUNCTION + 12
+
+
+def _norm_rounding(function: Callable[..., Tensor], power: int) -> Callable[..., list[Rounding]]:
+    def rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+        y = function(inputs[0], **options, backend="native")
+        roundings = _norm_roundings(options["size"] ** power)
+        dx = _norm_magnitude(function, options, inputs[0], dy)
+        return [Rounding(y.abs(), roundings, 1), Rounding(dx, roundings, 1)]
+
+    return rounding
+
+
+def _norm_identities(
+    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
+) -> list[Identity]:
+    """Multiply the gradient by x and sum over a window: the double sum is s - k again."""
+    beta, k = options.get("beta", 0.75), options.get("k", 1.0)
+    s = torch.where(y == 0, 1.0, inputs[0] / torch.where(y == 0, 1.0, y)) ** (1 / beta)
+    right = (dy * y * (1 - 2 * beta + 2 * beta * k / s)).sum()
+    name = "sum x dx = (1-2b) sum dy y + 2bk sum dy y/s"
+    return [Identity(name, (inputs[0] * gradients[0]).sum(), right, (dy * y).abs().sum())]
+
+
+def _norm_case(name: str, kind: str, *shape: int, size: int, **options: Any) -> Case:
+    """alpha is 0.3 per term, so that competition is as strong as gain, unless the paper's constants are given."""
+    layout = options.pop("layout", "contiguous")
+    draw = options.pop("draw", normals)(*shape)
+    defaults = {"size": size, "alpha": 0.3 * size ** options.pop("power", 1), "beta": 0.75, "k": 2.0}
+    return Case(name, kind, drawn(draw), {**defaults, **options}, layout)
+
+
+def _after_relu(*shape: int) -> Draw:
+    """Half of the responses are exact zeros, as in the paper's order."""
+    return lambda g: normals(*shape)(g).clamp(min=0)
+
+
+LOCAL_RESPONSE_NORM = Operation(
+    "local_response_norm",
+    layers.local_response_norm,
+    curved=True,
+    cases=[
+        _norm_case("window of 5", "ordinary", 2, 16, 3, 4, size=5),
+        _norm_case("two towers", "ordinary", 2, 16, 3, 4, size=5, groups=2),
+        _norm_case("even window, two towers", "awkward", 2, 16, 3, 4, size=4, groups=2),
+        _norm_case("window of 2", "awkward", 2, 16, 3, 4, size=2),
+        _norm_case("window of 1", "awkward", 2, 5, 3, 4, size=1),
+        _norm_case("window wider than the maps", "awkward", 2, 4, 3, 4, size=9, groups=2),
+        _norm_case("beta 0.6, k 1", "awkward", 2, 16, 3, 4, size=5, beta=0.6, k=1.0),
+        _norm_case("no pixels: (N, C)", "awkward", 3, 12, size=5),
+        _norm_case("one image, one pixel", "awkward", 1, 12, 1, 1, size=5),
+        _norm_case("after a ReLU", "awkward", 2, 16, 3, 4, size=5, draw=_after_relu),
+        _norm_case("not contiguous", "awkward", 2, 16, 3, 4, size=5, groups=2, layout="gapped"),
+        _norm_case("channels last", "awkward", 2, 16, 3, 4, size=5, groups=2, layout="channels_last"),
+        # Section 3.3's constants on responses of 2012's size.
+        _norm_case(
+            "conv1, paper's constants", "paper", 1, 96, 55, 55, size=5, alpha=5e-4, groups=2,
+            draw=lambda *shape: normals(*shape, times=60.0),
+        ),
+    ],
+    rounding=_norm_rounding(layers.local_response_norm, 1),
+    identities=_norm_identities,
+)  # fmt: skip
+
+SAME_MAP_NORM = Operation(
+    "same_map_norm",
+    layers.same_map_norm,
+    curved=True,
+    cases=[
+        _norm_case("square of 5", "ordinary", 2, 16, 8, 7, size=5, power=2),
+        _norm_case("square of 3, k 1", "ordinary", 2, 16, 6, 7, size=3, power=2, k=1.0),
+        _norm_case("square wider than the map", "awkward", 2, 3, 3, 2, size=7, power=2),
+        _norm_case("square of 1", "awkward", 2, 3, 3, 4, size=1, power=2),
+        _norm_case("beta 0.6", "awkward", 2, 16, 6, 7, size=3, power=2, beta=0.6),
+        _norm_case("one image, one pixel", "awkward", 1, 3, 1, 1, size=5, power=2),
+        _norm_case("not contiguous", "awkward", 2, 16, 8, 7, size=5, power=2, layout="gapped"),
+        _norm_case("channels last", "awkward", 2, 16, 8, 7, size=5, power=2, layout="channels_last"),
+        # layers-145.cfg:107-117 on responses of 2012's size.
+        _norm_case(
+            "conv2, the code's constants", "paper", 1, 256, 27, 27, size=5, alpha=1e-3, k=1.0,
+            draw=lambda *shape: normals(*shape, times=30.0),
+        ),
+    ],
+    rounding=_norm_rounding(layers.same_map_norm, 2),
+    identities=_norm_identities,
+)  # fmt: skip
+
+
+# ---- convolution ----------------------------------------------------------------------------------------------
+
+
+def _conv_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+    """Stored twice: columns of dx before they are folded, pieces of dw before they are summed, y before its bias."""
+    y, gradients = evaluate(layers.conv2d, options, [x.abs() for x in inputs], dy.abs(), "native")
+    outputs, *taps = inputs[1].shape
+    positions = dy.numel() // outputs
+    into_pixel = outputs // options.get("groups", 1) * taps[1] * taps[2]
+    counts = [(taps[0] * taps[1] * taps[2] + 1, 2), (into_pixel, 2), (positions, 2), (positions, 1)]
+    return [Rounding(m, *count) for m, count in zip([y, *gradients], counts, strict=False)]
+
+
+def _conv_case(name: str, kind: str, x: tuple[int, ...], w: tuple[int, ...], **options: Any) -> Case:
+    layout, bias = options.pop("layout", "contiguous"), options.pop("bias", True)
+    return Case(name, kind, drawn(normals(*x), normals(*w), *[normals(w[0])] * bias), options, layout)
+
+
+_TOWERS: Options = {"stride": (1, 2), "padding": (0, 2, 1, 3), "groups": 2}
+
+CONV2D = Operation(
+    "conv2d",
+    layers.conv2d,
+    curved=False,
+    cases=[
+        _conv_case("towers, unequal sides", "ordinary", (3, 4, 7, 8), (6, 2, 2, 3), **_TOWERS),
+        _conv_case("stride and padding", "ordinary", (2, 3, 9, 8), (4, 3, 3, 3), stride=2, padding=1),
+        # Taps enough, and zeros few enough, for the shifted products of layers/compiled/conv2d.py.
+        _conv_case("many taps", "ordinary", (2, 4, 22, 23), (6, 2, 5, 4), padding=(1, 2, 2, 2), groups=2),
+        _conv_case("zeros right and bottom", "awkward", (2, 3, 16, 16), (4, 3, 11, 11), stride=4, padding=(0, 3, 0, 3)),
+        _conv_case("one image", "awkward", (1, 2, 5, 6), (4, 2, 3, 3), padding=1),
+        _conv_case("one window", "awkward", (2, 2, 3, 4), (4, 2, 3, 4)),
+        _conv_case("kernel of one pixel", "awkward", (2, 3, 4, 5), (6, 3, 1, 1)),
+        _conv_case("stride larger than kernel", "awkward", (2, 2, 11, 10), (4, 2, 2, 3), stride=(5, 4)),
+        _conv_case("pixels no window reads", "awkward", (2, 2, 10, 9), (4, 2, 3, 3), stride=4),
+        _conv_case("windows in the padding", "awkward", (2, 2, 3, 3), (4, 2, 2, 2), padding=4),
+        _conv_case("a group for every channel", "awkward", (2, 3, 5, 5), (6, 1, 3, 3), padding=1, groups=3),
+        _conv_case("no bias", "awkward", (2, 3, 5, 5), (4, 3, 3, 3), bias=False),
+        _conv_case("not contiguous", "awkward", (3, 4, 7, 8), (6, 2, 2, 3), layout="gapped", **_TOWERS),
+        _conv_case("channels last", "awkward", (3, 4, 7, 8), (6, 2, 2, 3), layout="channels_last", **_TOWERS),
+        _conv_case("conv1", "paper", (2, 3, 224, 224), (96, 3, 11, 11), stride=4, padding=(0, 3, 0, 3)),
+        _conv_case("conv2", "paper", (2, 96, 27, 27), (256, 48, 5, 5), padding=2, groups=2),
+        _conv_case("conv3", "paper", (2, 256, 13, 13), (384, 256, 3, 3), padding=1),
+        _conv_case("conv4", "paper", (2, 384, 13, 13), (384, 192, 3, 3), padding=1, groups=2),
+        _conv_case("conv5", "paper", (2, 384, 13, 13), (256, 192, 3, 3), padding=1, groups=2),
+    ],
+    rounding=_conv_rounding,
+    identities=adjoint,
+)  # fmt: skip
+
+
+# ---- cross-entropy --------------------------------------------------------------------------------------------
+
+
+def _cross_entropy_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+    """An error e in the exponent is a factor 1 + e of p, and the exponent x - lse is rounded in proportion to its
+    size: so the largest |x - lse| counts like a number of roundings, as do K summands and two functions."""
+    x, target = inputs
+    loss = layers.cross_entropy(x, target, **options, backend="native")
+    lse = x.logsumexp(1, keepdim=True)
+    roundings = x.shape[1] + 3 * FUNCTION + 4 * int((x - lse).abs().max()) + 2 * int(x.abs().max()) + 8
+    smoothing = options.get("label_smoothing", 0.0)
+    q = smoothing / x.shape[1] + (1 - smoothing) * F.one_hot(target, x.shape[1])
+    weight = dy.reshape(-1, 1).abs() / (len(x) if options.get("reduction", "mean") == "mean" else 1)
+    size = (x.abs().amax(1) + lse[:, 0].abs()).reshape(loss.shape or (-1,))
+    total = {"none": size, "sum": size.sum()}.get(options.get("reduction", "mean"), size.mean())
+    # The loss of half types stays in float32, so nothing of it is stored in the half type.
+    return [Rounding(total, roundings + len(x), 0), Rounding(weight * ((x - lse).exp() + q), roundings, 1)]
+
+
+def _rows_sum_to_zero(
+    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
+) -> list[Identity]:
+    """p and q both sum to 1 over the classes."""
+    dx = gradients[0]
+    return [Identity("each row of dx sums to 0", dx.sum(1), torch.zeros_like(dx[:, 0]), dx.abs().sum(1))]
+
+
+def _logits_case(name: str, kind: str, images: int, classes: int, times: float = 1.0, **options: Any) -> Case:
+    smooth, layout = options.pop("smooth", True), options.pop("layout", "contiguous")
+
+    def labels(g: torch.Generator) -> Tensor:
+        return torch.randint(classes, (images,), generator=g)
+
+    return Case(name, kind, drawn(normals(images, classes, times=times), labels), options, layout, smooth)
+
+
+CROSS_ENTROPY = Operation(
+    "cross_entropy",
+    layers.cross_entropy,
+    curved=True,
+    cases=[
+        _logits_case("5 images, 7 classes", "ordinary", 5, 7),
+        _logits_case("labels smoothed", "ordinary", 5, 7, label_smoothing=0.1),
+        _logits_case("sum over the images", "awkward", 5, 7, reduction="sum"),
+        _logits_case("a loss for each image", "awkward", 5, 7, reduction="none", label_smoothing=0.1),
+        _logits_case("one image, two classes", "awkward", 1, 2),
+        # exp(800) overflows even float64. Far from the truth the curve is straight: nothing to difference.
+        _logits_case("logits of 800", "awkward", 4, 7, times=400.0, smooth=False),
+        _logits_case("not contiguous", "awkward", 5, 7, layout="gapped"),
+        _logits_case("ILSVRC batch", "paper", 32, 1000, times=2.0),
+    ],
+    rounding=_cross_entropy_rounding,
+    identities=_rows_sum_to_zero,
+)
+
+
+# ---- ReLU, norm and pool in one -------------------------------------------------------------------------------
+
+
+def _stages(options: Options, x: Tensor) -> tuple[Tensor, Tensor, Options, Options]:
+    """What enters the norm, what enters the pool, and their options; by native operations."""
+    norm = {key: options[key] for key in ("size", "alpha", "beta", "k")} | {
+        "groups": options.get("groups", 1)
+    }
+    pool = {"kernel_size": 3, "stride": 2, "ceil_mode": options.get("ceil_mode", True)}
+    a = x.clamp(min=0) if options["order"] == "relu_lrn_pool" else x
+    b = layers.local_response_norm(a, **norm, backend="native")
+    return a, b, norm, pool | {"ties": options.get("ties", "first")}
+
+
+def _block_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+    """The pool's and the norm's, one after the other; what lies between them may be stored twice more."""
+    x = inputs[0]
+    a, b, norm, pool = _stages(options, x)
+    y, (db,) = evaluate(layers.max_pool2d, pool, [b], dy.abs(), "native")
+    if options["order"] == "lrn_pool_relu":
+        _, (db,) = evaluate(layers.max_pool2d, pool, [b], dy.abs() * (y > 0), "native")
+    dx = _norm_magnitude(layers.local_response_norm, norm, a, db)
+    dx = dx * (x > 0) if options["order"] == "relu_lrn_pool" else dx
+    roundings = _norm_roundings(options["size"])
+    return [Rounding(y.abs(), roundings, 2), Rounding(dx, roundings + _windows_per_pixel(pool), 3)]
+
+
+def _block_identities(
+    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
+) -> list[Identity]:
+    """The norm's identity, where only the winners of the windows are paid."""
+    beta, k = options["beta"], options["k"]
+    a, b, _, pool = _stages(options, inputs[0])
+    s = torch.where(b == 0, 1.0, a / torch.where(b == 0, 1.0, b)) ** (1 / beta)
+    (winner,) = _pool_pattern(pool, [b])
+    s_won = s.flatten(2).gather(2, winner.flatten(2)).reshape(y.shape)
+    right = (dy * y * (1 - 2 * beta + 2 * beta * k / s_won)).sum()
+    left = (inputs[0] * gradients[0]).sum()
+    return [Identity("sum x dx = sum over winners, as the norm", left, right, (dy * y).abs().sum())]
+
+
+def _block_pattern(options: Options, inputs: Tensors) -> Tensors:
+    _, b, _, pool = _stages(options, inputs[0])
+    y = F.max_pool2d(b, 3, 2, ceil_mode=pool["ceil_mode"])
+    return [inputs[0] > 0, y > 0, *_pool_pattern(pool, [b])]
+
+
+def _block_case(name: str, kind: str, *shape: int, order: str, **options: Any) -> Case:
+    """0.03 per term: the strongest units are damped by a third, and none loses its window to a weaker one."""
+    layout, size = options.pop("layout", "contiguous"), options.pop("size", 5)
+    draw = options.pop("draw", separated)(*shape)
+    constants = {"size": size, "alpha": 0.03 * size, "beta": 0.75, "k": 2.0, "order": order}
+    return Case(name, kind, drawn(draw), {**constants, **options}, layout)
+
+
+def _two_maps_closed(*shape: int) -> Draw:
+    """All windows of the first two maps are closed: each pays a tie of zeros, which the ReLU must stop."""
+
+    def draw(g: torch.Generator) -> Tensor:
+        x = separated(*shape)(g)
+        x[:, :2] = -x[:, :2].abs()
+        return x
+
+    return draw
+
+
+_PAPER, _CODE = "relu_lrn_pool", "lrn_pool_relu"
+
+RELU_LRN_POOL = Operation(
+    "relu_lrn_pool",
+    layers.relu_lrn_pool,
+    curved=True,
+    cases=[
+        _block_case("the paper's order", "ordinary", 2, 16, 7, 7, order=_PAPER),
+        _block_case("the 2012 code's order", "ordinary", 2, 16, 7, 7, order=_CODE),
+        _block_case("towers, paper", "ordinary", 2, 16, 7, 7, order=_PAPER, groups=2),
+        _block_case("towers, code, all ties win", "awkward", 2, 16, 6, 8, order=_CODE, groups=2, ties="all"),
+        _block_case("even window, paper", "awkward", 2, 16, 7, 7, order=_PAPER, size=4),
+        _block_case("rounded down, code", "awkward", 2, 16, 6, 8, order=_CODE, ceil_mode=False),
+        _block_case("closed windows, paper", "awkward", 2, 16, 7, 7, order=_PAPER, draw=_two_maps_closed),
+        _block_case("closed windows, code", "awkward", 2, 16, 7, 7, order=_CODE, draw=_two_maps_closed),
+        _block_case("one image", "awkward", 1, 4, 5, 5, order=_PAPER),
+        _block_case("not contiguous", "awkward", 2, 16, 7, 7, order=_CODE, layout="gapped"),
+        _block_case("channels last", "awkward", 2, 16, 7, 7, order=_PAPER, layout="channels_last"),
+        _block_case("block 1, paper", "paper", 1, 96, 55, 55, order=_PAPER, groups=2, ties="all"),
+        _block_case("block 1, code", "paper", 1, 96, 55, 55, order=_CODE, groups=2, ties="all"),
+    ],
+    rounding=_block_rounding,
+    identities=_block_identities,
+    pattern=_block_pattern,
+)
+
+ALL = (
+    LINEAR, RELU, TANH, DROPOUT, MAX_POOL2D, LOCAL_RESPONSE_NORM, SAME_MAP_NORM, CONV2D, CROSS_ENTROPY, RELU_LRN_POOL
+)  # fmt: skip

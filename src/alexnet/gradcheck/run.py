@@ -1,0 +1,296 @@
+"""Runs every check on everything that can be had here, prints one table, and knows whether all of it held."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet.errors import UserError
+from alexnet.gradcheck import CheckGradients
+from alexnet.gradcheck.cases import Case, Operation
+from alexnet.gradcheck.checks import Result, results_of
+from alexnet.gradcheck.mutants import Kill, Mutant, try_to_kill
+from alexnet.gradcheck.mutants_of_reference import MUTANTS
+from alexnet.gradcheck.network import (
+    NETWORKS,
+    STEPS_NET,
+    network_results,
+    step_results,
+    step_results_in_both_types,
+)
+from alexnet.gradcheck.operations import ALL
+from alexnet.gradcheck.rules import rule_results
+from alexnet.layers import Backend, Backends
+from alexnet.layers.backend import OPERATIONS
+from alexnet.training.record import command_line, environment, write_json
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+Say = Callable[[str], None]
+
+
+@dataclass
+class Proof:
+    """Everything that was measured, and what could not be."""
+
+    results: list[Result] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    kills: list[Kill] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> list[Result]:
+        return [result for result in self.results if not result.passed]
+
+    @property
+    def survivors(self) -> list[Kill]:
+        return [kill for kill in self.kills if not kill.killed_by]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.results) and not self.failures and not self.survivors
+
+    def content(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "command": command_line(),
+            **environment(),
+            "passed": self.passed,
+            "seconds": self.seconds,
+            "results": [result.row() for result in self.results],
+            "skipped": self.skipped,
+            "kills": [{**kill.__dict__, "killed": bool(kill.killed_by)} for kill in self.kills],
+        }
+
+
+def prove(config: CheckGradients, say: Say = print) -> Proof:
+    """Checks what `config` asks for, says each row when it is known, and writes results.json."""
+    started, proof = time.perf_counter(), Proof()
+    say(OPERATION_HEAD)
+    for device in devices():
+        for operation in ALL:
+            if not config.operations or operation.name in config.operations:
+                _operation(operation, config, device, proof, say)
+    if not config.operations:
+        _networks(config, proof, say)
+    if config.mutants:
+        _mutants(config, proof, say)
+    if not proof.results:
+        raise UserError(f"there is nothing to check: {'; '.join(proof.skipped) or 'no case is left'}")
+    proof.seconds = time.perf_counter() - started
+    for line in (*proof.skipped, *map(failure_line, proof.failures[:20])):
+        say(line)
+    say(verdict(proof))
+    part = "+".join(config.operations)  # the whole proof is not replaced by a part of it
+    _write(proof, Path(config.output_dir) / "check_gradients" / part, say)
+    return proof
+
+
+def _write(proof: Proof, directory: Path, say: Say) -> None:
+    """results.json, and the lesson where its tools are installed (they are extras: the checks need none)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = proof.content()
+    write_json(directory / "results.json", content)
+    say(f"results  {directory / 'results.json'}")
+    try:
+        from alexnet.gradcheck.lesson import write_lesson
+    except (ModuleNotFoundError, UserError) as error:
+        say(f"skipped  report.html: {error}")
+        return
+    write_lesson(directory / "report.html", proof.results, proof.kills, verdict_line(proof), content)
+    say(f"report   {directory / 'report.html'}")
+
+
+def devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _operation(operation: Operation, config: CheckGradients, device: str, proof: Proof, say: Say) -> None:
+    for backend in backends_for(operation.name, config, device, proof.skipped):
+        started = time.perf_counter()
+        found: list[Result] = []
+        for case in operation.cases:
+            if case.kind != "large" or config.full:
+                found += results_of(operation, case, backend, device, _dtypes(case, backend, config.full))
+        proof.results += found
+        say(operation_row(found, time.perf_counter() - started))
+
+
+def _dtypes(case: Case, backend: str, full: bool) -> tuple[torch.dtype, ...]:
+    """Every type; but each shape and type of a compiled pair is a graph of its own and costs seconds to make. Unless
+    everything is asked for, awkward cases are left to float64 there, and the paper's shapes to bfloat16, in which
+    `fast` trains: in float64 they stand in the networks."""
+    if full or backend in (Backend.reference, Backend.triton):
+        return DTYPES
+    return {"ordinary": DTYPES, "awkward": DTYPES[:1]}.get(case.kind, DTYPES[2:])
+
+
+def backends_for(operation: str, config: CheckGradients, device: str, skipped: list[str]) -> list[str]:
+    """What the configuration resolves to here, and with full=true every other pair; what cannot be had is noted."""
+    chosen = [getattr(config.backend, operation) or config.backend.default]
+    chosen += [Backend.reference, Backend.compiled, Backend.triton] if config.full else []
+    found: list[str] = []
+    for choice in chosen:
+        try:
+            backend = replace(Backends(), **{operation: choice}).resolve(device)[operation]
+        except UserError as error:
+            skipped.append(f"skipped  {operation}, {choice} on {device}: {error}")
+            continue
+        if backend == Backend.native:
+            skipped.append(
+                f"skipped  {operation}, native: torch's own gradient is what the others are held to"
+            )
+        elif backend == Backend.triton and device != "cuda":
+            skipped.append(f"skipped  {operation}, triton on {device}: its kernels need a CUDA device")
+        elif backend not in found:
+            found.append(backend)
+    return found
+
+
+def _networks(config: CheckGradients, proof: Proof, say: Say) -> None:
+    say(f"\n{ROW_HEAD}")
+    for device in devices():
+        for backends in network_backends(config, device):
+            for result in _network_results(config, backends, device):
+                proof.results.append(result)
+                # Sixteen parameters a network: the worst is shown.
+                if result.check != "parameters":
+                    say(result_row(result))
+                elif result.what == "images":
+                    say(result_row(_worst_parameter(proof.results, result)))
+    for result in rule_results():
+        proof.results.append(result)
+        say(result_row(result))
+
+
+def network_backends(config: CheckGradients, device: str) -> list[dict[str, str]]:
+    """The mapping that training would use, and with full=true one for every other pair that can be had."""
+    per_operation = {name: backends_for(name, config, device, []) or ["reference"] for name in OPERATIONS}
+    found = [{name: choices[0] for name, choices in per_operation.items()}]
+    for backend in (Backend.reference, Backend.compiled, Backend.triton) if config.full else ():
+        mapping = {
+            name: str(backend) if backend in choices else choices[0]
+            for name, choices in per_operation.items()
+        }
+        if mapping not in found:
+            found.append(mapping)
+    return found
+
+
+def _network_results(config: CheckGradients, backends: dict[str, str], device: str) -> Iterator[Result]:
+    for name, model in NETWORKS.items():
+        yield from network_results(name, model, backends, device)
+    yield from step_results_in_both_types("ten steps", STEPS_NET, backends, device)
+    if config.full:
+        yield from step_results("ten steps, code145", NETWORKS["code145, 224 px"], backends, device)
+
+
+def _worst_parameter(results: list[Result], like: Result) -> Result:
+    same = [
+        r
+        for r in results
+        if (r.operation, r.backend, r.device, r.check)
+        == (like.operation, like.backend, like.device, "parameters")
+    ]
+    worst = max(same, key=lambda result: result.share)
+    return replace(worst, what=f"{len(same)} gradients; {worst.what}")
+
+
+def _mutants(config: CheckGradients, proof: Proof, say: Say) -> None:
+    say(f"\n{KILL_HEAD}")
+    for mutant in mutants(config):
+        proof.kills.append(try_to_kill(mutant))
+        say(kill_row(proof.kills[-1]))
+
+
+def mutants(config: CheckGradients) -> Iterator[Mutant]:
+    """The mutants of the pairs that are checked here, and of the rules, which are the same with every pair."""
+    chosen = {name: backends_for(name, config, "cpu", []) for name in OPERATIONS}
+    found = [*MUTANTS]
+    if any(backend in (Backend.compiled, Backend.library) for each in chosen.values() for backend in each):
+        from alexnet.gradcheck.mutants_of_compiled import MUTANTS_OF_COMPILED  # imports the compiler
+
+        found += MUTANTS_OF_COMPILED
+    for mutant in found:
+        if config.operations and mutant.where not in config.operations:
+            continue
+        if mutant.where not in OPERATIONS or mutant.backend in chosen[mutant.where]:
+            yield mutant
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------
+
+OPERATION_HEAD = (
+    f"{'':20} {'':10} {'':5} {'':5} {'differences':>12} {'autograd':>9} {'identity':>9} {'share of bound':>15}\n"
+    f"{'operation':20} {'backend':10} {'on':5} {'cases':>5} {'slope|error':>12} {'float64':>9} {'float64':>9}"
+    f" {'fp32':>7} {'bf16':>7}   {'s':>4}"
+)
+ROW_HEAD = f"{'checked':31} {'backend':10} {'on':5} {'':28} {'error':>8} {'bound':>6} {'used':>6}"
+KILL_HEAD = f"{'mutant (a differences, b autograd, c identity)':61} {'':3} killed on"
+
+
+def operation_row(results: list[Result], seconds: float) -> str:
+    """Worst value over the cases of one operation, backend and device."""
+    first = results[0]
+    differences = [r for r in results if r.check == "differences"]
+    slopes = [r for r in differences if r.what.startswith("slope")]
+    worst = max(slopes or differences, key=lambda r: r.share)
+    shown = worst.what.split()[1] if slopes else f"{worst.value:.0e}"
+    float64 = (_largest(results, "autograd", "float64"), _largest(results, "identity", "float64"))
+    half = [
+        max(r.share for r in results if (r.check, r.dtype) == ("autograd", dtype))
+        for dtype in ("float32", "bfloat16")
+    ]
+    count = len({r.case for r in results})
+    mark = "" if all(r.passed for r in results) else " FAILED"
+    return (
+        f"{first.operation:20} {first.backend:10.10} {first.device:5} {count:5} {shown:>12} "
+        f"{float64[0]:9.0e} {float64[1]:9.0e} {percent(half[0]):>7} {percent(half[1]):>7}   {seconds:4.1f}{mark}"
+    )
+
+
+def _largest(results: list[Result], check: str, dtype: str) -> float:
+    return max((r.value for r in results if (r.check, r.dtype) == (check, dtype)), default=0.0)
+
+
+def result_row(result: Result) -> str:
+    name = result.operation if result.check != "rule" else f"{result.operation}: {result.case}"
+    what = {"directions": "random directions", "steps": result.what, "parameters": result.what}
+    width = 31 if result.check != "rule" else 76  # a rule has no backend: its name takes the room
+    described = "" if result.check == "rule" else (
+        f" {result.backend:10.10} {result.device:5} {what.get(result.check, ''):28}"
+    )  # fmt: skip
+    mark = "" if result.passed else " FAILED"
+    numbers = f"{result.value:8.1e} {result.bound:6.0e} {percent(result.share)}{mark}"
+    return f"{name[:width]:{width}}{described} {numbers}" if described else f"{name:{width + 1}} {numbers}"
+
+
+def percent(share: float) -> str:
+    """Six characters at most, also where a bound was missed by far."""
+    return f"{100 * share:5.1f}%" if share < 10 else ">999%"  # a NaN too
+
+
+def kill_row(kill: Kill) -> str:
+    name = f"{kill.where}: {kill.name}"
+    return f"{name[:61]:61} {kill.letters:3} {kill.case if kill.killed_by else 'SURVIVED'}"
+
+
+def failure_line(result: Result) -> str:
+    where = f"{result.operation}, {result.backend} on {result.device}, {result.dtype}, {result.case}"
+    what = f" ({result.what})" if result.what else ""
+    return f"FAILED   {where}: {result.check}{what} {result.value:.2e}, bound {result.bound:.0e}"
+
+
+def verdict(proof: Proof) -> str:
+    line = f"\n{verdict_line(proof)}"
+    if proof.kills:
+        line += f"\n{len(proof.kills)} mutants, {len(proof.survivors)} survived"
+    return line
+
+
+def verdict_line(proof: Proof) -> str:
+    line = f"{len(proof.results):,} checks in {proof.seconds:.0f} s, {len(proof.failures)} failed"
+    most = max((r.share for r in proof.results if r.passed), default=None)
+    return line if most is None else f"{line}; the most that was used of a bound is {100 * most:.1f}%"

@@ -1,0 +1,15 @@
+"""One training run, from its configuration to its record.
+
+config          the schema of scripts/train.py
+assemble        configuration -> data, network, trainer and record, ready to start
+run             the verb: fit, evaluate val once, draw the picture, close the record
+classifier      network, loss, update rule and augmentation as one LightningModule
+master_weights  float32 master weights with a bfloat16 working copy, and the fused update
+capture         the step as one CUDA graph
+callbacks       checkpoints, watchdog, progress bar
+metrics         metrics.csv, written and read
+checkpoint      what a checkpoint holds, and loading it
+record          run.json
+scoring         images -> log-probabilities -> errors with their intervals
+probe           will this network leave the plateau at ln(classes)?
+"""

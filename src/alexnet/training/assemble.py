@@ -1,0 +1,378 @@
+"""Dataclasses -> objects: what stands between a configuration and a run. The only caller of hydra's instantiate."""
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from alexnet.allocator import keep_freed_memory
+from alexnet.cli import Train
+from alexnet.data.module import ImageData, check_batch_size
+from alexnet.data.prepare import PrepareConfig, prepare
+from alexnet.errors import UserError
+from alexnet.layers.backend import AUTO, Backend
+from alexnet.optim import Schedule
+from alexnet.system import MASTERS, checked_precision, float32_format, lightning_precision, set_precision
+from alexnet.training.callbacks import (
+    AtomicCheckpointIO,
+    AveragedWeights,
+    BestCheckpoint,
+    LastCheckpoint,
+    MetricsFile,
+    Progress,
+    Watchdog,
+)
+from alexnet.training.capture import CapturedStrategy, obstacle
+from alexnet.training.checkpoint import read
+from alexnet.training.classifier import Classifier, plain
+from alexnet.training.record import RunRecord, open_record
+
+# Keys that do not change what a run computes: a run may be moved, and resumed with another bar or logger.
+NOT_IDENTITY = (
+    "output_dir",
+    "data_dir",
+    "probe",
+    "overwrite",
+    "logger",
+    "watchdog",
+    "watchdog_steps",
+    "evaluate",
+    "checkpoint_every",
+)
+
+
+# Arguments of lightning.Trainer that would end a run, or step its rate, elsewhere than its schedule does: values that
+# change nothing, and what to do instead.
+NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "max_steps": ((None, -1), "set optim.epochs, or trainer.limit_train_batches for shorter epochs"),
+    "max_time": ((None,), "stop the process instead, the same command resumes with the same bits"),
+    "accumulate_grad_batches": ((None, 1), "set data.batch_size, one update is one minibatch"),
+    "fast_dev_run": ((None, False), "set trainer=debug, three batches an epoch in a directory of its own"),
+}
+
+
+@dataclass
+class Training:
+    """Everything of one run, ready to start."""
+
+    classifier: Classifier
+    data: ImageData
+    trainer: pl.Trainer
+    record: RunRecord
+    directory: Path
+    resolved: dict[str, Any]  # backends, precision and device on this machine
+    keeps_freed_memory: bool
+    notes: list[str]  # what the backend means here, for the headline
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        path = self.directory / "checkpoints" / "last.ckpt"
+        return path if path.exists() else None
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The epoch with the lowest holdout error; the last one where there is no holdout."""
+        return self.directory / "checkpoints" / ("best.ckpt" if self.has_holdout else "last.ckpt")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backends were resolved for; after `fit`, lightning has moved the module to the CPU."""
+        return torch.device(self.resolved["device"])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        metrics = next(c for c in self.trainer.callbacks if isinstance(c, MetricsFile))  # type: ignore[attr-defined]
+        return metrics.seconds()
+
+    @property
+    def has_holdout(self) -> bool:
+        return len(self.data.split[1]) > 0
+
+    def start(self, overwrite: bool = False) -> None:
+        """Writes run.json; with `overwrite` all else in the directory goes. For the process that has its lock."""
+        if overwrite:
+            clear(self.directory)
+        self.record.start(self.resolved)
+        self.record.update(keeps_freed_memory=self.keeps_freed_memory)
+
+    def fit(self) -> None:
+        """Trains, from the last checkpoint if there is one."""
+        checkpoint = self.last_checkpoint
+        if checkpoint is not None:
+            read(checkpoint)  # what is wrong with it in one line
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*exists and is not empty.*")
+            self.trainer.fit(
+                self.classifier,
+                self.data,
+                ckpt_path=None if checkpoint is None else str(checkpoint),
+                weights_only=True,
+            )
+
+
+def run_directory(config: Train) -> Path:
+    """<output_dir>/train/<name>/seed<k>: named by what is run, never by the clock."""
+    return Path(config.output_dir) / "train" / str(config.name) / f"seed{config.seed}"
+
+
+def training(config: Train) -> Training:
+    """Opens the data, the run's record and the network; nothing is written. Raises UserError for what cannot be."""
+    device_type = device_type_of(config.trainer["accelerator"])
+    backend = config.backend.resolve(device_type)
+    precision = precision_for(config.trainer, device_type, backend)
+    set_precision(precision)
+    data = image_data(config)
+    config.model.num_classes = checked_classes(config.model.num_classes, data)
+    keeps = device_type == "cpu" and config.trainer.get("keep_freed_memory", False) and keep_freed_memory()
+    directory = run_directory(config)
+    resolved = {
+        "backend": backend,
+        "precision": precision,
+        "float32_matmul_and_conv": float32_format(precision),
+        "device": device_type,
+    }
+    record = open_record(directory, identity(config, data), resolved, fresh=config.overwrite)
+    classifier = Classifier(
+        model=plain(config.model),
+        augment=plain(config.augment),
+        optim=plain(config.optim),
+        backend=backend,
+        classes=data.classes,
+        px=data.px,
+        seed=config.seed,
+        data=config.data.name,
+        statistics=data.statistics,
+        masters=precision == MASTERS,
+    )
+    config.backend.check_used(classifier.net.operations | {"cross_entropy"})
+    has_holdout = len(data.split[1]) > 0
+    made = trainer(config, directory, precision, has_holdout, resolved)
+    check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)
+    notes = backend_notes(config.backend.default, device_type, classifier.compiles, classifier.masters)
+    return Training(classifier, data, made, record, directory, resolved, keeps, notes)
+
+
+def clear(directory: Path) -> None:
+    """Everything but the lock, which somebody may hold."""
+    for path in directory.iterdir() if directory.exists() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != "lock":
+            path.unlink()
+
+
+def identity(config: Train, data: ImageData | None) -> dict[str, Any]:
+    """What decides whether two runs are the same: the configuration, and the images and split it is about.
+
+    Without `data` (a store that is not on this machine) only the configuration.
+    """
+    content = plain(config)
+    if data is not None:
+        manifest = data.train_store.manifest
+        arrays = {name: manifest["sha256"][name] for name in ("images.npy", "labels.npy")}
+        content["store"] = {**arrays, "holdout": manifest["holdout"]}
+    for key in NOT_IDENTITY:
+        del content[key]
+    for key in ("root", "resident", "num_workers"):
+        del content["data"][key]
+    for key in ("enable_progress_bar", "profiler", "keep_freed_memory", "capture", "benchmark"):
+        content["trainer"].pop(key, None)
+    for operation, choice in content["backend"].items():
+        if choice == Backend.auto:  # what it stands for decides, also against runs that named it
+            device_type = device_type_of(config.trainer["accelerator"])
+            content["backend"][operation] = str(AUTO.get(device_type, Backend.reference))
+    return content
+
+
+# Kernel launches in one training step of model=tiny at batch 128, counted on a CUDA that computes nothing.
+LAUNCHES = {Backend.reference: 1617, Backend.fast: 501}
+
+
+def backend_notes(default: Backend, device_type: str, compiles: bool, masters: bool) -> list[str]:
+    """What a choice of backend means on this device, a line each."""
+    on_gpu, notes = device_type == "cuda", []
+    reference, fast = (f"{LAUNCHES[backend]:,}" for backend in (Backend.reference, Backend.fast))
+    if on_gpu and default == Backend.auto:
+        notes.append(
+            f"backend=auto took fast on this GPU: every gradient is ours, in {fast} kernel launches a step "
+            f"where reference makes {reference} (counted for model=tiny)"
+        )
+    if on_gpu and default == Backend.reference:
+        notes.append(
+            f"backend=reference makes {reference} kernel launches a step where fast makes {fast} (counted for "
+            "model=tiny): expect it to be several times slower on this GPU. Set backend=fast"
+        )
+    if compiles:
+        more = ["channels-last layout", "augmentation in one pass", "the update in one pass"]
+        more += ["float32 master weights with a bfloat16 working copy"] * masters
+        notes.append(f"with compiled layers come {', '.join(more)}")
+    return notes
+
+
+def image_data(config: Train) -> ImageData:
+    """The data module; the synthetic set is made where it is missing."""
+    root = Path(config.data.root)
+    if config.data.name == "synthetic" and not (root / "val" / "manifest.json").exists():
+        prepare(PrepareConfig(name="synthetic", root=str(root)))
+    if config.evaluate and (root / "train").exists() and not (root / "val" / "manifest.json").exists():
+        raise UserError(
+            f"evaluate=true, but {root} has no val store: set evaluate=false, or prepare it with val_fraction=0.1"
+        )
+    data = ImageData(config.data, config.augment, config.seed)
+    data.setup("fit")
+    if config.optim.schedule == Schedule.plateau and not len(data.split[1]):
+        raise UserError(
+            f"optim.schedule=plateau, but {root} holds no holdout images (one image per class leaves none): "
+            "set optim.schedule=steps, or prepare more images per class"
+        )
+    return data
+
+
+def checked_classes(asked: int | None, data: ImageData) -> int:
+    there = len(data.classes)
+    if asked not in (None, there):
+        raise UserError(
+            f"model.num_classes={asked}, but {data.config.root} holds {there} classes: leave model.num_classes out"
+        )
+    return there
+
+
+def trainer(
+    config: Train, directory: Path, precision: str, has_holdout: bool, resolved: dict[str, Any]
+) -> pl.Trainer:
+    """lightning.Trainer from conf/trainer/*.yaml, with our callbacks and those of conf/callbacks and conf/logger.
+
+    Enters into `resolved` whether the step is captured.
+    """
+    check_length(config)
+    arguments = dict(config.trainer)
+    capture = arguments.pop("capture", "auto")
+    bar, _ = arguments.pop("enable_progress_bar"), arguments.pop("keep_freed_memory", None)
+    checkpoints = directory / "checkpoints"
+    callbacks: list[Callback] = [
+        MetricsFile(directory / "metrics.csv", config.log_every),
+        Watchdog(config.watchdog, config.watchdog_steps),
+        *([Progress()] if bar else []),
+        *([AveragedWeights(decay=config.optim.ema_decay)] if config.optim.ema_decay else []),
+        *(instantiate(callback) for callback in config.callbacks.values()),
+        *([BestCheckpoint(checkpoints)] if has_holdout else []),
+        LastCheckpoint(checkpoints, config.checkpoint_every),
+    ]
+    loggers = [instantiate(logger) for logger in config.logger.values()]
+    if not has_holdout:
+        arguments["limit_val_batches"] = 0
+    resolved["captured"] = captures(capture, config, resolved, callbacks)
+    if resolved["captured"]:
+        arguments["strategy"] = captured_strategy()
+    arguments.update(
+        precision=lightning_precision(precision),
+        default_root_dir=str(directory),
+        enable_progress_bar=bar,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        return instantiate(
+            arguments,
+            callbacks=callbacks,
+            logger=loggers or False,
+            plugins=[AtomicCheckpointIO()],
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            _convert_="all",
+        )
+
+
+def captures(capture: Any, config: Train, resolved: dict[str, Any], callbacks: list[Callback]) -> bool:
+    """Whether the step of this run is one CUDA graph: trainer.capture=auto wherever it can be."""
+    if str(capture).lower() not in ("auto", "true", "false"):
+        raise UserError(f"trainer.capture={capture}: choose one of auto, true, false")
+    if str(capture).lower() == "false":
+        return False
+    fused = "compiled" in resolved["backend"].values() or resolved["precision"] == MASTERS
+    reason = obstacle(
+        resolved["device"], single_device(config.trainer), fused, resolved["precision"], callbacks
+    )
+    if reason and str(capture).lower() == "true":
+        raise UserError(f"trainer.capture={capture}: {reason}. Set trainer.capture=auto")
+    return not reason
+
+
+def captured_strategy() -> CapturedStrategy:
+    return CapturedStrategy(torch.device("cuda", torch.cuda.current_device()))
+
+
+def check_length(config: Train) -> None:
+    """Raises UserError where Lightning would train longer, shorter or in other steps than the schedule counts."""
+    if config.trainer["max_epochs"] != config.optim.epochs:
+        raise UserError(
+            f"trainer.max_epochs={config.trainer['max_epochs']}, but the schedule is of optim.epochs="
+            f"{config.optim.epochs}: set optim.epochs alone"
+        )
+    for key, (neutral, remedy) in NOT_OURS.items():
+        if config.trainer.get(key) not in neutral:
+            raise UserError(
+                f"trainer.{key}={config.trainer[key]} does not fit the schedule of a run: {remedy}"
+            )
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of a run: the one that writes and prints."""
+    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
+
+
+def device_type_of(accelerator: str, key: str = "trainer.accelerator", otherwise: str = "trainer=cpu") -> str:
+    """'cuda' or 'cpu': where a run with this accelerator takes place. UserError names the `key` that chose it."""
+    if accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator in ("gpu", "cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"{key}={accelerator}: there is no GPU that torch can use. Set {otherwise}")
+        return "cuda"
+    return accelerator
+
+
+def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, str]) -> str:
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32.
+
+    bfloat16 means float32 masters with bfloat16 shadows (optim_masters.py), or autocast where these do not serve:
+    without a compiled backend, and on several devices, which exchange the gradients of the masters.
+    """
+    asked = checked_precision(str(trainer["precision"]), device_type)
+    single = single_device(trainer)
+    if asked == MASTERS and not single:
+        raise UserError(f"trainer.precision={MASTERS} is for one device: set trainer.precision=bf16-mixed")
+    if asked != "auto":
+        return asked
+    if not has_native_bf16(device_type):
+        return "32-true"
+    return MASTERS if single and "compiled" in backend.values() else "bf16-mixed"
+
+
+def single_device(trainer: dict[str, Any]) -> bool:
+    """Whether one process trains on one device."""
+    return trainer["devices"] in (1, "1") and trainer["strategy"] == "auto"
+
+
+def has_native_bf16(device_type: str) -> bool:
+    """Whether matrix products of bfloat16 are done by the hardware rather than by widening."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    flags = _cpu_flags()
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def _cpu_flags() -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    return next((line.split() for line in lines if line.startswith("flags")), [])

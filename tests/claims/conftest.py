@@ -1,0 +1,39 @@
+"""A reduced scale=smoke: real claims, a net of a few units, three steps per run."""
+
+from pathlib import Path
+
+import pytest
+
+from alexnet.claims import Reproduce, Scale
+
+REDUCED = [
+    "data.name=synthetic",
+    "data.batch_size=16",
+    "model.width=0.0625",
+    "model.hidden=[8,8]",
+    "optim.epochs=1",
+    "trainer.limit_train_batches=3",
+    "log_every=1",
+    "checkpoint_every=1",
+]
+
+
+def reduced(data_dir: Path, output_dir: Path, *claims: str, **keys) -> Reproduce:
+    keys = {"seeds": 1, "overrides": list(REDUCED), **keys}
+    return Reproduce(
+        claims=list(claims), scale=Scale.smoke, data_dir=str(data_dir), output_dir=str(output_dir), **keys
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Reproduce:
+    """Two claims and Figure 4, run and reported; to be read only."""
+    from alexnet.claims.runner import reproduce
+
+    settings = reduced(
+        data_dir, tmp_path_factory.mktemp("claims"), "s4_2_dropout", "s4_1_ten_views", "figure4", seeds=2
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("alexnet.training.run._picture", lambda *_: "not drawn")  # takes as long as training
+        reproduce(settings)
+    return settings

@@ -1,0 +1,98 @@
+"""The compiled pairs under the checks of every gradient: their mutants are killed, ten steps are the same."""
+
+import pytest
+import torch
+
+from alexnet.gradcheck import network
+from alexnet.gradcheck.checks import results_of
+from alexnet.gradcheck.mutants import Mutant, mutate, try_to_kill
+from alexnet.gradcheck.mutants_of_compiled import MUTANTS_OF_COMPILED
+from alexnet.gradcheck.operations import ALL
+from alexnet.layers import Backends
+from alexnet.layers.backend import OPERATIONS, PAIRS
+from alexnet.layers.compiled import pointwise
+from alexnet.layers.compiled.on_cuda import ON_CUDA
+from alexnet.layers.relu import relu_backward
+
+# One of each kind that compiles in a second; the others wait for the whole suite.
+QUICK = "y >= 0 for y > 0: never closed", "dw with images out of step"
+
+
+def rows():
+    for mutant in MUTANTS_OF_COMPILED:
+        name = f"{mutant.where}, {mutant.backend}: {mutant.name}"
+        yield pytest.param(mutant, id=name, marks=[] if mutant.name in QUICK else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("mutant", rows())
+def test_mutant_is_killed(mutant):
+    assert try_to_kill(mutant).killed_by
+
+
+def test_every_mutant_is_killed_uncompiled_on_the_case_that_it_names():
+    """All of them in seconds: the same code, run by torch without the compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        kills = [(mutant, try_to_kill(mutant)) for mutant in MUTANTS_OF_COMPILED]
+    assert [kill for _, kill in kills if not kill.killed_by] == []
+    assert [m.name for m, kill in kills if m.first_case and kill.case != m.first_case] == []
+
+
+@pytest.mark.parametrize("operation", ON_CUDA)
+def test_checks_of_the_small_cases_hold_for_the_cuda_pairs_uncompiled(operation, monkeypatch):
+    monkeypatch.setitem(PAIRS, (operation, "compiled"), ON_CUDA[operation])
+    (checked,) = (found for found in ALL if found.name == operation)
+    with torch.compiler.set_stance("force_eager"):
+        for case in checked.cases:
+            if case.kind in ("ordinary", "awkward"):
+                results = results_of(checked, case, "compiled", "cpu", (torch.float64, torch.bfloat16))
+                assert [r for r in results if not r.passed] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operation", "backend"), sorted({(m.where, m.backend) for m in MUTANTS_OF_COMPILED})
+)
+def test_every_check_of_the_small_cases_holds(operation, backend):
+    """In every type that a mutant runs in: what the checks find is the mutant and nothing else."""
+    dtypes = {m.dtype for m in MUTANTS_OF_COMPILED if (m.where, m.backend) == (operation, backend)}
+    (checked,) = (found for found in ALL if found.name == operation)
+    for case in checked.cases:
+        if case.kind in ("ordinary", "awkward"):
+            results = results_of(checked, case, backend, "cpu", tuple(dtypes))
+            assert [r for r in results if not r.passed] == []
+
+
+def test_a_mutant_that_changes_nothing_survives():
+    change = mutate(pointwise.linear_backward, "(dy, x, w", "(dy, x.clone(), w")
+    assert not try_to_kill(Mutant("linear", "none", (change,), "compiled")).killed_by
+
+
+def test_a_compiled_mutant_runs_and_the_shipped_code_runs_again_afterwards():
+    """The compiler keeps what it made of either version: neither may be served for the other."""
+    dy, y = torch.ones(2), torch.tensor([-1.0, 2.0])
+    change = mutate(pointwise._relu_gradient, "rectified_gradient(dy, y)", "dy * (y >= 0) * 5")
+    inlined = mutate(relu_backward, "return dy", "return 7 * dy")
+    assert pointwise.relu_backward(dy, y).tolist() == [0, 1]
+    for changes, slope in (((change,), 5), ((inlined,), 7)):
+        with Mutant("relu", "", changes, "compiled").in_place():
+            assert pointwise.relu_backward(dy, y).tolist() == [0, slope]
+        assert pointwise.relu_backward(dy, y).tolist() == [0, 1]
+
+
+def test_there_are_mutants_of_every_compiled_pair():
+    covered = {(mutant.where, mutant.backend) for mutant in MUTANTS_OF_COMPILED}
+    assert covered == {(operation, "compiled") for operation in OPERATIONS} | {("conv2d", "library")}
+    assert len({(m.where, m.backend, m.name) for m in MUTANTS_OF_COMPILED}) == len(MUTANTS_OF_COMPILED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fast", "fastest"])
+def test_ten_steps_are_those_of_the_reference(backend):
+    """Bounds as between reference and torch: LOSS_BOUND, and WEIGHT_BOUND of each tensor's norm."""
+    chosen = Backends(default=backend).resolve("cpu")
+    ours = network.train_ours(network.STEPS_NET, chosen, "cpu", torch.float64)
+    reference = network.train_ours(network.STEPS_NET, Backends().resolve("cpu"), "cpu", torch.float64)
+    assert set(chosen.values()) == {"compiled"} | ({"library"} if backend == "fastest" else set())
+    assert network._off(ours, reference) < network.LOSS_BOUND
+    for name, w in reference.weights.items():
+        assert network.relative(ours.weights[name], w) < network.WEIGHT_BOUND
