@@ -3,12 +3,12 @@
 Every row beside its baselines, interleaved, with spread; writes CSV, JSON, a picture and a Markdown table.
 """
 
-from alexnet.bench import Benchmark
+from alexnet.bench.config import Benchmark
 from alexnet.bench.results import benchmark
 from alexnet.cli import command
 
 
-@command("benchmark")
+@command("benchmark", Benchmark)
 def main(config: Benchmark) -> None:
     benchmark(config)
 

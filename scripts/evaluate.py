@@ -3,11 +3,11 @@
 Several (checkpoint=[a,b,c]) are evaluated one by one and averaged, as the paper's ensembles are.
 """
 
-from alexnet.cli import Evaluate, command
-from alexnet.evaluate import evaluate
+from alexnet.cli import command
+from alexnet.evaluate import Evaluate, evaluate
 
 
-@command("evaluate")
+@command("evaluate", Evaluate)
 def main(config: Evaluate) -> None:
     evaluate(config)
 

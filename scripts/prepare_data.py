@@ -3,11 +3,11 @@
 Again: nothing to do, or goes on where it was killed. verify=true checks the hash of every array.
 """
 
-from alexnet.cli import PrepareData, command
-from alexnet.data.prepare import prepare, verify
+from alexnet.cli import command
+from alexnet.data.prepare import PrepareData, prepare, verify
 
 
-@command("prepare_data")
+@command("prepare_data", PrepareData)
 def main(config: PrepareData) -> None:
     if config.verify:
         for store in verify(config):

@@ -8,12 +8,12 @@ conf/claim holds the claims, conf/experiment/claims_<scale>.yaml what all runs s
 import re
 import sys
 
-from alexnet.claims import Reproduce
+from alexnet.claims.config import Reproduce
 from alexnet.claims.runner import reproduce
 from alexnet.cli import command
 
 
-@command("reproduce")
+@command("reproduce", Reproduce)
 def main(config: Reproduce) -> None:
     reproduce(config)
 

@@ -3,11 +3,12 @@
 `--help` lists every choice; conf/train.yaml is where they start.
 """
 
-from alexnet.cli import Train, command
+from alexnet.cli import command
+from alexnet.training.config import Train
 from alexnet.training.run import train
 
 
-@command("train")
+@command("train", Train)
 def main(config: Train) -> float | None:
     return train(config)
 

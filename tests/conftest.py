@@ -14,8 +14,24 @@ import pytest
 import torch
 from omegaconf import open_dict
 
+from alexnet.bench.config import Benchmark
+from alexnet.claims.config import Reproduce
 from alexnet.cli import CONF, load, register
-from alexnet.data.prepare import PrepareConfig, prepare
+from alexnet.data.prepare import PrepareConfig, PrepareData, prepare
+from alexnet.evaluate import Evaluate
+from alexnet.gradcheck.config import CheckGradients
+from alexnet.training.config import Train
+
+SCHEMAS = {  # of the scripts, by name
+    "train": Train,
+    "evaluate": Evaluate,
+    "prepare_data": PrepareData,
+    "check_gradients": CheckGradients,
+    "reproduce": Reproduce,
+    "benchmark": Benchmark,
+}
+for name, schema in SCHEMAS.items():
+    register(name, schema)
 
 SMALL_NET = [
     "model=mini",
@@ -57,7 +73,6 @@ def compose(data_dir: Path, tmp_path: Path) -> Callable[..., Any]:
     """compose("optim.lr=0.1", ...) -> the Train configuration of a small run in this test's own directory."""
 
     def composed(*overrides: str) -> Any:
-        register()
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             fixed = [f"data_dir={data_dir}", f"output_dir={tmp_path}", "name=test"]
             config = hydra.compose("train", [*fixed, *SMALL_NET, *overrides])

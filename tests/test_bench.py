@@ -8,28 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet.allocator import keep_freed_memory
-from alexnet.bench import (
-    Benchmark,
-    Suite,
-    alone,
-    ceilings,
-    check,
-    data,
-    gpu,
-    layers,
-    networks,
-    results,
-    steps,
-)
+from alexnet.bench import alone, ceilings, check, data, gpu, layers, networks, results, steps
+from alexnet.bench.config import Benchmark, Suite
 from alexnet.bench.results import describe, finish, headlines, markdown, save
 from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interleave, set_precision
-from alexnet.data.module import Resident
+from alexnet.data.config import Resident
 from alexnet.errors import UserError
 from alexnet.gradcheck.mutants_of_compiled import MUTANTS_OF_COMPILED
 from alexnet.layers import ReluLrnPool
 from alexnet.layers.backend import PAIRS, Pair, pair_for
 from alexnet.model import ModelConfig, layer_table
+from alexnet.system import keep_freed_memory
 from alexnet.training.classifier import typed
 
 SMALL = {

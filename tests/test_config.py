@@ -15,20 +15,21 @@ import torch
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from alexnet.cli import CONF, as_chosen, command, load, one_line, register
+from alexnet import system
+from alexnet.cli import CONF, as_chosen, command, load, one_line
 from alexnet.errors import UserError
 from alexnet.layers import Backend
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import build_optimizer, build_scheduler
 from alexnet.training import assemble
 from alexnet.training.classifier import plain, typed
+from alexnet.training.config import Train
 
 GROUPS = ("model", "backend", "data", "augment", "optim", "trainer", "callbacks", "logger", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
 def composed(name: str, *overrides: str) -> Any:
-    register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(name, list(overrides))
 
@@ -83,7 +84,6 @@ def test_every_data_set_can_be_prepared() -> None:
 
 @pytest.mark.parametrize("name", ["evaluate", "prepare_data", "check_gradients", "benchmark", "reproduce"])
 def test_help_begins_with_the_command_and_names_no_group_of_another_script(name: str) -> None:
-    register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose(name, return_hydra_config=True)
     first, *lines = OmegaConf.to_container(config.hydra.help, resolve=False)["template"].splitlines()
@@ -120,7 +120,7 @@ def test_a_run_is_named_by_what_is_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    command("train")(lambda config: named.append(config.name))()
+    command("train", Train)(lambda config: named.append(config.name))()
     assert named == [name]
 
 
@@ -148,7 +148,7 @@ def test_a_model_that_is_chosen_without_a_recipe_is_that_model(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "model=paper", "data=imagenet"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    command("train")(found.append)()
+    command("train", Train)(found.append)()
     assert found[0].model == ModelConfig(**plain(load(composed("train", "experiment=none")).model))
     assert (found[0].model.width, found[0].model.hidden, found[0].optim.epochs) == (1.0, [4096, 4096], 90)
 
@@ -221,7 +221,7 @@ def test_a_write_to_a_full_disk_ends_in_one_line_although_it_names_no_file(
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     with pytest.raises(SystemExit) as ended:
-        command("train")(write)()
+        command("train", Train)(write)()
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
         "error: no space left on the disk: free some, or set output_dir=... or data_dir=... elsewhere\n"
@@ -322,7 +322,7 @@ def test_classes_that_the_store_does_not_have_are_refused(compose: Callable[...,
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="trainer=cpu"):
-        assemble.device_type_of("gpu")
+        system.device_type_of("gpu")
 
 
 def test_run_record_holds_only_plain_data(compose: Callable[..., Any]) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from alexnet.cli import Evaluate
 from alexnet.data.store import Store
 from alexnet.errors import UserError
-from alexnet.evaluate import PAPER_ROWS, _write, average, log_probabilities, paper_rows, score, table
+from alexnet.evaluate import Evaluate, _write
+from alexnet.training.scoring import PAPER_ROWS, average, log_probabilities, paper_rows, score, table
 
 CLASSES = 7
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet.cli import Evaluate
 from alexnet.data.prepare import PrepareConfig, prepare
-from alexnet.evaluate import evaluate
+from alexnet.evaluate import Evaluate, evaluate
 from alexnet.training import assemble
 from alexnet.training.run import train
 from tests.training.test_resume import Crash, assert_same_bits, crash_at, ended

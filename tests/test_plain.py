@@ -9,7 +9,8 @@ import torch
 
 from alexnet import plain
 from alexnet.training import assemble
-from alexnet.training.run import read_metrics, train
+from alexnet.training.metrics import read_metrics
+from alexnet.training.run import train
 
 
 def test_fourteen_steps_end_with_the_bits_of_the_trainer(

@@ -7,7 +7,9 @@ from pathlib import Path
 import hydra
 import pytest
 
-from alexnet.cli import CONF, SCHEMAS, Train, as_chosen, load, register
+from alexnet.cli import CONF, as_chosen, load
+from alexnet.training.config import Train
+from tests.conftest import SCHEMAS
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +31,6 @@ def test_every_command_of_the_readme_composes(command: str) -> None:
     if name == "train":
         overrides = as_chosen(overrides)
     plain = [re.sub(r"=([^\[,]*),.*", r"=\1", o) if sweep else o for o in overrides if o != "-m"]
-    register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = load(hydra.compose(name, plain))
     assert isinstance(config, SCHEMAS[name])

@@ -1,8 +1,8 @@
-"""The schema of each script's configuration, and the one place where a mistake in it becomes one line.
+"""From a command line to one function of one configuration, and the one place where a mistake becomes one line.
 
-Every group of `conf/` maps to one dataclass beside its owner (model -> ModelConfig, data -> DataConfig, ...); this
-file only puts them together. Because the schema lists every key, a misspelt one is found, and its closest match
-named.
+A script hands its schema over: `@command("train", Train)` reads conf/train.yaml as a Train. Every group of `conf/` maps
+to one dataclass beside its owner (model -> ModelConfig, ...). Because the schema lists every key, a misspelt one is
+found, and its closest match is named. This module knows no schema and imports no other room.
 """
 
 import difflib
@@ -13,9 +13,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,128 +29,20 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alexnet.bench import Benchmark
-from alexnet.claims import Reproduce
-from alexnet.data.augment import AugmentConfig
-from alexnet.data.module import DataConfig
-from alexnet.data.prepare import PrepareConfig
 from alexnet.errors import UserError
-from alexnet.gradcheck import CheckGradients
-from alexnet.layers import Backends
-from alexnet.model import ModelConfig
-from alexnet.optim import OptimConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
-class Watch(StrEnum):
-    stop = "stop"
-    warn = "warn"
-    off = "off"
+def register(name: str, schema: type[Any]) -> None:
+    """Enters a schema where conf/<name>.yaml finds it, as <name>_schema."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
-@dataclass
-class Train:
-    """scripts/train.py."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    backend: Backends = field(default_factory=Backends)
-    data: DataConfig = field(default_factory=DataConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)  # arguments of lightning.Trainer
-    callbacks: dict[str, Any] = field(default_factory=dict)  # {name: {_target_: ...}}, beside our own
-    logger: dict[str, Any] = field(default_factory=dict)  # {name: {_target_: ...}}, beside metrics.csv
-    seed: int = 0
-    # Names the run's directory; None: the experiment, else <model>-<data>.
-    name: str | None = None
-    output_dir: str = "outputs"
-    data_dir: str = "data"
-    # Only run the initialisation probe: will this network leave the plateau at ln(classes)?
-    probe: bool = False
-    # What happens when the loss still stands at ln(classes) after `watchdog_steps` steps, or is no number.
-    watchdog: Watch = Watch.stop
-    watchdog_steps: int = 2000
-    # Steps between two rows of metrics.csv and between two checkpoints (one is written every epoch in any case).
-    log_every: int = 50
-    checkpoint_every: int = 200
-    # Evaluate val once when training ends.
-    evaluate: bool = True
-    # Delete what lies in the run's directory and start anew.
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.log_every < 1 or self.checkpoint_every < 0 or self.watchdog_steps < 1:
-            raise UserError(
-                f"log_every={self.log_every}, checkpoint_every={self.checkpoint_every} and "
-                f"watchdog_steps={self.watchdog_steps} are counts of steps: use positive numbers"
-            )
-
-
-@dataclass
-class Evaluate:
-    """scripts/evaluate.py."""
-
-    # A checkpoint file or a run directory; several are averaged as the paper's ensembles are.
-    checkpoint: Any = None
-    views: int = 1
-    split: str = "val"
-    # The store to evaluate on; None: <data_dir>/<the checkpoint's data set>.
-    store: str | None = None
-    backend: Backends = field(default_factory=Backends)
-    batch_size: int = 256
-    device: str = "auto"
-    data_dir: str = "data"
-    output_dir: str = "outputs"
-    # Besides the run's directory, where the JSON goes.
-    json: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise UserError("checkpoint is not given: use checkpoint=<file or run directory>")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} is no count of images: give 1 or more")
-        if self.views not in (1, 10):
-            raise UserError(f"views={self.views}: choose 1 (centre) or 10 (corners, centre and mirrors)")
-        if self.device not in ("auto", "cpu", "cuda", "gpu"):
-            raise UserError(f"device={self.device}: choose auto, cpu or gpu")
-        if self.split not in ("train", "holdout", "val"):
-            raise UserError(f"split={self.split}: choose holdout or val (or train, to measure the gap)")
-
-    @property
-    def checkpoints(self) -> list[str]:
-        several = isinstance(self.checkpoint, list)
-        return [str(c) for c in self.checkpoint] if several else [str(self.checkpoint)]
-
-
-@dataclass
-class PrepareData(PrepareConfig):
-    """scripts/prepare_data.py: the fields of PrepareConfig, and the data set whose name they take."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    data_dir: str = "data"
-
-
-SCHEMAS: dict[str, type[Any]] = {
-    "train": Train,
-    "evaluate": Evaluate,
-    "prepare_data": PrepareData,
-    "check_gradients": CheckGradients,
-    "reproduce": Reproduce,
-    "benchmark": Benchmark,
-}
-
-
-@cache
-def register() -> None:
-    """Enters the schemas where the YAML files of `conf/` find them."""
-    store = ConfigStore.instance()
-    for name, schema in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=schema)
-
-
-def command(name: str, config_dir: Path = CONF) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
-    """Makes a script of a function of one configuration: conf/<name>.yaml and the command line, as a dataclass.
+def command(
+    name: str, schema: type[Any], config_dir: Path = CONF
+) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
+    """Makes a script of a function of one configuration: conf/<name>.yaml and the command line, as a `schema`.
 
     What the user can put right ends as one line on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows the traceback.
     """
@@ -164,7 +53,7 @@ def command(name: str, config_dir: Path = CONF) -> Callable[[Callable[[Any], Any
 
         def entry() -> None:
             _quiet()
-            register()
+            register(name, schema)
             if name == "train":
                 sys.argv[1:] = as_chosen(sys.argv[1:])
             app = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=name)
@@ -234,12 +123,12 @@ def load(config: DictConfig) -> Any:
     return OmegaConf.to_object(config)
 
 
-def compose(name: str, overrides: Sequence[str], config_dir: Path = CONF) -> Any:
-    """conf/<name>.yaml with these overrides, as its dataclass; also inside a script, whose own composition is over.
+def compose(name: str, schema: type[Any], overrides: Sequence[str], config_dir: Path = CONF) -> Any:
+    """conf/<name>.yaml with these overrides, as a `schema`; also inside a script, whose own composition is over.
 
     Raises UserError, one line, for what the user can put right.
     """
-    register()
+    register(name, schema)
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):

@@ -1,289 +1,56 @@
-"""Evaluation: images in, log-probabilities out, and from these the two errors and the cross-entropy.
+"""The verb `evaluate`: checkpoints in, a table and a JSON file out. training/scoring.py says what the numbers are."""
 
-    p[n,c]  = mean over networks and views of softmax(logits[n,c])         section 4.1; worker.cu:150-174
-    top-k   = share of images whose label is not among the k largest p[n,:]
-    loss    = -mean over n of log p[n, label[n]]                           in nats
-
-Probabilities are averaged, then the logarithm is taken; averaging logits would be another ensemble. Ten views
-are the four corners and the centre of the image and the five mirrored; one view is the centre.
-
-The network computes with its float32 weights in IEEE float32, whatever precision it was trained in: the numbers
-belong to the weights and not to what made their training faster, and the end of a run, evaluate.py and
-reproduce.py agree. The price, after training in bfloat16 under a compiled backend, is a second set of compiled graphs.
-
-Every number comes with a 95 % interval over the draw of the *images*: another draw of the same size would
-give another error. How much another *seed* changes it is a different question, answered by training again.
-"""
-
-import math
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import reduce
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import binomtest, norm
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from alexnet.cli import Evaluate
 from alexnet.data.store import Store, open_store
 from alexnet.errors import UserError
-from alexnet.system import under_precision
-from alexnet.training.assemble import device_type_of
+from alexnet.layers import Backends
+from alexnet.system import command_line, device_type_of, environment, write_json
 from alexnet.training.checkpoint import find, load
 from alexnet.training.classifier import Classifier
-from alexnet.training.record import command_line, environment, write_json
-
-LEVEL = 0.95  # of every interval
-TOP5_CLASSES = 6  # with five classes or fewer, the top five are never wrong
+from alexnet.training.scoring import PaperRow, Result, average, log_probabilities, paper_rows, score, table
 
 
-class Views(Protocol):
-    """What evaluation asks of `alexnet.data.augment.Augment`: images (N, px, px, 3) uint8 -> float."""
+@dataclass
+class Evaluate:
+    """scripts/evaluate.py."""
 
-    def centre(self, images: Tensor) -> Tensor:
-        """-> (N, 3, c, c)"""
+    # A checkpoint file or a run directory; several are averaged as the paper's ensembles are.
+    checkpoint: Any = None
+    views: int = 1
+    split: str = "val"
+    # The store to evaluate on; None: <data_dir>/<the checkpoint's data set>.
+    store: str | None = None
+    backend: Backends = field(default_factory=Backends)
+    batch_size: int = 256
+    device: str = "auto"
+    data_dir: str = "data"
+    output_dir: str = "outputs"
+    # Besides the run's directory, where the JSON goes.
+    json: str | None = None
 
-    def ten_views(self, images: Tensor) -> Tensor:
-        """-> (N, 10, 3, c, c)"""
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise UserError("checkpoint is not given: use checkpoint=<file or run directory>")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size} is no count of images: give 1 or more")
+        if self.views not in (1, 10):
+            raise UserError(f"views={self.views}: choose 1 (centre) or 10 (corners, centre and mirrors)")
+        if self.device not in ("auto", "cpu", "cuda", "gpu"):
+            raise UserError(f"device={self.device}: choose auto, cpu or gpu")
+        if self.split not in ("train", "holdout", "val"):
+            raise UserError(f"split={self.split}: choose holdout or val (or train, to measure the gap)")
 
-
-class Estimate(NamedTuple):
-    """A measured value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one network, or the average of several, does on one split. Errors are fractions, never percent."""
-
-    split: str  # train, holdout or val
-    views: int  # 1 or 10
-    n: int  # images
-    networks: int  # whose probabilities were averaged
-    top1_error: Estimate
-    top5_error: Estimate | None  # None with fewer than six classes
-    cross_entropy: Estimate  # nats
-    name: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: `top1_error` is the value, `top1_error_interval` its bounds."""
-        plain: dict[str, Any] = {}
-        for key, value in self.__dict__.items():
-            if isinstance(value, Estimate):
-                plain |= {key: value.value, f"{key}_interval": [value.low, value.high]}
-            else:
-                plain[key] = value
-        return plain
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> "Result":
-        """The inverse of `as_dict`."""
-        values = {key: value for key, value in plain.items() if not key.endswith("_interval")}
-        for key, interval in plain.items():
-            if key.endswith("_interval"):
-                name = key.removesuffix("_interval")
-                values[name] = Estimate(plain[name], *interval)
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class PaperRow:
-    """One printed result of the paper; errors as fractions."""
-
-    name: str
-    source: str
-    split: str
-    views: int
-    networks: int
-    top1_error: float
-    top5_error: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-# Trained from scratch only: the rows with a star were pre-trained on other ImageNet releases.
-PAPER_ROWS = (
-    PaperRow("1 CNN", "Table 2", "2012 val", 10, 1, 0.407, 0.182),
-    PaperRow("5 CNNs", "Table 2", "2012 val", 10, 5, 0.381, 0.164),
-    PaperRow("CNN", "Table 1", "2010 test", 10, 1, 0.375, 0.170),
-    PaperRow("CNN", "footnote 5", "2010 test", 1, 1, 0.390, 0.183),
-)
-
-
-def paper_rows(wnids: Sequence[str], networks: int, views: int) -> list[PaperRow]:
-    """The paper's rows with the same protocol; none unless the data set is ImageNet-1k (1000 WordNet ids)."""
-    imagenet = len(set(wnids)) == 1000 and all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids)
-    return [r for r in PAPER_ROWS if imagenet and r.views == views and (r.networks > 1) == (networks > 1)]
-
-
-@torch.inference_mode()
-def log_probabilities(
-    model: nn.Module,
-    augment: Views,
-    images: np.ndarray | Tensor,
-    views: int = 1,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
-    index: np.ndarray | None = None,
-) -> Tensor:
-    """Images (N, px, px, 3) uint8, or the rows that `index` names -> log p (N, classes), float32 on the CPU.
-
-    `images` may be memory-mapped: one batch is read at a time. `batch_size` counts views. Network and views
-    move to `device`; the network runs in evaluation mode, float32 products in IEEE float32, under
-    the caller's `autocast` if there is one.
-    Raises UserError for views other than 1 or 10 and for no images.
-    """
-    if views not in (1, 10):
-        raise UserError(f"views={views}: the paper's test uses the centre (views=1) or ten views (views=10).")
-    rows = np.arange(len(images)) if index is None else np.asarray(index)
-    if not len(rows):
-        raise UserError("There is no image to evaluate: the split is empty. Choose another split=...")
-    modes, step = {module: module.training for module in model.modules()}, max(1, batch_size // views)
-    model.to(device).eval()
-    if isinstance(augment, nn.Module):
-        augment.to(device)
-    try:
-        with (
-            under_precision("32-true"),
-            tqdm(total=len(rows), desc="evaluate", unit=" images", disable=None) as bar,
-        ):
-            parts = []
-            for start in range(0, len(rows), step):
-                batch = _read(images, rows[start : start + step]).to(device)
-                parts.append(_batch(model, augment, batch, views).cpu())
-                bar.update(len(batch))
-        return torch.cat(parts)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _read(images: np.ndarray | Tensor, rows: np.ndarray) -> Tensor:
-    """The rows of a store as a tensor of their own: indexing by an array copies, also from a read-only map."""
-    if isinstance(images, Tensor):
-        return images[torch.as_tensor(rows, device=images.device)]
-    return torch.from_numpy(images[rows])
-
-
-def _batch(model: nn.Module, augment: Views, images: Tensor, views: int) -> Tensor:
-    """uint8 images (B, px, px, 3) -> log of the softmax averaged over the views, (B, classes)."""
-    x = augment.centre(images).unsqueeze(1) if views == 1 else augment.ten_views(images)
-    logits = model(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])  # (B, views, classes)
-    return logits.log_softmax(-1).logsumexp(1) - math.log(views)
-
-
-def average(log_probs: Sequence[Tensor]) -> Tensor:
-    """The paper's ensemble: log of the mean of the networks' probabilities, all (N, classes)."""
-    shapes = {tuple(p.shape) for p in log_probs}
-    if len(shapes) != 1:
-        raise UserError(
-            f"Networks to average must agree on images and classes, here {sorted(shapes)}: "
-            "give checkpoints trained on the same classes."
-        )
-    return reduce(torch.logaddexp, log_probs) - math.log(len(log_probs))
-
-
-def score(
-    log_probs: Tensor,
-    labels: Tensor | np.ndarray,
-    *,
-    split: str = "val",
-    views: int = 1,
-    networks: int = 1,
-    name: str = "",
-) -> Result:
-    """Log-probabilities (N, classes) and labels (N,) -> Result, which keeps the other arguments as they are.
-
-    Raises UserError for fewer than two images, labels the network has no output for, and NaN outputs.
-    """
-    truth = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-    _check(log_probs, truth)
-    top = log_probs.topk(min(5, log_probs.shape[1])).indices == truth[:, None]  # (N, 5)
-    wrong1, wrong5 = int((~top[:, 0]).sum()), int((~top.any(1)).sum())
-    n, classes = log_probs.shape
-    loss = -log_probs.double().gather(1, truth[:, None])
-    top5 = _share(wrong5, n) if classes >= TOP5_CLASSES else None
-    return Result(split, views, n, networks, _share(wrong1, n), top5, _mean(loss), name)
-
-
-def _check(log_probs: Tensor, labels: Tensor) -> None:
-    n, classes = log_probs.shape
-    if len(labels) != n or n < 2:
-        raise UserError(f"{n} outputs and {len(labels)} labels: give as many of each, and at least two.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise UserError(
-            f"The labels run from {low} to {high}, but the network has {classes} outputs: "
-            "evaluate the checkpoint on the data set it was trained on (store=...)."
-        )
-    if broken := int(log_probs.isnan().any(1).sum()):
-        raise UserError(
-            f"The network's output is not a number for {broken:,} of {n:,} images: its training diverged; "
-            "take an earlier checkpoint=... or train with a lower optim.lr."
-        )
-
-
-def _share(count: int, n: int) -> Estimate:
-    """A proportion with Wilson's interval, which stays inside 0..1 and is honest near both ends."""
-    interval = binomtest(count, n).proportion_ci(LEVEL, method="wilson")
-    return Estimate(count / n, float(interval.low), float(interval.high))
-
-
-def _mean(values: Tensor) -> Estimate:
-    """A mean with the normal interval: mean +- 1.96 s / sqrt(n)."""
-    mean = float(values.mean())
-    half = float(norm.ppf((1 + LEVEL) / 2) * values.std() / math.sqrt(values.numel()))
-    return Estimate(mean, mean - half, mean + half)
-
-
-COLUMNS = ("network", "split", "views", "images", "top-1 error %", "top-5 error %", "cross-entropy")
-WIDTH = 100  # columns of a terminal
-
-
-def table(results: Sequence[Result], references: Sequence[PaperRow] = ()) -> str:
-    """Text of at most 100 columns: a line per result with its 95 % intervals, then the paper's rows."""
-    lines = [_cells(r) for r in results] + [_reference_cells(r) for r in references]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
-    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    return "\n".join(_line(cells, widths) for cells in [COLUMNS, *lines])
-
-
-def _cells(r: Result) -> tuple[str, ...]:
-    name = r.name or ("1 network" if r.networks == 1 else f"{r.networks} networks")
-    loss, _, high = r.cross_entropy
-    errors = (_percent(r.top1_error), _percent(r.top5_error))
-    return name, r.split, str(r.views), f"{r.n:,}", *errors, f"{loss:.3f} ±{high - loss:.3f}"
-
-
-def _reference_cells(r: PaperRow) -> tuple[str, ...]:
-    errors = (f"{100 * r.top1_error:.1f}", f"{100 * r.top5_error:.1f}")
-    return f"paper {r.name}, {r.source}", r.split, str(r.views), "", *errors, ""
-
-
-def _percent(e: Estimate | None) -> str:
-    return "-" if e is None else f"{100 * e.value:.2f} ({100 * e.low:.1f}-{100 * e.high:.1f})"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Text to the left, the two counts to the right; a name that is too long loses its front."""
-    name, width = cells[0], widths[0]
-    cells = [name if len(name) <= width else "…" + name[len(name) - width + 1 :], *cells[1:]]
-    left = [c.ljust(w) for c, w in zip(cells, widths, strict=True)]
-    left[2:4] = [c.rjust(w) for c, w in zip(cells[2:4], widths[2:4], strict=True)]
-    return "  ".join(left).rstrip()
-
-
-# The verb: checkpoints in, a table and a JSON file out ----------------------------------------------------
+    @property
+    def checkpoints(self) -> list[str]:
+        several = isinstance(self.checkpoint, list)
+        return [str(c) for c in self.checkpoint] if several else [str(self.checkpoint)]
 
 
 def evaluate(config: Evaluate) -> list[Result]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet.claims import Reproduce, Scale
+from alexnet.claims.config import Reproduce, Scale
 
 REDUCED = [
     "data.name=synthetic",

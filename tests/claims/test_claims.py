@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 
 from alexnet.claims.claims import SCALES, Claim, load_claim, load_claims, select
 from alexnet.claims.statistics import Direction
-from alexnet.cli import CONF, Train, register
+from alexnet.cli import CONF
 from alexnet.errors import UserError
 from alexnet.model import Row, layer_table
+from alexnet.training.config import Train
 
 CLAIMS = load_claims(CONF / "claim")
 ARMS = [(claim, arm) for claim in CLAIMS.values() if claim.uses is None for arm in claim.arms]
@@ -48,7 +49,6 @@ def written(tmp_path: Path, change=None, **keys) -> Path:
 @cache
 def composed(*overrides: str, recipe: str = "claims_cpu") -> Train:
     """To be read only: composing an arm takes longer than all that is asked of it."""
-    register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("train", [f"experiment={recipe}", *overrides])
     return OmegaConf.to_object(config)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet.claims import Reproduce
 from alexnet.claims.claims import Claim, Features, Figure, Nets, Test
+from alexnet.claims.config import Reproduce
 from alexnet.claims.measures import (
     Want,
     _save,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tests.claims.conftest import reduced
 
-from alexnet.claims import Reproduce
 from alexnet.claims.claims import Nets, Test
+from alexnet.claims.config import Reproduce
 from alexnet.claims.jobs import claims_of
 from alexnet.claims.report import _band, curved, gathered, report_directory, sections_of
 from alexnet.claims.runner import reproduce

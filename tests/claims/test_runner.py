@@ -17,16 +17,18 @@ import pytest
 import yaml
 from tests.claims.conftest import REDUCED, reduced
 
-from alexnet.claims import Reproduce, Scale, jobs, runner
+from alexnet.claims import jobs, runner
+from alexnet.claims.config import Reproduce, Scale
 from alexnet.claims.jobs import State, check, choose, claims_of, commands, jobs_of
 from alexnet.claims.measures import Want
 from alexnet.claims.report import training_seconds
 from alexnet.claims.runner import Progress, Sizes, Speed, reproduce, seconds_left
-from alexnet.cli import CONF, compose
+from alexnet.cli import CONF
 from alexnet.errors import UserError
+from alexnet.system import git_state, write_json
 from alexnet.training import assemble
-from alexnet.training.callbacks import CLOCK_COLUMNS
-from alexnet.training.record import git_state, write_json
+from alexnet.training.config import compose_train
+from alexnet.training.metrics import CLOCK_COLUMNS
 
 
 def directory(settings: Reproduce, name: str, seed: int = 1) -> Path:
@@ -182,7 +184,7 @@ def test_printed_commands_are_the_jobs(data_dir, tmp_path, no_training, capsys):
     for line, job in zip(lines, those, strict=True):
         python, script, *arguments = shlex.split(line)
         assert (python, script) == ("python", "scripts/train.py")
-        assert compose("train", arguments) == job.config
+        assert compose_train(arguments) == job.config
     assert not (tmp_path / "train").exists()
 
 

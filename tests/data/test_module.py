@@ -13,16 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from alexnet.data.augment import Augment, AugmentConfig
+from alexnet.data.config import DataConfig, Resident
 from alexnet.data.module import (
     MAX_WORKERS,
     Batch,
-    DataConfig,
     EpochLoader,
     EvalBatch,
     EvalLoader,
     ImageData,
     Pixels,
-    Resident,
     ahead_of_time,
     host_memory,
     is_resident,

@@ -19,8 +19,8 @@ import torch
 from moved import Moved, logged_bytes
 from nullcuda import Event, Log
 
-from alexnet.cli import compose
 from alexnet.training import assemble
+from alexnet.training.config import compose_train
 
 COUNTED = 5  # the step whose events are counted: everything is compiled, and captured
 WEIGHED = 6  # the step whose bytes are counted; then the log ends, and the host's time begins to count
@@ -75,7 +75,7 @@ class Counted(pl.Callback):
 def rehearse(data_dir: str, overrides: list[str]) -> dict[str, Any]:
     """The figures of a training with these overrides of conf/train.yaml."""
     with tempfile.TemporaryDirectory() as output:
-        config = compose("train", [*SETTINGS, f"data_dir={data_dir}", f"output_dir={output}", *overrides])
+        config = compose_train([*SETTINGS, f"data_dir={data_dir}", f"output_dir={output}", *overrides])
         run = assemble.training(config)
         weigh = "trainer.capture=false" in overrides
         counted = Counted(Log().__enter__(), weigh)

@@ -13,8 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils._pytree import tree_leaves
 
-from alexnet.cli import Evaluate
-from alexnet.evaluate import evaluate
+from alexnet.evaluate import Evaluate, evaluate
 from alexnet.gradcheck.cases import Case, Operation, cotangent
 from alexnet.gradcheck.cases import evaluate as both_ways
 from alexnet.gradcheck.checks import prepared, used
@@ -57,7 +56,7 @@ def pairs() -> Iterator[Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("operation", "backend"), pairs())
 def test_a_pair_equals_float64_on_the_cpu(operation: Operation, backend: str, dtype: torch.dtype) -> None:
-    """At the paper's shapes, within the rounding bounds derived in gradients/cases.py."""
+    """At the paper's shapes, within the rounding bounds derived in gradcheck/cases.py."""
     assert pair_for(operation.name, backend) is not None
     for case in operation.cases:
         if case.kind == "paper":

@@ -13,9 +13,10 @@ import torch
 
 from alexnet import layers
 from alexnet.errors import UserError
-from alexnet.gradcheck import CheckGradients, lesson, network, rules, run
+from alexnet.gradcheck import lesson, network, rules, run
 from alexnet.gradcheck.cases import Rounding, cotangent, gapped, separated
 from alexnet.gradcheck.checks import Result, results_of, slope, used
+from alexnet.gradcheck.config import CheckGradients
 from alexnet.gradcheck.mutants import Kill, Mutant, mutate, try_to_kill
 from alexnet.gradcheck.mutants_of_reference import MUTANTS
 from alexnet.gradcheck.operations import ALL, CONV2D, LOCAL_RESPONSE_NORM, RELU

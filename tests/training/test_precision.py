@@ -13,9 +13,9 @@ from lightning.fabric.connector import _PRECISION_INPUT_STR
 from torch import Tensor, nn
 
 from alexnet.errors import UserError
-from alexnet.evaluate import log_probabilities
 from alexnet.system import LIGHTNING, PRECISIONS, checked_precision, set_precision, under_precision
 from alexnet.training import assemble
+from alexnet.training.scoring import log_probabilities
 
 
 def float32_formats() -> tuple[str, bool, bool]:

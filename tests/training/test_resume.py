@@ -15,7 +15,8 @@ from tests.conftest import SMALL_NET
 
 from alexnet.cli import CONF
 from alexnet.training import assemble
-from alexnet.training.callbacks import CLOCK_COLUMNS, LastCheckpoint
+from alexnet.training.callbacks import LastCheckpoint
+from alexnet.training.metrics import CLOCK_COLUMNS
 from alexnet.training.run import train
 
 STEPS_PER_EPOCH = 7  # ceil(110 train images / 16): the last batch holds 14

@@ -21,16 +21,20 @@ import torch
 from tests.conftest import SMALL_NET
 from tests.training.test_resume import Crash, crash_at
 
-from alexnet.cli import CONF, Evaluate, Train, _quiet
+from alexnet import system
+from alexnet.cli import CONF, _quiet
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
-from alexnet.evaluate import evaluate
+from alexnet.evaluate import Evaluate, evaluate
 from alexnet.layers import Backend, Backends
-from alexnet.training import assemble, record
+from alexnet.system import locked
+from alexnet.training import assemble
 from alexnet.training.callbacks import AveragedWeights, BestCheckpoint, Stalled, Watchdog
 from alexnet.training.checkpoint import load, read
-from alexnet.training.record import locked, open_record
-from alexnet.training.run import read_metrics, train
+from alexnet.training.config import Train
+from alexnet.training.metrics import read_metrics
+from alexnet.training.record import open_record
+from alexnet.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +43,7 @@ def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import hydra
 
     from alexnet.cli import load as typed_config
-    from alexnet.cli import register
 
-    register()
     where = [f"data_dir={data_dir}", f"output_dir={tmp_path_factory.mktemp('runs')}", "name=done"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = typed_config(hydra.compose("train", [*where, *SMALL_NET]))
@@ -334,7 +336,7 @@ def test_a_look_at_a_run_keeps_nobody_from_starting_it(
     (tmp_path / "lock").touch()
     with (tmp_path / "lock").open() as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
-        monkeypatch.setattr(record.time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
+        monkeypatch.setattr(system.time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
         with locked(tmp_path) as ours:
             assert ours
 
@@ -347,7 +349,7 @@ def test_the_lock_is_held_while_a_run_is_trained_and_no_longer(
     directory = assemble.run_directory(config)
 
     def fit(run: assemble.Training) -> None:
-        assert record.in_progress(directory)
+        assert system.in_progress(directory)
         if fails:
             raise UserError("no space left")
 
@@ -355,12 +357,12 @@ def test_the_lock_is_held_while_a_run_is_trained_and_no_longer(
     monkeypatch.setattr("alexnet.training.run.finish", lambda run, config: 0.5)
     with pytest.raises(UserError, match="no space") if fails else nullcontext():
         assert train(config) == 0.5
-    assert not record.in_progress(directory)
+    assert not system.in_progress(directory)
 
 
 def test_a_resume_under_other_code_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for commit in "aabc":  # resumed under the same code, then under another, then under a third
-        monkeypatch.setattr(record, "git_state", lambda c=commit: {"commit": c, "changed": False})
+        monkeypatch.setattr(system, "git_state", lambda c=commit: {"commit": c, "changed": False})
         resumed = open_record(tmp_path, {}, {}, fresh=False)
         resumed.start({"device": "cpu"})
     assert resumed.content["git"]["commit"] == "c"

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from alexnet.allocator import keep_freed_memory
 from alexnet.bench.networks import LIBRARY_CHOOSES, contestant_named, task
 from alexnet.bench.timing import set_precision, synchronise
+from alexnet.system import keep_freed_memory
 
 STATUS = Path("/proc/self/status")
 

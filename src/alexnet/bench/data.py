@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from alexnet.bench import Benchmark
+from alexnet.bench.config import Benchmark
 from alexnet.bench.networks import (
     CLASSES,
     Task,
@@ -28,14 +28,15 @@ from alexnet.bench.networks import (
 )
 from alexnet.bench.timing import Contestant, Kind, Row, interleave
 from alexnet.data.augment import Augment, AugmentConfig, statistics_of
-from alexnet.data.module import Batch, DataConfig, EpochLoader, ImageData, Pixels, Resident
+from alexnet.data.config import DataConfig, Resident
+from alexnet.data.module import Batch, EpochLoader, ImageData, Pixels
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.data.store import Store, open_store
 from alexnet.data.synthetic import blocks
 from alexnet.layers import Backend, Backends
 from alexnet.optim import OptimConfig, Schedule
-from alexnet.training.callbacks import MetricsFile
 from alexnet.training.classifier import Classifier, plain
+from alexnet.training.metrics import MetricsFile
 
 Epoch = Callable[[], Iterator[tuple[Tensor, Batch]]]
 WORKERS = 2

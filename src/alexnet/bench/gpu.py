@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from alexnet.bench import Benchmark
 from alexnet.bench.check import check
+from alexnet.bench.config import Benchmark
 from alexnet.bench.layers import SHAPES, norm_rows
 from alexnet.bench.networks import (
     CAPTURED,

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet.bench import Benchmark
 from alexnet.bench.check import clear_windows, compare
+from alexnet.bench.config import Benchmark
 from alexnet.bench.networks import TYPES, model_config, stock_compiled
 from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interleave
 from alexnet.layers import LocalResponseNorm, ReluLrnPool, conv2d

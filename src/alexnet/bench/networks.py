@@ -13,6 +13,7 @@ from alexnet.bench.timing import Contestant, Kind
 from alexnet.layers import Backend, Backends, SameMapNorm, cross_entropy
 from alexnet.model import AlexNet, ModelConfig, Order, layer_table
 from alexnet.optim import OptimConfig, parameter_groups
+from alexnet.training.config import compose_train
 from alexnet.training.master_weights import FusedKrizhevsky, Shadows
 
 CLASSES = 1000
@@ -27,9 +28,7 @@ TRITON_NORMS = "fastest, triton norms"
 @cache
 def model_config(model: str) -> ModelConfig:
     """conf/model/<model>.yaml, with 1000 classes."""
-    from alexnet.cli import compose  # which knows this package's Benchmark
-
-    config = compose("train", ["experiment=none", f"model={model}", "name=benchmark"]).model
+    config = compose_train(["experiment=none", f"model={model}", "name=benchmark"]).model
     return replace(config, num_classes=CLASSES)
 
 

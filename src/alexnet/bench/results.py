@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from alexnet.bench import Benchmark, Suite
+from alexnet.bench.config import Benchmark, Suite
 from alexnet.bench.networks import CAPTURED
 from alexnet.bench.timing import Kind, Machine, Row
 from alexnet.errors import UserError
@@ -25,9 +25,9 @@ COLUMNS = (
 
 def benchmark(config: Benchmark) -> list[Row]:
     """Runs the suites and writes <output_dir>/benchmark/. Returns every row."""
-    from alexnet.allocator import keep_freed_memory
     from alexnet.bench import data, gpu, layers, steps
     from alexnet.bench.ceilings import measured_machine
+    from alexnet.system import keep_freed_memory
 
     if config.threads:
         torch.set_num_threads(config.threads)

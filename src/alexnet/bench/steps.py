@@ -5,8 +5,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from alexnet.bench import Benchmark
 from alexnet.bench.check import check
+from alexnet.bench.config import Benchmark
 from alexnet.bench.networks import (
     TUNED,
     multiply_adds,

@@ -19,19 +19,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alexnet.claims import Reproduce
+from alexnet import system
 from alexnet.claims.claims import Claim, Run, load_claims, select
+from alexnet.claims.config import Reproduce
 from alexnet.claims.measures import Want, evidence, failure, is_measured, wanted
 from alexnet.claims.statistics import running_mean
 from alexnet.claims.tables import Evidence, arrival
-from alexnet.cli import CONF, Train, compose
+from alexnet.cli import CONF
 from alexnet.data.module import ImageData
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.model import layer_table
+from alexnet.system import in_progress
 from alexnet.training import assemble
-from alexnet.training.record import differences, in_progress
-from alexnet.training.run import read_metrics
+from alexnet.training.config import Train, compose_train
+from alexnet.training.metrics import read_metrics
+from alexnet.training.record import differences
 
 CLAIMS = CONF / "claim"
 SMOKE_DATA = "synthetic_500"  # conf/experiment/claims_smoke.yaml; drawn where it is missing
@@ -132,9 +135,7 @@ def _job(claim: Claim, run: Run, settings: Reproduce, wants: frozenset[Want], un
 @cache
 def _composed(recipe: str, overrides: tuple[str, ...]) -> Train:
     """Once per arm and not per run: a hundred compositions would take ten seconds."""
-    config = compose("train", [f"experiment={recipe}", "name=none", *overrides])
-    assert isinstance(config, Train)
-    return config
+    return compose_train([f"experiment={recipe}", "name=none", *overrides])
 
 
 def is_tuning(job: Job) -> bool:
@@ -225,7 +226,7 @@ def check_arm(config: Train) -> Sizes:
         prepare(PrepareConfig(SMOKE_DATA, config.data.root, n_train=500, n_val=200, workers=0))
     data = assemble.image_data(config)
     layer_table(replace(config.model, num_classes=assemble.checked_classes(config.model.num_classes, data)))
-    config.backend.resolve(assemble.device_type_of(config.trainer["accelerator"]))
+    config.backend.resolve(system.device_type_of(config.trainer["accelerator"]))
     return Sizes(len(data.split[0]), len(data.split[1]), len(data.val_store))
 
 

@@ -31,16 +31,17 @@ from torch import Tensor
 from alexnet.claims.claims import FIRST_SEED, METRICS, Claim, Features, Figure, Nets, Test
 from alexnet.claims.statistics import split_excess
 from alexnet.claims.tables import Evidence
-from alexnet.cli import Train
 from alexnet.data.module import ImageData
 from alexnet.data.store import Store
-from alexnet.evaluate import TOP5_CLASSES, average, log_probabilities, score
+from alexnet.system import git_state, write_json
 from alexnet.training import assemble
 from alexnet.training.checkpoint import load
 from alexnet.training.classifier import Classifier
+from alexnet.training.config import Train
+from alexnet.training.metrics import read_metrics
 from alexnet.training.probe import probe
-from alexnet.training.record import git_state, write_json
-from alexnet.training.run import PROBE_IMAGES, read_metrics
+from alexnet.training.run import PROBE_IMAGES
+from alexnet.training.scoring import TOP5_CLASSES, average, log_probabilities, score
 
 TRAIN_IMAGES = 2000  # seen once more in evaluation mode: a standard error of 1.1 points at most
 QUERIES = 1000  # test images whose neighbours are looked for

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from alexnet import figures
-from alexnet.claims import Reproduce
 from alexnet.claims.claims import Claim, Figure, Nets, Run
+from alexnet.claims.config import Reproduce
 from alexnet.claims.jobs import (
     Chosen,
     Job,
@@ -46,8 +46,8 @@ from alexnet.claims.tables import (
 )
 from alexnet.figures import Curve
 from alexnet.html import picture, render
-from alexnet.training.record import command_line, environment, write_json
-from alexnet.training.run import read_metrics
+from alexnet.system import command_line, environment, write_json
+from alexnet.training.metrics import read_metrics
 
 COLOURS_ALIKE = 5  # figures.py has so many colours; later arms are dashed
 

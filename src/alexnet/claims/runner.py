@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from alexnet.claims import Reproduce
 from alexnet.claims.claims import Claim
+from alexnet.claims.config import Reproduce
 from alexnet.claims.jobs import (
     Job,
     Sizes,
@@ -34,13 +34,13 @@ from alexnet.claims.jobs import (
     refuse_other_runs,
 )
 from alexnet.claims.measures import TRAIN_IMAGES, Want, diverged, evidence, measure, record_failure
-from alexnet.cli import Train
 from alexnet.data.module import Batch
 from alexnet.errors import UserError
+from alexnet.system import git_state, in_progress, locked
 from alexnet.training import assemble
 from alexnet.training.callbacks import Stalled
 from alexnet.training.classifier import Classifier, plain
-from alexnet.training.record import git_state, in_progress, locked
+from alexnet.training.config import Train
 from alexnet.training.run import train
 
 WARM_UP, TIMED = 2, 3  # steps of the probe of speed

@@ -27,8 +27,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -48,6 +46,7 @@ from alexnet.data.augment import (
     statistics_of,
     stream,
 )
+from alexnet.data.config import DataConfig, Resident
 from alexnet.data.store import Store, open_store
 from alexnet.errors import UserError
 
@@ -57,27 +56,6 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 SHARE = 0.4  # of a device's memory that a store may take when resident=auto
 
 T = TypeVar("T")
-
-
-class Resident(StrEnum):
-    """Does the store live on the device? (Not yes and no, which YAML reads as true and false.)"""
-
-    auto = "auto"  # if it takes less than SHARE of the device's memory
-    always = "always"
-    never = "never"
-
-
-@dataclass
-class DataConfig:
-    """Which store a run reads, and how."""
-
-    name: str = "synthetic"
-    root: str = "data/synthetic"  # holds the stores train/ and val/
-    batch_size: int = 128  # images per step, all devices together
-    eval_batch_size: int = 256  # images per evaluation step and device
-    drop_last: bool = False  # drop the epoch's last batch if it is smaller than the others
-    resident: Resident = Resident.auto
-    num_workers: int = 0  # threads that read a streamed store; 0: one per core, at most MAX_WORKERS
 
 
 class Batch(NamedTuple):

@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import partial
 from itertools import islice
@@ -53,6 +53,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from alexnet.data import sources, synthetic
+from alexnet.data.config import DataConfig
 from alexnet.data.sources import Payload, Source, SourceKind
 from alexnet.data.store import Partial, Store, holdout_split, open_store, plan_hash
 from alexnet.errors import UserError
@@ -147,6 +148,14 @@ class PrepareConfig:
             | {"classes": wanted_classes(self)}
             | (drawn if self.source == SourceKind.synthetic else {})
         )
+
+
+@dataclass
+class PrepareData(PrepareConfig):
+    """scripts/prepare_data.py: the fields of PrepareConfig, and the data set whose name they take."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    data_dir: str = "data"
 
 
 class Prepared(NamedTuple):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from alexnet.errors import UserError
-from alexnet.gradcheck import CheckGradients
 from alexnet.gradcheck.cases import Case, Operation
 from alexnet.gradcheck.checks import Result, results_of
+from alexnet.gradcheck.config import CheckGradients
 from alexnet.gradcheck.mutants import Kill, Mutant, try_to_kill
 from alexnet.gradcheck.mutants_of_reference import MUTANTS
 from alexnet.gradcheck.network import (
@@ -25,7 +25,7 @@ from alexnet.gradcheck.operations import ALL
 from alexnet.gradcheck.rules import rule_results
 from alexnet.layers import Backend, Backends
 from alexnet.layers.backend import OPERATIONS
-from alexnet.training.record import command_line, environment, write_json
+from alexnet.system import command_line, environment, write_json
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 Say = Callable[[str], None]

@@ -12,26 +12,34 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from alexnet.allocator import keep_freed_memory
-from alexnet.cli import Train
 from alexnet.data.module import ImageData, check_batch_size
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.layers.backend import AUTO, Backend
 from alexnet.optim import Schedule
-from alexnet.system import MASTERS, checked_precision, float32_format, lightning_precision, set_precision
+from alexnet.system import (
+    MASTERS,
+    checked_precision,
+    device_type_of,
+    float32_format,
+    has_native_bf16,
+    keep_freed_memory,
+    lightning_precision,
+    set_precision,
+)
 from alexnet.training.callbacks import (
     AtomicCheckpointIO,
     AveragedWeights,
     BestCheckpoint,
     LastCheckpoint,
-    MetricsFile,
     Progress,
     Watchdog,
 )
 from alexnet.training.capture import CapturedStrategy, obstacle
 from alexnet.training.checkpoint import read
 from alexnet.training.classifier import Classifier, plain
+from alexnet.training.config import Train
+from alexnet.training.metrics import MetricsFile
 from alexnet.training.record import RunRecord, open_record
 
 # Keys that do not change what a run computes: a run may be moved, and resumed with another bar or logger.
@@ -329,21 +337,10 @@ def is_rank_zero() -> bool:
     return int(getattr(rank_zero_only, "rank", None) or 0) == 0
 
 
-def device_type_of(accelerator: str, key: str = "trainer.accelerator", otherwise: str = "trainer=cpu") -> str:
-    """'cuda' or 'cpu': where a run with this accelerator takes place. UserError names the `key` that chose it."""
-    if accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator in ("gpu", "cuda"):
-        if not torch.cuda.is_available():
-            raise UserError(f"{key}={accelerator}: there is no GPU that torch can use. Set {otherwise}")
-        return "cuda"
-    return accelerator
-
-
 def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, str]) -> str:
     """`auto` is bfloat16 where the hardware multiplies it natively, else float32.
 
-    bfloat16 means float32 masters with bfloat16 shadows (optim_masters.py), or autocast where these do not serve:
+    bfloat16 means float32 masters with bfloat16 shadows (master_weights.py), or autocast where these do not serve:
     without a compiled backend, and on several devices, which exchange the gradients of the masters.
     """
     asked = checked_precision(str(trainer["precision"]), device_type)
@@ -360,19 +357,3 @@ def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, 
 def single_device(trainer: dict[str, Any]) -> bool:
     """Whether one process trains on one device."""
     return trainer["devices"] in (1, "1") and trainer["strategy"] == "auto"
-
-
-def has_native_bf16(device_type: str) -> bool:
-    """Whether matrix products of bfloat16 are done by the hardware rather than by widening."""
-    if device_type == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)
-    flags = _cpu_flags()
-    return "amx_bf16" in flags or "avx512_bf16" in flags
-
-
-def _cpu_flags() -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-    return next((line.split() for line in lines if line.startswith("flags")), [])

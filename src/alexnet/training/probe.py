@@ -297,7 +297,7 @@ def explain_stall(
     """Why training stands still, from the gradients of the last step: several lines for the terminal.
 
     `model` still holds the gradients of that step, or `used`, {name: parameter}, does where it was computed with
-    others than its own (optim_masters.Shadows.of). A unit is called dead when no image of the batch gave its weights
+    others than its own (master_weights.Shadows.of). A unit is called dead when no image of the batch gave its weights
     or its bias any gradient.
     """
     rows = list(_gradients(model, dict(model.named_parameters()) if used is None else used))

@@ -4,27 +4,14 @@ A run directory is named by what is run, never by the clock, so the same command
 or says that it is finished. Another configuration in the same directory is an error that shows the difference.
 """
 
-import contextlib
-import fcntl
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
-
-import torch
+from typing import Any
 
 from alexnet.errors import UserError
-
-LOOK = 0.05  # seconds; longer than in_progress takes
-PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "alexnet")
+from alexnet.system import command_line, environment, write_json
 
 
 @dataclass
@@ -91,40 +78,6 @@ def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any
     return RunRecord(directory, {**content, **environment()}, text)
 
 
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[bool]:
-    """Whether this process now has the run to itself; a lock ends with its process, however that ends."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("a") as file:
-        ours = _try_lock(file)
-        if not ours:  # somebody may only have looked
-            time.sleep(LOOK)
-            ours = _try_lock(file)
-        if not ours:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # also for a child that inherited the file
-
-
-def in_progress(directory: Path) -> bool:
-    """Whether another process has it. For an instant nobody else can take it: `locked` tries twice."""
-    if not (directory / "lock").exists():
-        return False
-    with (directory / "lock").open() as file:
-        return not _try_lock(file, fcntl.LOCK_SH)  # shared: two that look do not see each other
-
-
-def _try_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def differences(there: Any, now: Any, key: str = "") -> list[str]:
     """Every leaf in which two nested dicts differ, as 'optim.lr: 0.01 there, 0.02 now'."""
     if isinstance(there, dict) and isinstance(now, dict):
@@ -132,69 +85,3 @@ def differences(there: Any, now: Any, key: str = "") -> list[str]:
         below = (differences(there.get(k), now.get(k), f"{key}.{k}" if key else str(k)) for k in keys)
         return [difference for part in below for difference in part]
     return [] if there == now else [f"{key}: {there} there, {now} now"]
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: a kill while writing leaves the file that was there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def command_line() -> str:
-    return " ".join(
-        ["python", *(argument if " " not in argument else repr(argument) for argument in sys.argv)]
-    )
-
-
-def environment() -> dict[str, Any]:
-    """Versions, hardware and the commit: what a stranger needs to repeat a number."""
-    return {"versions": versions(), "hardware": hardware(), "git": git_state()}
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        described["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return described
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-@cache
-def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout this package lies in and whether it was changed; None without one.
-
-    Read once: a process that trains for hours goes on with the code it has imported, whatever is committed meanwhile.
-    """
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None

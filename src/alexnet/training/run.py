@@ -1,21 +1,21 @@
 """The verb `train`: fit, evaluate val once, draw the picture, close the record."""
 
-import csv
 import textwrap
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from alexnet.cli import Train
 from alexnet.data.module import ImageData
 from alexnet.errors import UserError
-from alexnet.evaluate import Result, log_probabilities, score, table
+from alexnet.system import locked
 from alexnet.training import assemble
 from alexnet.training.checkpoint import load
+from alexnet.training.config import Train
+from alexnet.training.metrics import read_metrics
 from alexnet.training.probe import probe
-from alexnet.training.record import RunRecord, locked
+from alexnet.training.record import RunRecord
+from alexnet.training.scoring import Result, log_probabilities, score, table
 
 PROBE_IMAGES = 64
 
@@ -118,12 +118,6 @@ def _probe(run: assemble.Training) -> None:
     images = classifier.augment.centre(torch.from_numpy(store.images[rows]).to(run.device))
     found = probe(classifier.net, images, torch.from_numpy(store.labels[rows]).to(run.device))
     print(f"{found.table()}\n\n{textwrap.fill(found.verdict(), 100, break_long_words=False)}")
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, empty cells as empty strings."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _headline(run: assemble.Training) -> str:

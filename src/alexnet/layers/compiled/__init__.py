@@ -7,7 +7,7 @@
     pointwise             relu, tanh, dropout, cross_entropy: the reference formulas, compiled; linear as it is
     on_cuda               norms, block, pooling gradient and dropout once more, in the form that CUDA's compiler fuses
 
-Every graph serves one layer, type and layout and any batch of two images or more (graphs.py). Inductor keeps what it
+Every graph serves one layer, type and layout and any batch of two images or more (compile.py). Inductor keeps what it
 compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine waits.
 
 Layout: convolution, norms, pool and block work on channels-last tensors and hand them out; the pointwise pairs keep
