@@ -2,7 +2,9 @@
 
 from alexnet.data.augment import (
     Augment,
-    crop_rows,
+    colour_noise,
+    crop_starts,
+    crops_at,
     draw_epoch,
     mirror,
     principal_colours,
@@ -43,23 +45,23 @@ _UPDATE: Table = {
 }
 
 _DATA: Table = {
-    "crop offset by one": mutate(
-        crop_rows, "top * width + left", "top * width + (left + 1).clamp(max=width - side)"
+    "crop offset by one": mutate(crop_starts, "+ left) * 3", "+ (left - 1).clamp(min=0)) * 3"),
+    "rows and columns of the crop exchanged": mutate(
+        crop_starts, "+ top) * width + left", "+ left) * width + top"
     ),
-    "rows and columns of the crop exchanged": mutate(crop_rows, "top * width + left", "left * width + top"),
-    "BGR for RGB": mutate(crop_rows, "side, side, channels)", "side, side, channels).flip(-1)"),
+    "BGR for RGB": mutate(crops_at, "len(starts), side, side, 3)", "len(starts), side, side, 3).flip(-1)"),
     "mirrored upside down": mutate(mirror, "crops[i].flip(1)", "crops[i].flip(0)"),
     "mean image not from its centre": mutate(Augment._fill, "self.margin // 2, self.margin // 2", "0, 0"),
     "mean subtracted before mirroring": mutate(
-        Augment.forward,
-        *("mirror(crops[slab], draws.flip[slab])", "crops[slab]"),
-        *("return out", "return mirror(out, draws.flip)"),
+        Augment._in_slabs,
+        *("mirror(crops[slab], flip[slab])", "crops[slab]"),
+        *("return out", "return mirror(out, flip)"),
     ),
     "colour along rows of the eigenvectors": mutate(
         principal_colours, "vectors * largest.sign()", "(vectors * largest.sign()).T"
     ),
     "colour along the wrong eigenvector": mutate(principal_colours, "values.flip(0)", "values"),
-    "variance for standard deviation": mutate(Augment.colour_noise, "eigenvalues.sqrt()", "eigenvalues"),
+    "variance for standard deviation": mutate(colour_noise, "eigenvalues.sqrt()", "eigenvalues"),
     "divided by 1.1 before colour is added": mutate(to_input, "noise[:, None]", "noise[:, None] * divisor"),
     "offsets stop one short of the margin": mutate(draw_epoch, "margin + 1", "margin"),
     "draws by position, not by image": mutate(draw_epoch, "by_chunk = order,", "by_chunk = torch.arange(n),"),
