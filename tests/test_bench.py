@@ -225,7 +225,14 @@ def test_a_result_off_by_a_thirtieth_is_refused_in_bfloat16(operation, where, mo
 
 
 # Mutants that need what the network has not: an even window, padded pools, single losses, ... say so (`shows`).
-PLANTED = [m for m in MUTANTS_OF_COMPILED if m.pair is None and m.where in OPERATIONS]
+# Those that show on the shapes of a network; the others need a case of their own. Networks here let all tied maxima
+# win, so a mutant of ties="first" shows in none.
+OF_TIES_FIRST = ("places counted from 1", "winner's row and column exchanged")
+PLANTED = [
+    m
+    for m in MUTANTS_OF_COMPILED
+    if m.pair is None and not m.first_case and m.where in OPERATIONS and m.name not in OF_TIES_FIRST
+]
 
 
 @pytest.mark.usefixtures("small", "uncompiled")

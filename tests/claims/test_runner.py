@@ -473,7 +473,7 @@ def test_the_script_reads_its_claims_and_ends_in_one_line(tmp_path, monkeypatch,
 
 def test_the_commit_is_that_of_the_code_when_the_process_started(monkeypatch):
     first = git_state()
-    monkeypatch.setattr("alexnet.training.record.subprocess.run", None)
+    monkeypatch.setattr("alexnet.system.subprocess.run", None)
     assert git_state() is first
 
 

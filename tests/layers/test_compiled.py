@@ -284,8 +284,10 @@ def test_space_to_depth_of_the_first_layer(backend):
         return conv2d(x, w, b, 4, (0, 3, 0, 3), backend=backend)
 
     operands = [t.bfloat16() for t in (normals(2, 3, 20, 24), normals(6, 3, 11, 11) / 20, normals(6))]
-    # Both add K = 363 (forward) or N P Q = 60 (weights) rounded terms in float32 and round once: 2^-8 each.
-    assert_equals_the_reference(convolution, *operands, backend=backend, rtol=2**-7, atol=2**-6)
+    # Both add K = 363 (forward) or N P Q = 60 (weights) rounded terms in float32 and round once: 2^-8 each. On a CPU
+    # without bfloat16 instructions the library also rounds the sums of pieces: dw is below 8, so 2^-6 for each of four.
+    rounding = {"compiled": {"rtol": 2**-7, "atol": 2**-6}, "library": {"rtol": 2**-7, "atol": 2**-4}}
+    assert_equals_the_reference(convolution, *operands, backend=backend, **rounding[backend])
 
 
 @pytest.mark.slow
