@@ -301,7 +301,7 @@ FORKER = """
 import json, os, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from alexnet.claims import Reproduce
+from alexnet.claims.config import Reproduce
 from alexnet.claims.runner import reproduce
 
 keys, delays = json.loads(sys.argv[1])

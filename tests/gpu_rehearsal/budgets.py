@@ -40,8 +40,8 @@ BUDGETS = [
     Budget("fast", "unaligned products", 0),  # an operand that does not begin at a multiple of 16 bytes
     Budget("fast", "products of 3 rows", 0),  # conv1, tap by tap: each reads all of dy for 3 rows
     Budget("fast", "peak GiB", 2.5),
-    # 0.3 on a quiet machine; other programs on the same core can triple the CPU time of a step.
-    Budget("captured", "host CPU ms", 1.0),
+    # 0.95 where the same step uncaptured took 18; a busy machine triples the CPU time of both.
+    Budget("captured", "host CPU ms", 3.0),
     Budget("captured", "violations", 0),
     *(Budget(case, "waits in a step", 0) for case in CASES),
     *(Budget(case, "waits between steps", 0) for case in CASES),

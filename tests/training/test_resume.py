@@ -147,7 +147,7 @@ def test_two_seeds_differ(compose: Callable[..., Any]) -> None:
 
 KILLER = """
 import os, runpy, signal, sys
-from alexnet.training.callbacks import MetricsFile
+from alexnet.training.metrics import MetricsFile
 write = MetricsFile.on_train_batch_end
 def write_then_die(self, trainer, *rest):
     write(self, trainer, *rest)

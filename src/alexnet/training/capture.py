@@ -202,7 +202,9 @@ class CapturedStrategy(SingleDeviceStrategy):
         return closure()
 
     def teardown(self) -> None:
-        self.step = None  # before the weights leave the device
+        if self.step is not None:
+            self.step.classifier.captured = False
+        self.step = None  # its graphs, before the weights leave the device
         super().teardown()
 
 
