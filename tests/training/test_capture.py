@@ -201,6 +201,7 @@ def test_what_stands_in_the_way_of_a_graph_is_named() -> None:
         "one_device": True,
         "fused": True,
         "precision": "bf16-masters",
+        "detect_anomaly": False,
         "callbacks": (),
     }
     assert obstacle(**free) == ""  # type: ignore[arg-type]
@@ -209,6 +210,7 @@ def test_what_stands_in_the_way_of_a_graph_is_named() -> None:
         ({"one_device": False}, "several devices"),
         ({"fused": False}, "backend=fast"),
         ({"precision": "16-mixed"}, "16-mixed"),
+        ({"detect_anomaly": True}, "detect_anomaly"),
         ({"callbacks": [Callback(), WatchesGradients()]}, "WatchesGradients.on_after_backward"),
     ]
     for change, words in hindered:
@@ -230,7 +232,7 @@ def test_capture_is_refused_where_it_cannot_be_and_off_where_it_is_not_wanted(
 def test_our_own_callbacks_need_no_hook_inside_a_step(compose: Callable[..., Any]) -> None:
     run = assemble.training(compose("optim.ema_decay=0.9"))
     callbacks = run.trainer.callbacks  # type: ignore[attr-defined]
-    assert obstacle("cuda", True, True, "32-true", callbacks) == ""
+    assert obstacle("cuda", True, True, "32-true", False, callbacks) == ""
 
 
 def test_rates_are_written_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:

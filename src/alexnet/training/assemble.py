@@ -306,9 +306,8 @@ def captures(capture: Any, config: Train, resolved: dict[str, Any], callbacks: l
     if str(capture).lower() == "false":
         return False
     fused = "compiled" in resolved["backend"].values() or resolved["precision"] == MASTERS
-    reason = obstacle(
-        resolved["device"], single_device(config.trainer), fused, resolved["precision"], callbacks
-    )
+    single, anomaly = single_device(config.trainer), bool(config.trainer.get("detect_anomaly"))
+    reason = obstacle(resolved["device"], single, fused, resolved["precision"], anomaly, callbacks)
     if reason and str(capture).lower() == "true":
         raise UserError(f"trainer.capture={capture}: {reason}. Set trainer.capture=auto")
     return not reason

@@ -209,7 +209,12 @@ class CapturedStrategy(SingleDeviceStrategy):
 
 
 def obstacle(
-    device_type: str, one_device: bool, fused: bool, precision: str, callbacks: Iterable[Callback]
+    device_type: str,
+    one_device: bool,
+    fused: bool,
+    precision: str,
+    detect_anomaly: bool,
+    callbacks: Iterable[Callback],
 ) -> str:
     """Why the step of a run cannot be captured, in a few words; empty if it can."""
     if device_type != "cuda":
@@ -220,6 +225,8 @@ def obstacle(
         return "the backend is not compiled, so the rate is a Python number (backend=fast)"
     if precision == "16-mixed":
         return "precision 16-mixed looks at its gradients in every step"
+    if detect_anomaly:
+        return "detect_anomaly looks at every gradient"
     for callback in callbacks:
         for hook in HOOKS_INSIDE:
             if getattr(type(callback), hook) is not getattr(Callback, hook):
