@@ -175,7 +175,8 @@ def product_of_columns(
     K = w[0].numel()
     row = K if device_type == "cpu" else K + -K % ALIGNED
     image_bytes = dy.shape[2] * dy.shape[3] * groups * row * x.element_size()
-    pieces = max(1, min(len(x), -(-len(x) * image_bytes // COLUMN_BYTES[device_type])))
+    at_once = COLUMN_BYTES["cpu" if device_type == "cpu" else "cuda"]
+    pieces = max(1, min(len(x), -(-len(x) * image_bytes // at_once)))
     products = dy.new_empty((pieces, groups, len(w) // groups, row))
     for dw_GOK, dy_i, x_i in zip(products, dy.tensor_split(pieces), x.tensor_split(pieces), strict=True):
         dy_GOM = dy_i.permute(0, 2, 3, 1).reshape(-1, groups, len(w) // groups).permute(1, 2, 0)
