@@ -11,7 +11,7 @@ import torch
 from alexnet.bench import alone, ceilings, check, data, gpu, layers, networks, results, steps
 from alexnet.bench.config import Benchmark, Suite
 from alexnet.bench.results import describe, finish, headlines, markdown, save
-from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interleave, set_precision
+from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interleave
 from alexnet.data.config import Resident
 from alexnet.errors import UserError
 from alexnet.gradcheck.mutants_of_compiled import MUTANTS_OF_COMPILED
@@ -90,15 +90,6 @@ def test_ceilings_are_measured_in_several_shapes_and_layouts(monkeypatch):
     machine = ceilings.measured_machine(["float32"], "cpu")
     assert [work for _, work in machine.calls["float32"]] == [1e12, 1e6]  # the best are measured again
     assert machine.rates["copy"] > 0
-
-
-def test_every_precision_says_how_products_and_convolutions_are_computed():
-    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-    for dtype, meant in (("tf32", "tf32"), ("float32", "ieee"), ("bfloat16", "ieee")):
-        set_precision(dtype)
-        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == meant
-        assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-    torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
 
 
 def test_the_median_counts_and_the_spread_is_kept():

@@ -19,6 +19,7 @@ from alexnet.gradcheck.cases import evaluate as both_ways
 from alexnet.gradcheck.checks import prepared, used
 from alexnet.gradcheck.operations import ALL
 from alexnet.layers.backend import Backend, Backends, pair_for
+from alexnet.system import under_precision
 from alexnet.training import assemble
 from alexnet.training.run import train
 
@@ -33,14 +34,13 @@ MISMATCH = "the numbers differ"  # how a comparison fails; anything else that fa
 
 
 @pytest.fixture(autouse=True)
-def _ieee() -> Iterator[None]:
-    """float32 is IEEE in products and convolutions, bfloat16 is summed in float32, cudnn repeats itself."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.deterministic
-    torch.set_float32_matmul_precision("highest")
-    matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.deterministic = False, False, True
-    yield
-    matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.deterministic = before
+def _exact() -> Iterator[None]:
+    """float32 is IEEE in products and convolutions, bfloat16 is summed in float32, cuDNN repeats itself."""
+    deterministic = torch.backends.cudnn.deterministic
+    with under_precision("32-true"):
+        torch.backends.cudnn.deterministic = True
+        yield
+    torch.backends.cudnn.deterministic = deterministic
 
 
 def pairs() -> Iterator[Any]:

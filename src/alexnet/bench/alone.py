@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from alexnet.bench.networks import LIBRARY_CHOOSES, contestant_named, task
-from alexnet.bench.timing import set_precision, synchronise
-from alexnet.system import keep_freed_memory
+from alexnet.bench.timing import synchronise
+from alexnet.system import keep_freed_memory, set_precision
 
 STATUS = Path("/proc/self/status")
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from alexnet.bench.layers import CONVOLUTIONS
 from alexnet.bench.networks import TYPES
-from alexnet.bench.timing import Machine, fastest_of, set_precision
+from alexnet.bench.timing import Machine, fastest_of
+from alexnet.system import set_precision
 
 KEPT = 2  # candidates that are measured again between the rounds
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from alexnet.bench.networks import Task, backends_named, stock_network, task
-from alexnet.bench.timing import set_precision
 from alexnet.layers import (
     LocalResponseNorm,
     ReluLrnPool,
@@ -25,6 +24,7 @@ from alexnet.layers import (
     local_response_norm,
 )
 from alexnet.model import AlexNet, Init, ModelConfig, Ties
+from alexnet.system import set_precision
 
 # Largest relative difference (Frobenius norm) of a result, by type. bfloat16: every result is rounded when it is
 # stored, by at most 2^-8 of itself, and a layer may round three times more on the way (partial sums, operands of a

@@ -13,6 +13,7 @@ from alexnet.bench.timing import Contestant, Kind
 from alexnet.layers import Backend, Backends, SameMapNorm, cross_entropy
 from alexnet.model import AlexNet, ModelConfig, Order, layer_table
 from alexnet.optim import OptimConfig, parameter_groups
+from alexnet.training.capture import CudaGraphs
 from alexnet.training.config import compose_train
 from alexnet.training.master_weights import FusedKrizhevsky, Shadows
 
@@ -20,7 +21,7 @@ CLASSES = 1000
 RATE = 1e-6  # so small that a hundred steps on noise do no harm
 TUNED = "channels-last, fused SGD"
 
-# How tensors are held, by the name of a precision (timing.set_precision says how they are multiplied).
+# How tensors are held, by the name of a precision (system.set_precision says how they are multiplied).
 TYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 TRITON_NORMS = "fastest, triton norms"
 
@@ -262,28 +263,19 @@ def contestant_named(name: str, given: Task) -> Contestant:
     return Contestant(name, made.kind, captured(made.run, given) if name != plain else made.run)
 
 
-def captured(step: Callable[[], object], given: Task) -> Callable[[], object]:
+def captured(step: Callable[[], Any], given: Task) -> Callable[[], object]:
     """The step as one CUDA graph, made at the first call. Its inputs must stay where they are in memory.
 
     All graphs of a task share one pool of memory: one step at a time runs, and nobody reads its results.
     """
-    graphs: list[torch.cuda.CUDAGraph] = []
+    replays: list[Callable[[], object]] = []
 
     def replay() -> None:
-        if not graphs:
-            graphs.append(_capture(step, given.first_graph.pool()))
-        graphs[0].replay()
+        if not replays:
+            graphs = CudaGraphs(given.images.device, given.first_graph.pool())
+            for _ in range(3):  # compiles, makes the optimiser's state, lets libraries allocate
+                graphs.warm_up(step)
+            replays.append(graphs.record(step))
+        replays[0]()
 
     return replay
-
-
-def _capture(step: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, makes the optimiser's state, lets libraries allocate
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, pool=pool):
-        step()
-    return graph

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from alexnet.system import set_precision
+
 NOTHING = float("nan")
 SHORTEST_SAMPLE = 0.02  # seconds; a faster contestant is called several times per sample
 
@@ -29,14 +31,6 @@ class Contestant:
     name: str
     kind: Kind
     run: Callable[[], object]
-
-
-def set_precision(dtype: str) -> None:
-    """How CUDA computes. float32: IEEE in products and convolutions; tf32: TF32 in both; bfloat16: float32 sums."""
-    fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = fp32_precision  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 @dataclass

@@ -84,7 +84,8 @@ class Inputs:
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    return [batch.images, batch.labels, *batch.draws]
+    """What a step reads of a batch. The corners of its crops are not read again: the images are the crops."""
+    return [batch.images, batch.labels, batch.draws.flip, batch.draws.colour]
 
 
 class Recorder(Protocol):
@@ -100,9 +101,9 @@ class Recorder(Protocol):
 class CudaGraphs:
     """Records steps as CUDA graphs, which share one pool of memory: they never run at the same time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, pool: Any = None) -> None:
         self.stream = torch.cuda.Stream(device)  # what is recorded must not lie on the default stream
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = pool or torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Step) -> Outputs:
         current = torch.cuda.current_stream(self.stream.device)
