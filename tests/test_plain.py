@@ -24,7 +24,8 @@ def test_fourteen_steps_end_with_the_bits_of_the_trainer(
     rows = read_metrics(directory / "metrics.csv")
     weights, losses = plain.train(str(data_dir / "synthetic"), epochs=2, size=16)
     assert [float(row["train/loss"]) for row in rows if not row["holdout/loss"]] == losses
-    for name, weight in weights.items():
-        assert torch.equal(weight, expected[f"net.{name}"]), name
+    for name, (weight, bias) in weights.items():
+        assert torch.equal(weight, expected[f"net.{name}.weight"]), name
+        assert torch.equal(bias, expected[f"net.{name}.bias"]), name
     error = float([row for row in rows if row["holdout/loss"]][-1]["holdout/top1_error"])
     assert f"holdout error {100 * error:.1f} %" in capsys.readouterr().out.splitlines()[-1]

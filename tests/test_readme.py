@@ -18,10 +18,16 @@ COMMANDS = [
     line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line and line[0] != "#"
 ]
 SCRIPTS = [c for c in COMMANDS if c.startswith("python scripts/")]
+EXAMPLES = [  # of each script's --help: what stands before a gap of two spaces
+    f"python scripts/{path.stem}.py {re.split('  +', line.strip())[0]}".replace("$\\$", "$")
+    for path in sorted(CONF.glob("*.yaml"))
+    for block in re.findall(r"Examples:\n(.*?)\n\n", path.read_text(encoding="utf-8"), re.S)
+    for line in block.splitlines()
+]
 
 
-@pytest.mark.parametrize("command", SCRIPTS)
-def test_every_command_of_the_readme_composes(command: str) -> None:
+@pytest.mark.parametrize("command", [*SCRIPTS, *EXAMPLES])
+def test_every_command_of_the_readme_and_of_help_composes(command: str) -> None:
     _, script, *overrides = shlex.split(command)
     assert (ROOT / script).is_file()
     name = Path(script).stem
