@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alexnet.errors import UserError
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+PACKAGE = Path(__file__).resolve().parent
+# conf/ and scripts/ stand at the top of the repository; a wheel brings them inside the package.
+HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parents[1]
+CONF, SCRIPTS = HOME / "conf", HOME / "scripts"
 
 
 def register(name: str, schema: type[Any]) -> None:
@@ -138,6 +141,20 @@ def compose(name: str, schema: type[Any], overrides: Sequence[str], config_dir: 
         if line is None:
             raise
         raise UserError(line) from error
+
+
+def compose_group(group: str, choice: str, schema: type[Any], changes: Mapping[str, Any]) -> Any:
+    """conf/<group>/<choice>.yaml as a `schema`, with these values changed. Raises UserError, one line, as `compose`."""
+    choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    if choice not in choices:
+        raise UserError(f"{group}={choice} must be one of {', '.join(choices)}")
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            values = hydra.compose(f"{group}/{choice}")[group]
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values, dict(changes)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{group}={choice}: {str(error).splitlines()[0]}") from error
 
 
 def one_line(error: Exception, name: str, config_dir: Path = CONF) -> str | None:

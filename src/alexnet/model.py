@@ -25,11 +25,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from alexnet.cli import compose_group
 from alexnet.errors import UserError
 from alexnet.layers import (
     Backends,
@@ -302,6 +303,21 @@ class AlexNet(nn.Module):
         self.fc8 = Linear(config.hidden[1], config.classes, backend=backends["linear"])
         self.dropout = Dropout(config.dropout, mode=config.dropout_mode, backend=backends["dropout"])
         initialise(self, config, seed)
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset: str,
+        *,
+        backends: Mapping[str, str] | None = None,
+        seed: int | None = None,
+        **changes: Any,
+    ) -> "AlexNet":
+        """The network of conf/model/<preset>.yaml; `changes` are fields of ModelConfig, e.g. num_classes=200.
+
+        Raises UserError for a preset or a field that does not exist, or a value of another type.
+        """
+        return cls(compose_group("model", preset, ModelConfig, changes), backends, seed)
 
     @property
     def operations(self) -> set[str]:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet.bench.timing import Contestant, Kind
+from alexnet.cli import compose_group
 from alexnet.layers import Backend, Backends, SameMapNorm, cross_entropy
 from alexnet.model import AlexNet, ModelConfig, Order, layer_table
 from alexnet.optim import OptimConfig, parameter_groups
 from alexnet.training.capture import CudaGraphs
-from alexnet.training.config import compose_train
 from alexnet.training.master_weights import FusedKrizhevsky, Shadows
 
 CLASSES = 1000
@@ -29,8 +29,7 @@ TRITON_NORMS = "fastest, triton norms"
 @cache
 def model_config(model: str) -> ModelConfig:
     """conf/model/<model>.yaml, with 1000 classes."""
-    config = compose_train(["experiment=none", f"model={model}", "name=benchmark"]).model
-    return replace(config, num_classes=CLASSES)
+    return compose_group("model", model, ModelConfig, {"num_classes": CLASSES})
 
 
 def backends_named(name: str, device_type: str) -> dict[str, str]:
