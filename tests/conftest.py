@@ -20,6 +20,7 @@ from alexnet.cli import CONF, load, register
 from alexnet.data.prepare import PrepareConfig, PrepareData, prepare
 from alexnet.evaluate import Evaluate
 from alexnet.gradcheck.config import CheckGradients
+from alexnet.predict import Predict
 from alexnet.training.config import Train
 
 SCHEMAS = {  # of the scripts, by name
@@ -29,6 +30,7 @@ SCHEMAS = {  # of the scripts, by name
     "check_gradients": CheckGradients,
     "reproduce": Reproduce,
     "benchmark": Benchmark,
+    "predict": Predict,
 }
 for name, schema in SCHEMAS.items():
     register(name, schema)

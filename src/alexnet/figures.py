@@ -137,26 +137,31 @@ def kernels_figure(weight: Tensor, path: str | Path, towers: int = 2, title: str
 def predictions_figure(
     images: np.ndarray | Tensor,
     probabilities: np.ndarray | Tensor,
-    labels: Sequence[int],
+    labels: Sequence[int] | None,
     names: Sequence[str],
     path: str | Path,
     columns: int = 4,
+    titles: Sequence[str] | None = None,
 ) -> Path:
     """Figure 4, left: each image, its class, and bars for the five classes the network finds most probable.
 
     images (N, px, px, 3) uint8; probabilities (N, classes); names of the classes, the first synonym is shown.
+    Where the classes are not known, `labels` is None and `titles` stand above the images.
     """
     pixels, p = np.asarray(images), np.asarray(probabilities)
+    titles = titles or [names[label] for label in labels or []]
+    truth = labels or [-1] * len(pixels)
+    columns = min(columns, len(pixels))
     with matplotlib.rc_context(STYLE):
         rows = -(-len(pixels) // columns)
         figure = Figure(figsize=(1.9 * columns, 3.05 * rows), layout="constrained")
         cells = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[2.0, 1.0] * rows)
         for axes in cells.flat:
             axes.axis("off")
-        for i, label in enumerate(labels):
+        for i, (label, title) in enumerate(zip(truth, titles, strict=True)):
             row, column = divmod(i, columns)
             _show(cells[2 * row, column], pixels[i])
-            cells[2 * row, column].set_title(_short(names[label], 24), loc="center", fontweight="bold")
+            cells[2 * row, column].set_title(_short(title, 24), loc="center", fontweight="bold")
             _bars(cells[2 * row + 1, column], p[i], label, names)
         return _save(figure, path)
 

@@ -1,0 +1,252 @@
+"""The verb `predict`: pictures in, the most probable classes out, as a table, JSON, CSV and a contact sheet.
+
+A picture goes the way of a stored one (data/prepare.py: decoded to RGB, short side to px, centre square), and then that
+of evaluation (training/scoring.py: centre view or ten). So its probabilities are those of `evaluate` on a store of
+the same files.
+"""
+
+import csv
+import glob
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alexnet.data.prepare import Resample, decode, fit
+from alexnet.errors import UserError
+from alexnet.layers import Backends
+from alexnet.system import command_line, device_type_of, environment, write_json
+from alexnet.training.checkpoint import find, load
+from alexnet.training.classifier import Classifier
+from alexnet.training.scoring import average, log_probabilities
+
+CHUNK = 1024  # pictures decoded at a time
+SHEET = 40  # pictures on the contact sheet at most
+STDIN = "-"
+ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".jfif"}
+
+
+@dataclass
+class Predict:
+    """scripts/predict.py."""
+
+    # A checkpoint file or a run directory; the probabilities of several are averaged.
+    checkpoint: Any = None
+    # A picture, a folder (with its sub-folders), a pattern such as '*.jpg', or a list of these; "-": a picture, or
+    # the names of pictures, one a line, from standard input.
+    images: Any = None
+    views: int = 1
+    top: int = 5
+    backend: Backends = field(default_factory=Backends)
+    batch_size: int = 256
+    device: str = "auto"
+    resample: Resample | None = None  # None: as the checkpoint's store was made
+    output_dir: str = "outputs"
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise UserError("checkpoint is not given: use checkpoint=<file or run directory>")
+        if not self.images:
+            raise UserError("images is not given: use images=<file, folder, 'pattern' or ->")
+        if self.views not in (1, 10):
+            raise UserError(
+                f"views={self.views} must be 1 (centre) or 10 (corners, centre and their mirrors)"
+            )
+        for key in ("top", "batch_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)} must be a positive integer")
+
+
+class Picture(NamedTuple):
+    """One picture that was asked for: where it is from, and what can be read there."""
+
+    name: str
+    payload: bytes | Path
+
+
+class Prediction(NamedTuple):
+    """The classes of one picture, the most probable first."""
+
+    name: str
+    labels: list[int]
+    probabilities: list[float]
+
+
+def predict(config: Predict) -> bool:
+    """Predicts, prints and writes <output_dir>/predict/. Returns whether every picture could be read.
+
+    Raises UserError if a checkpoint or a picture is missing, or if no picture can be read.
+    """
+    device = torch.device(device_type_of(config.device, "device", "device=cpu"))
+    backend = config.backend.resolve(device.type)
+    paths = config.checkpoint if isinstance(config.checkpoint, list) else [config.checkpoint]
+    classifiers = [load(find(path), backend) for path in paths]
+    refuse_different(paths, classifiers)
+    directory = Path(config.output_dir) / "predict"
+    directory.mkdir(parents=True, exist_ok=True)
+    unread: dict[str, str] = {}
+    predictions: list[Prediction] = []
+    sheet: list[tuple[np.ndarray, Tensor]] = []
+    for names, pixels in decoded(config, classifiers[0], unread):
+        outputs = [
+            log_probabilities(c.net, c.augment, pixels, config.views, config.batch_size, device)
+            for c in classifiers
+        ]
+        probabilities = average(outputs).exp()
+        predictions += top_classes(names, probabilities, config.top)
+        sheet += list(zip(pixels, probabilities, strict=True))[: SHEET - len(sheet)]
+    for name, reason in unread.items():
+        print(f"{name}: {reason}", file=sys.stderr)
+    if not predictions:
+        raise UserError(f"images={config.images}: none of {len(unread)} pictures can be read")
+    classes = classifiers[0].classes
+    print(table(predictions, classes))
+    write(config, directory, predictions, unread, classes)
+    contact_sheet(predictions, sheet, classes, directory / "predictions.png")
+    print(f"\n{len(predictions)} pictures, {len(unread)} unreadable; written to {directory}")
+    return not unread
+
+
+def refuse_different(paths: Sequence[Any], classifiers: Sequence[Classifier]) -> None:
+    """Networks to average must have the same classes and image size."""
+    first = classifiers[0]
+    for path, other in zip(paths, classifiers, strict=True):
+        if other.classes != first.classes or other.hparams["px"] != first.hparams["px"]:
+            raise UserError(f"checkpoint={path} has other classes or another image size than {paths[0]}")
+
+
+def pictures(images: Any) -> Iterator[Picture]:
+    """Every picture that `images` names, in order of their names. Raises UserError for what is not there."""
+    for given in images if isinstance(images, list) else [images]:
+        if given == STDIN:
+            yield from standard_input(sys.stdin.buffer.read())
+            continue
+        path = Path(str(given)).expanduser()
+        found = (
+            [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        )
+        if not found:
+            raise UserError(f"images={given}: there is no such file or folder, and no file has such a name")
+        for one in found:
+            files = (
+                sorted(f for f in one.rglob("*") if f.suffix.lower() in ENDINGS) if one.is_dir() else [one]
+            )
+            if not files:
+                raise UserError(f"images={one} holds no picture ({', '.join(sorted(ENDINGS))})")
+            yield from (Picture(str(file), file) for file in files)
+
+
+def standard_input(content: bytes) -> Iterator[Picture]:
+    """A picture by its content, else the names of pictures, one a line."""
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except Image.UnidentifiedImageError:
+        for line in content.decode(errors="surrogateescape").splitlines():
+            if line.strip():
+                yield Picture(line, Path(line))
+    else:
+        yield Picture("standard input", content)
+
+
+def decoded(
+    config: Predict, classifier: Classifier, unread: dict[str, str]
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Names and pixels (n, px, px, 3) uint8 of some pictures at a time; what cannot be read goes into `unread`."""
+    px = classifier.hparams["px"]
+    resample = config.resample or Resample(classifier.hparams.get("resample", Resample.area))
+    names: list[str] = []
+    pixels: list[np.ndarray] = []
+    for picture in pictures(config.images):
+        try:
+            pixels.append(np.asarray(fit(decode(picture.payload), px, resample)))
+            names.append(picture.name)
+        except Exception as error:  # Pillow's plugins raise almost anything at damaged files
+            unread[picture.name] = reason(error)
+        if len(names) == CHUNK:
+            yield names, np.stack(pixels)
+            names, pixels = [], []
+    if names:
+        yield names, np.stack(pixels)
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def top_classes(names: Sequence[str], probabilities: Tensor, top: int) -> list[Prediction]:
+    """probabilities (n, classes) -> the `top` largest of each row."""
+    p, labels = probabilities.topk(min(top, probabilities.shape[1]))
+    return [Prediction(*row) for row in zip(names, labels.tolist(), p.tolist(), strict=True)]
+
+
+def words(classes: Sequence[dict[str, str]], label: int) -> str:
+    """The first synonym of a class."""
+    return classes[label]["words"].split(",")[0] or classes[label]["wnid"]
+
+
+def table(predictions: Sequence[Prediction], classes: Sequence[dict[str, str]], width: int = 100) -> str:
+    """A line for each picture: its name and its classes with percentages, cut to `width` columns."""
+    longest = min(max(len(p.name) for p in predictions), 40)
+    lines = []
+    for name, labels, probabilities in predictions:
+        name = name if len(name) <= longest else f"…{name[1 - longest :]}"
+        found = [f"{words(classes, k)} {100 * p:.1f} %" for k, p in zip(labels, probabilities, strict=True)]
+        line = f"{name:{longest}s}  {', '.join(found)}"
+        lines.append(line if len(line) <= width else f"{line[: width - 1]}…")
+    return "\n".join(lines)
+
+
+def write(
+    config: Predict,
+    directory: Path,
+    predictions: Sequence[Prediction],
+    unread: dict[str, str],
+    classes: Sequence[dict[str, str]],
+) -> None:
+    """predictions.json and predictions.csv."""
+    found = [
+        {
+            "image": prediction.name,
+            "top": [{**classes[k], "probability": p} for k, p in zip(*prediction[1:], strict=True)],
+        }
+        for prediction in predictions
+    ]
+    content = {"command": command_line(), "views": config.views, "predictions": found, "unreadable": unread}
+    write_json(directory / "predictions.json", {**content, **environment()})
+    with (directory / "predictions.csv").open(
+        "w", newline="", encoding="utf-8", errors="surrogateescape"
+    ) as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "rank", "wnid", "words", "probability"])
+        for name, *top in predictions:
+            for rank, (k, p) in enumerate(zip(*top, strict=True), start=1):
+                rows.writerow([name, rank, classes[k]["wnid"], classes[k]["words"], f"{p:.6f}"])
+
+
+def contact_sheet(
+    predictions: Sequence[Prediction],
+    sheet: Sequence[tuple[np.ndarray, Tensor]],
+    classes: Sequence[dict[str, str]],
+    path: Path,
+) -> None:
+    """The first pictures with bars for their five most probable classes, like the paper's Figure 4."""
+    try:
+        from alexnet.figures import predictions_figure
+    except ModuleNotFoundError:
+        print("no contact sheet: matplotlib is missing (pip install 'alexnet[plots]')", file=sys.stderr)
+        return
+    pixels, probabilities = (list(column) for column in zip(*sheet, strict=True))
+    names = [words(classes, k) for k in range(len(classes))]
+    titles = [Path(p.name).name for p in predictions[: len(sheet)]]
+    predictions_figure(np.stack(pixels), torch.stack(probabilities), None, names, path, titles=titles)

@@ -1,0 +1,168 @@
+"""Predictions of pictures are those of evaluation; what cannot be read is named."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alexnet.data.augment import AugmentConfig, statistics_of
+from alexnet.data.prepare import PrepareConfig, prepare
+from alexnet.data.sources import SourceKind
+from alexnet.errors import UserError
+from alexnet.layers import Backends
+from alexnet.model import ModelConfig
+from alexnet.optim import OptimConfig
+from alexnet.predict import Predict, predict
+from alexnet.training.checkpoint import load
+from alexnet.training.classifier import Classifier, plain
+from alexnet.training.scoring import log_probabilities
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """photos/<class>/<i>.jpg of several sizes, one turned by EXIF, one with transparency."""
+    root, draw = tmp_path_factory.mktemp("photos") / "photos", np.random.default_rng(0)
+    for label in ("cat", "dog", "owl"):
+        (root / label).mkdir(parents=True)
+        for i in range(5):
+            coarse = draw.integers(0, 255, (6 + i, 9, 3), dtype=np.uint8)
+            picture = Image.fromarray(coarse).resize((90 + 7 * i, 70), Image.Resampling.BICUBIC)
+            exif = picture.getexif()
+            exif[0x0112] = 6 if i == 1 else 1  # a camera that was held upright
+            picture.save(root / label / f"{i}.jpg", exif=exif)
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(photos: Path) -> Path:
+    """An untrained network for a store of these photos, as a checkpoint."""
+    root = str(photos.parent / "data/photos")
+    kind = {"name": "photos", "source": SourceKind.folder, "path": str(photos), "val_fraction": 0.4}
+    train, _ = (p.store for p in prepare(PrepareConfig(root=root, px=64, workers=0, **kind)))  # type: ignore[arg-type]
+    model = ModelConfig(
+        num_classes=3,
+        image_px=56,
+        kernel_size=[7, 5, 3, 3, 3],
+        stride=[2, 1, 1, 1, 1],
+        width=0.125,
+        hidden=[8, 8],
+    )
+    arguments: dict[str, Any] = {
+        "model": plain(model),
+        "augment": plain(AugmentConfig(crop_px=56)),
+        "optim": plain(OptimConfig()),
+        "backend": Backends().resolve("cpu"),
+        "classes": train.classes,
+        "px": 64,
+        "seed": 0,
+        "data": "photos",
+    }
+    classifier = Classifier(**arguments, statistics=statistics_of(train))
+    path = photos.parent / "net.ckpt"
+    torch.save({"state_dict": classifier.state_dict(), "hyper_parameters": arguments}, path)
+    return path
+
+
+def written(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "predict/predictions.json").read_text())
+
+
+@pytest.mark.parametrize("views", [1, 10])
+def test_predictions_equal_evaluation_on_a_store_of_the_same_files(
+    views: int, photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    from alexnet.data.store import open_store
+
+    assert predict(Predict(str(checkpoint), str(photos), views=views, top=3, output_dir=str(tmp_path)))
+    stored = np.concatenate([open_store(photos.parent / f"data/photos/{s}").images for s in ("train", "val")])
+    classifier = load(checkpoint)
+    p = log_probabilities(classifier.net, classifier.augment, stored, views).exp().topk(3)
+    expected = sorted(zip(p.indices.tolist(), p.values.tolist(), strict=True), key=str)
+    wnids = [c["wnid"] for c in classifier.classes]
+    found = [
+        ([wnids.index(one["wnid"]) for one in row["top"]], [one["probability"] for one in row["top"]])
+        for row in written(tmp_path)["predictions"]
+    ]
+    for (labels, values), (right, exact) in zip(sorted(found, key=str), expected, strict=True):
+        assert labels == right
+        assert values == pytest.approx(exact, rel=1e-5)
+
+
+def test_table_csv_and_contact_sheet_say_the_same(
+    photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict(Predict(str(checkpoint), str(photos / "*/1.jpg"), top=2, output_dir=str(tmp_path)))
+    rows = list(csv.DictReader((tmp_path / "predict/predictions.csv").open()))
+    first = written(tmp_path)["predictions"][0]
+    assert [row["image"] for row in rows] == [
+        str(photos / f"{c}/1.jpg") for c in ["cat", "cat", "dog", "dog", "owl", "owl"]
+    ]
+    assert float(rows[0]["probability"]) == pytest.approx(first["top"][0]["probability"], abs=1e-6)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{first['top'][0]['words']} {100 * first['top'][0]['probability']:.1f} %" in lines[0]
+    assert max(len(line) for line in lines[:3]) <= 100
+    with Image.open(tmp_path / "predict/predictions.png") as sheet:
+        assert sheet.width > sheet.height / 2
+
+
+def test_an_unreadable_picture_is_named_and_the_rest_goes_on(
+    photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes((photos / "cat/0.jpg").read_bytes()[:300])
+    images = [str(bad), str(photos / "dog/0.jpg")]
+    assert not predict(Predict(str(checkpoint), images, output_dir=str(tmp_path)))
+    assert list(written(tmp_path)["unreadable"]) == [str(bad)]
+    assert [row["image"] for row in written(tmp_path)["predictions"]] == images[1:]
+    assert str(bad) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_standard_input_is_a_picture_or_names_of_pictures(
+    names: bool, photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = photos / "owl/2.jpg"
+    content = f"{file}\n\n".encode() if names else file.read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    predict(Predict(str(checkpoint), "-", output_dir=str(tmp_path)))
+    (row,) = written(tmp_path)["predictions"]
+    assert row["image"] == (str(file) if names else "standard input")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("nowhere.jpg", "images=nowhere.jpg: there is no such file or folder"),
+        ("{empty}", "holds no picture"),
+        ("{text}", "none of 1 pictures can be read"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_line(
+    images: str, message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("no picture")
+    given = images.format(empty=tmp_path / "empty", text=tmp_path / "text.jpg")
+    with pytest.raises(UserError, match=message) as error:
+        predict(Predict(str(checkpoint), given, output_dir=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("views", 5, "views=5 must be 1"),
+        ("top", 0, "top=0 must be a positive integer"),
+        ("images", None, "images is not given"),
+        ("checkpoint", None, "checkpoint is not given"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(key: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Predict(**{"checkpoint": "a", "images": "b", key: value})
