@@ -10,17 +10,26 @@ os.environ.setdefault(
 )  # before torch is imported; the processes that tests start inherit it
 
 import hydra
+import numpy as np
 import pytest
 import torch
 from omegaconf import open_dict
+from PIL import Image
 
 from alexnet.bench.config import Benchmark
 from alexnet.claims.config import Reproduce
 from alexnet.cli import CONF, load, register
+from alexnet.data.augment import AugmentConfig, statistics_of
 from alexnet.data.prepare import PrepareConfig, PrepareData, prepare
+from alexnet.data.sources import SourceKind
 from alexnet.evaluate import Evaluate
+from alexnet.export import Export
 from alexnet.gradcheck.config import CheckGradients
+from alexnet.layers import Backends
+from alexnet.model import ModelConfig
+from alexnet.optim import OptimConfig
 from alexnet.predict import Predict
+from alexnet.training.classifier import Classifier, plain
 from alexnet.training.config import Train
 
 SCHEMAS = {  # of the scripts, by name
@@ -31,6 +40,7 @@ SCHEMAS = {  # of the scripts, by name
     "reproduce": Reproduce,
     "benchmark": Benchmark,
     "predict": Predict,
+    "export": Export,
 }
 for name, schema in SCHEMAS.items():
     register(name, schema)
@@ -82,3 +92,48 @@ def compose(data_dir: Path, tmp_path: Path) -> Callable[..., Any]:
             return load(config)
 
     return composed
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """photos/<class>/<i>.jpg of several sizes, one turned by EXIF, one with transparency."""
+    root, draw = tmp_path_factory.mktemp("photos") / "photos", np.random.default_rng(0)
+    for label in ("cat", "dog", "owl"):
+        (root / label).mkdir(parents=True)
+        for i in range(5):
+            coarse = draw.integers(0, 255, (6 + i, 9, 3), dtype=np.uint8)
+            picture = Image.fromarray(coarse).resize((90 + 7 * i, 70), Image.Resampling.BICUBIC)
+            exif = picture.getexif()
+            exif[0x0112] = 6 if i == 1 else 1  # a camera that was held upright
+            picture.save(root / label / f"{i}.jpg", exif=exif)
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(photos: Path) -> Path:
+    """An untrained network for a store of these photos, as a checkpoint."""
+    root = str(photos.parent / "data/photos")
+    kind = {"name": "photos", "source": SourceKind.folder, "path": str(photos), "val_fraction": 0.4}
+    train, _ = (p.store for p in prepare(PrepareConfig(root=root, px=64, workers=0, **kind)))  # type: ignore[arg-type]
+    model = ModelConfig(
+        num_classes=3,
+        image_px=56,
+        kernel_size=[7, 5, 3, 3, 3],
+        stride=[2, 1, 1, 1, 1],
+        width=0.125,
+        hidden=[8, 8],
+    )
+    arguments: dict[str, Any] = {
+        "model": plain(model),
+        "augment": plain(AugmentConfig(crop_px=56)),
+        "optim": plain(OptimConfig()),
+        "backend": Backends().resolve("cpu"),
+        "classes": train.classes,
+        "px": 64,
+        "seed": 0,
+        "data": "photos",
+    }
+    classifier = Classifier(**arguments, statistics=statistics_of(train))
+    path = photos.parent / "net.ckpt"
+    torch.save({"state_dict": classifier.state_dict(), "hyper_parameters": arguments}, path)
+    return path

@@ -8,65 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from alexnet.data.augment import AugmentConfig, statistics_of
-from alexnet.data.prepare import PrepareConfig, prepare
-from alexnet.data.sources import SourceKind
 from alexnet.errors import UserError
-from alexnet.layers import Backends
-from alexnet.model import ModelConfig
-from alexnet.optim import OptimConfig
 from alexnet.predict import Predict, predict
 from alexnet.training.checkpoint import load
-from alexnet.training.classifier import Classifier, plain
 from alexnet.training.scoring import log_probabilities
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """photos/<class>/<i>.jpg of several sizes, one turned by EXIF, one with transparency."""
-    root, draw = tmp_path_factory.mktemp("photos") / "photos", np.random.default_rng(0)
-    for label in ("cat", "dog", "owl"):
-        (root / label).mkdir(parents=True)
-        for i in range(5):
-            coarse = draw.integers(0, 255, (6 + i, 9, 3), dtype=np.uint8)
-            picture = Image.fromarray(coarse).resize((90 + 7 * i, 70), Image.Resampling.BICUBIC)
-            exif = picture.getexif()
-            exif[0x0112] = 6 if i == 1 else 1  # a camera that was held upright
-            picture.save(root / label / f"{i}.jpg", exif=exif)
-    return root
-
-
-@pytest.fixture(scope="module")
-def checkpoint(photos: Path) -> Path:
-    """An untrained network for a store of these photos, as a checkpoint."""
-    root = str(photos.parent / "data/photos")
-    kind = {"name": "photos", "source": SourceKind.folder, "path": str(photos), "val_fraction": 0.4}
-    train, _ = (p.store for p in prepare(PrepareConfig(root=root, px=64, workers=0, **kind)))  # type: ignore[arg-type]
-    model = ModelConfig(
-        num_classes=3,
-        image_px=56,
-        kernel_size=[7, 5, 3, 3, 3],
-        stride=[2, 1, 1, 1, 1],
-        width=0.125,
-        hidden=[8, 8],
-    )
-    arguments: dict[str, Any] = {
-        "model": plain(model),
-        "augment": plain(AugmentConfig(crop_px=56)),
-        "optim": plain(OptimConfig()),
-        "backend": Backends().resolve("cpu"),
-        "classes": train.classes,
-        "px": 64,
-        "seed": 0,
-        "data": "photos",
-    }
-    classifier = Classifier(**arguments, statistics=statistics_of(train))
-    path = photos.parent / "net.ckpt"
-    torch.save({"state_dict": classifier.state_dict(), "hyper_parameters": arguments}, path)
-    return path
 
 
 def written(directory: Path) -> dict[str, Any]:

@@ -374,6 +374,11 @@ class ImageData(LightningDataModule):
         return self.train_store.classes
 
     @property
+    def resample(self) -> str:
+        """How the stored images were made smaller: a key of `data.prepare.Resample`."""
+        return self.train_store.manifest["rule"]["resample"]
+
+    @property
     def statistics(self) -> dict[str, Tensor]:
         """The mean image, channel means and covariance of the training images, for `Augment`."""
         return statistics_of(self.train_store)

@@ -157,6 +157,7 @@ def training(config: Train) -> Training:
         px=data.px,
         seed=config.seed,
         data=config.data.name,
+        resample=data.resample,
         statistics=data.statistics,
         masters=precision == MASTERS,
     )

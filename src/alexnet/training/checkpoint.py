@@ -4,6 +4,7 @@ A checkpoint carries what evaluation needs beside the weights: the configuration
 crop rule and the class names. It is opened with `weights_only=True`, which refuses anything that would run code.
 """
 
+import json
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -13,8 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexnet.cli import compose_group
+from alexnet.data.augment import AugmentConfig, InputScale
 from alexnet.errors import UserError
-from alexnet.training.classifier import Classifier
+from alexnet.layers import Backends
+from alexnet.model import ModelConfig
+from alexnet.optim import OptimConfig
+from alexnet.training.classifier import Classifier, plain
 
 # Layers of ours under torchvision's names (torchvision.models.alexnet): the "one weird trick" network.
 TORCHVISION_LAYERS = {
@@ -27,6 +33,9 @@ TORCHVISION_LAYERS = {
     "classifier.4": "fc7",
     "classifier.6": "fc8",
 }
+PARAMETERS = ("weight", "bias")
+TORCHVISION_SCALING = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and std of 0..1 pixels
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of an exported network (export.py)
 # What torch.load makes of a file that is no checkpoint.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AssertionError, KeyError)
 
@@ -34,6 +43,8 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueErro
 def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint as plain data. Raises UserError if it is missing, or no checkpoint, or would execute code."""
     path = find(path)
+    if path.suffix == ".safetensors":
+        return read_export(path)
     try:
         with warnings.catch_warnings():  # what torch thinks of a file that is none of ours is said below
             warnings.simplefilter("ignore")
@@ -47,6 +58,10 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"checkpoint={path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint"
         ) from error
+    if isinstance(content, dict) and set(content) == {
+        f"{k}.{p}" for k in TORCHVISION_LAYERS for p in PARAMETERS
+    }:
+        return of_torchvision(content)
     if not isinstance(content, dict) or "hyper_parameters" not in content:
         raise UserError(f"checkpoint={path} is no checkpoint of scripts/train.py: it has no hyper_parameters")
     missing = sorted({"model", "augment", "optim", "classes"} - set(content["hyper_parameters"]))
@@ -57,14 +72,59 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def read_export(path: Path) -> dict[str, Any]:
+    """<folder>/model.safetensors with its config.json, as a checkpoint's content."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((path.parent / CONFIG).read_text(encoding="utf-8"))
+        return {"hyper_parameters": config["hyper_parameters"], "state_dict": load_file(path)}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"checkpoint={path} cannot be read ({type(error).__name__}): it or its {CONFIG} is damaged or missing"
+        ) from error
+
+
+def of_torchvision(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """torchvision's own state dict as the content of a checkpoint of `owt`, with torchvision's classes and scaling.
+
+    Its classes have no wnids; they are in the order of ImageNet's sorted wnids.
+    """
+    from torchvision.models import AlexNet_Weights
+
+    names = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
+    n = len(state["classifier.6.bias"])
+    classes = [{"wnid": "", "words": names[i] if n == len(names) else str(i)} for i in range(n)]
+    model = compose_group("model", "owt", ModelConfig, {"num_classes": n})
+    augment = AugmentConfig(crop_px=224, input=InputScale.normalised)
+    hyper_parameters = {
+        "model": plain(model),
+        "augment": plain(augment),
+        "optim": plain(OptimConfig()),
+        "backend": Backends().resolve("cpu"),
+        "classes": classes,
+        "px": 256,
+        "seed": 0,
+        "data": "imagenet",
+        "resample": "bilinear",
+    }
+    mean, std = (255 * torch.tensor(values) for values in TORCHVISION_SCALING)
+    scaling = {"augment.mean": mean, "augment.std": std}
+    colours = {"augment.eigenvalues": torch.zeros(3), "augment.eigenvectors": torch.eye(3)}
+    weights = {f"net.{name}": value for name, value in from_torchvision(state).items()}
+    return {"hyper_parameters": hyper_parameters, "state_dict": {**weights, **scaling, **colours}}
+
+
 def find(path: str | Path) -> Path:
-    """A checkpoint file, or the best one of a run directory."""
+    """A checkpoint file, the best one of a run directory, or the weights of an exported network."""
     path = Path(path)
     candidates = [
         path,
         path / "checkpoints" / "best.ckpt",
         path / "checkpoints" / "last.ckpt",
         path / "best.ckpt",
+        path / WEIGHTS,
     ]
     for candidate in candidates:
         if candidate.is_file():

@@ -27,7 +27,8 @@ from alexnet.training.master_weights import Shadows, build_fused
 class Classifier(pl.LightningModule):
     """One network in training or evaluation.
 
-    `classes` are the wnid and words of each label, `px` the side of the stored images, `data` the name of their set.
+    `classes` are the wnid and words of each label, `px` the side of the stored images, `data` the name of their set,
+    `resample` how they were made smaller (data/prepare.py).
     All arguments are plain dicts, lists and numbers, so that a checkpoint is tensors and plain data and loads with
     `weights_only=True`. `statistics` (mean image, colour eigenvectors) become buffers of `self.augment`; they are
     None when a checkpoint brings them. With `masters`, training computes with bfloat16 shadows of the parameters.
@@ -43,6 +44,7 @@ class Classifier(pl.LightningModule):
         px: int,
         seed: int,
         data: str = "",
+        resample: str = "area",
         statistics: dict[str, Any] | None = None,
         masters: bool = False,
     ) -> None:
