@@ -65,7 +65,8 @@ def test_the_bound_is_measured_before_between_and_after_the_rounds_and_the_best_
     assert [name for name, next in zip(calls, [*calls[1:], ""], strict=True) if name != next] == [
         *("ours", "bound", "ours", "bound", "ours", "bound")
     ]
-    assert row.bound_ms == pytest.approx(1e3 / machine.rates["copy"]) < 500
+    assert row.bound_ms == pytest.approx(1e3 / machine.rates["copy"])
+    assert row.bound_ms < row.ms
 
 
 def test_one_that_is_faster_than_its_bound_says_so():

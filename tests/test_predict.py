@@ -45,7 +45,7 @@ def test_table_csv_and_contact_sheet_say_the_same(
     photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     predict(Predict(str(checkpoint), str(photos / "*/1.jpg"), top=2, output_dir=str(tmp_path)))
-    rows = list(csv.DictReader((tmp_path / "predict/predictions.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "predict/predictions.csv").read_text().splitlines()))
     first = written(tmp_path)["predictions"][0]
     assert [row["image"] for row in rows] == [
         str(photos / f"{c}/1.jpg") for c in ["cat", "cat", "dog", "dog", "owl", "owl"]
