@@ -22,7 +22,7 @@ from alexnet.layers import Backend
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import build_optimizer, build_scheduler
 from alexnet.training import assemble
-from alexnet.training.classifier import plain, typed
+from alexnet.training.classifier import Speedups, plain, typed
 from alexnet.training.config import Train
 
 GROUPS = ("model", "backend", "data", "augment", "optim", "trainer", "callbacks", "logger", "experiment")
@@ -271,27 +271,27 @@ def assert_one_line(text: str) -> None:
 def test_missing_data_names_the_command_that_makes_them(compose: Callable[..., Any], tmp_path: Path) -> None:
     config = compose("data=tiny_imagenet", f"data_dir={tmp_path}")
     with pytest.raises(UserError, match=r"python scripts/prepare_data\.py data=tiny_imagenet"):
-        assemble.training(config)
+        assemble.build_run(config)
     assert not (tmp_path / "train").exists()
 
 
 def test_another_configuration_in_the_same_directory_is_refused(compose: Callable[..., Any]) -> None:
-    assemble.training(compose()).start()
+    assemble.build_run(compose()).start()
     with pytest.raises(UserError, match=r"optim.lr: 0.01 there, 0.02 now.*overwrite=true"):
-        assemble.training(compose("optim.lr=0.02"))
-    assemble.training(compose("optim.lr=0.02", "overwrite=true")).start(overwrite=True)
-    assemble.training(compose("optim.lr=0.02", "watchdog=warn"))  # not part of what a run is
+        assemble.build_run(compose("optim.lr=0.02"))
+    assemble.build_run(compose("optim.lr=0.02", "overwrite=true")).start()
+    assemble.build_run(compose("optim.lr=0.02", "watchdog=warn"))  # not part of what a run is
 
 
 def test_a_backend_left_open_is_the_run_of_the_backend_it_stands_for(
     compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs of before `backend=auto` and `trainer.benchmark` have backend=reference on record."""
-    run = assemble.training(compose("backend=reference"))
+    run = assemble.build_run(compose("backend=reference"))
     run.start()
     assert run.record.content["config"]["backend"]["default"] == "reference"
     assert "benchmark" not in run.record.content["config"]["trainer"]
-    assemble.training(compose("backend=auto", "trainer.benchmark=true"))
+    assemble.build_run(compose("backend=auto", "trainer.benchmark=true"))
     config = compose("backend=auto", "backend.conv2d=auto")
     monkeypatch.setattr(assemble, "device_type_of", lambda *_: "cuda")
     backend = assemble.identity(config, None)["backend"]
@@ -300,23 +300,24 @@ def test_a_backend_left_open_is_the_run_of_the_backend_it_stands_for(
 
 
 def test_the_headline_says_what_a_backend_means_on_a_gpu() -> None:
-    def notes(default: str, device_type: str = "cuda", compiles: bool = True, masters: bool = True) -> str:
-        lines = assemble.backend_notes(Backend(default), device_type, compiles, masters)
+    fast, reference = {"conv2d": "compiled"}, {"conv2d": "reference"}
+
+    def notes(default: str, device_type: str, backend: dict[str, str], master_weights: bool = False) -> str:
+        lines = assemble.backend_notes(Backend(default), device_type, Speedups.of(backend, master_weights))
         assert not any("\n" in line for line in lines)
         return "; ".join(lines)
 
-    assert "backend=auto took fast" in notes("auto")
-    assert "took" not in notes("fast")
-    assert "Set backend=fast" in notes("reference", compiles=False, masters=False)
-    assert notes("auto", "cpu", compiles=False, masters=False) == ""
-    assert notes("reference", "cpu", compiles=False, masters=False) == ""
-    assert "master weights" in notes("fast", "cpu")
-    assert notes("fast", "cpu", masters=False).endswith("the update in one pass")
+    assert "backend=auto took fast" in notes("auto", "cuda", fast)
+    assert "took" not in notes("fast", "cuda", fast)
+    assert "Set backend=fast" in notes("reference", "cuda", reference)
+    assert notes("auto", "cpu", reference) == notes("reference", "cpu", reference) == ""
+    assert notes("fast", "cpu", fast).endswith(": channels last, one pass augmentation, fused update")
+    assert notes("reference", "cpu", reference, True).endswith(": fused update, master weights")
 
 
 def test_classes_that_the_store_does_not_have_are_refused(compose: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=r"model.num_classes=7.* holds 10 classes"):
-        assemble.training(compose("model.num_classes=7"))
+        assemble.build_run(compose("model.num_classes=7"))
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

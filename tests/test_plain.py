@@ -21,11 +21,11 @@ def test_fourteen_steps_end_with_the_bits_of_the_trainer(
     train(config)
     directory = assemble.run_directory(config)
     expected = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    rows = read_metrics(directory / "metrics.csv")
+    metrics = read_metrics(directory / "metrics.csv")
     weights, losses = plain.train(str(data_dir / "synthetic"), epochs=2, size=16)
-    assert [float(row["train/loss"]) for row in rows if not row["holdout/loss"]] == losses
+    assert [row.train["loss"] for row in metrics.steps] == losses
     for name, (weight, bias) in weights.items():
         assert torch.equal(weight, expected[f"net.{name}.weight"]), name
         assert torch.equal(bias, expected[f"net.{name}.bias"]), name
-    error = float([row for row in rows if row["holdout/loss"]][-1]["holdout/top1_error"])
+    error = metrics.epochs[-1].holdout["top1_error"]
     assert f"holdout error {100 * error:.1f} %" in capsys.readouterr().out.splitlines()[-1]

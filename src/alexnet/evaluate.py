@@ -1,5 +1,6 @@
 """The verb `evaluate`: checkpoints in, a table and a JSON file out. training/scoring.py says what the numbers are."""
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -39,13 +40,13 @@ class Evaluate:
         if not self.checkpoint:
             raise UserError("checkpoint is not given: use checkpoint=<file or run directory>")
         if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} is no count of images: give 1 or more")
+            raise UserError(f"batch_size={self.batch_size} must be a positive integer")
         if self.views not in (1, 10):
-            raise UserError(f"views={self.views}: choose 1 (centre) or 10 (corners, centre and mirrors)")
+            raise UserError(f"views={self.views} must be 1 (centre) or 10 (corners, centre and mirrors)")
         if self.device not in ("auto", "cpu", "cuda", "gpu"):
-            raise UserError(f"device={self.device}: choose auto, cpu or gpu")
+            raise UserError(f"device={self.device} must be one of auto, cpu, gpu")
         if self.split not in ("train", "holdout", "val"):
-            raise UserError(f"split={self.split}: choose holdout or val (or train, to measure the gap)")
+            raise UserError(f"split={self.split} must be one of train, holdout, val")
 
     @property
     def checkpoints(self) -> list[str]:
@@ -77,7 +78,8 @@ def evaluate(config: Evaluate) -> list[Result]:
         results.append(score(average(outputs), labels, networks=len(outputs), **protocol))
     wnids = [c["wnid"] for c in store.classes] if config.split == "val" else []
     references = paper_rows(wnids, len(outputs), config.views)
-    print(f"{table(results, references)}\n\nrecord {_write(config, paths, store, results, references)}")
+    print(table(results, references), flush=True)  # before anything can go wrong with the file
+    print(f"\nrecord {_write(config, paths, store, results, references)}")
     return results
 
 
@@ -121,7 +123,6 @@ def _write(
     """
     run = paths[0].parent.parent
     in_run = len(paths) == 1 and (run / "run.json").exists()
-    path = (run if in_run else Path(config.output_dir) / "evaluate") / _file_name(config, paths, in_run)
     content = {
         "command": command_line(),
         "store": str(store.path),
@@ -130,10 +131,24 @@ def _write(
         "paper": [r.as_dict() for r in references],
         **environment(),
     }
-    for place in (path, *([Path(config.json)] if config.json else [])):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, content)
+    elsewhere = Path(config.output_dir) / "evaluate" / _file_name(config, paths, in_run=False)
+    path = run / _file_name(config, paths, in_run) if in_run else elsewhere
+    try:
+        _write_json(path, content)
+    except OSError as error:
+        if not in_run or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(f"{run} may only be read: the record goes to {elsewhere.parent}")
+        path = elsewhere
+        _write_json(path, content)
+    if config.json:
+        _write_json(Path(config.json), content)
     return path
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
 
 
 def _file_name(config: Evaluate, paths: Sequence[Path], in_run: bool) -> str:

@@ -6,7 +6,7 @@ weight to the largest (shownet.py:187-195), or one kernel with small weights wou
 Fonts, colours and line widths are STYLE's; the suffix of the path chooses the format (png, pdf, svg).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ STYLE: Any = {
     "svg.hashsalt": "alexnet",  # the same file from the same numbers
 }
 KERNELS_PER_ROW = 16  # Figure 3
-FEW_EPOCHS = 20
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Curve:
 
 
 def training_figure(
-    rows: Sequence[Mapping[str, Any]],
+    curves_of: Callable[[str], Mapping[str, tuple[Sequence[float], Sequence[float]]]],
     first_layer_weight: Tensor,
     path: str | Path,
     towers: int = 1,
@@ -72,15 +71,16 @@ def training_figure(
 ) -> Path:
     """The picture of a run: loss and error against epochs, beside the kernels of conv1.
 
-    `rows` as csv.DictReader yields them from metrics.csv, empty cells included; first_layer_weight (O, 3, R, S).
+    curves_of("loss") and curves_of("top1_error") are {"train" and "holdout": (epochs done, values)}, or empty
+    (training/metrics.py); first_layer_weight (O, 3, R, S).
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.7), layout="constrained")
         halves: Any = figure.subfigures(1, 2, wspace=0.03)
         left, right = halves
         loss, error = left.subplots(2, 1, sharex=True)
-        _curves(loss, run_curves(rows, "loss"), "", "loss (nats)", from_zero=False)
-        _curves(error, run_curves(rows, "top1_error", 100.0), "epochs", "top-1 error (%)")
+        _curves(loss, run_curves(curves_of("loss")), "", "loss (nats)", from_zero=False)
+        _curves(error, run_curves(curves_of("top1_error"), 100.0), "epochs", "top-1 error (%)")
         error.get_legend().remove()  # the same names as above
         error.set_xlim(left=0)
         error.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -198,28 +198,12 @@ def neighbours_figure(
         return _save(figure, path)
 
 
-def run_curves(rows: Sequence[Mapping[str, Any]], metric: str, scale: float = 1.0) -> dict[str, Curve]:
-    """Columns `train/<metric>` and `holdout/<metric>` of metrics.csv against epochs done.
-
-    A row with a holdout value ends its epoch (`epoch` counts from 0), its train value is the mean over that epoch;
-    the other rows are means over the last few steps, and show more while the epochs are few.
-    """
-    ends = [r for r in rows if r.get(f"holdout/{metric}") not in (None, "")]
-    if not ends:
-        return {}
-    steps_per_epoch = float(ends[-1]["step"]) / (float(ends[-1]["epoch"]) + 1)
-    windows = [r for r in rows if r.get(f"holdout/{metric}") in (None, "")]
-    few = len(ends) < FEW_EPOCHS and len(windows) > len(ends)
-    train, shift = (windows, 0.0) if few else (ends, 0.5)  # an epoch's mean stands at its middle
-
-    def curve(chosen: Sequence[Mapping[str, Any]], key: str, shift: float, colour: str) -> Curve:
-        x = [float(r["step"]) / steps_per_epoch - shift for r in chosen]
-        return Curve(x, [scale * float(r[key]) for r in chosen], colour=colour)
-
-    return {
-        "train": curve(train, f"train/{metric}", shift, BLUE),
-        "holdout": curve(ends, f"holdout/{metric}", 0.0, ORANGE),
-    }
+def run_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], scale: float = 1.0
+) -> dict[str, Curve]:
+    """A run's `train` and `holdout` curve in their colours."""
+    colours = {"train": BLUE, "holdout": ORANGE}
+    return {name: Curve(x, [scale * v for v in y], colour=colours[name]) for name, (x, y) in curves.items()}
 
 
 def _curves(
@@ -251,6 +235,12 @@ def kernel_grid(weight: Tensor, per_row: int = KERNELS_PER_ROW) -> np.ndarray:
         top, left = i // columns * (r + 1) + 1, i % columns * (s + 1) + 1
         picture[top : top + r, left : left + s] = kernel
     return picture
+
+
+def scaled_kernels(weight: Tensor) -> np.ndarray:
+    """`kernel_grid` of weights (O, C, R, S), scaled from the smallest of them to the largest."""
+    w = weight.detach().float()
+    return kernel_grid((w - w.min()) / (w.max() - w.min()).clamp_min(1e-30))
 
 
 def _columns(kernels: int, aspect: float) -> int:

@@ -5,10 +5,13 @@ What `trainer.precision` names, and the process-wide switches of torch that make
     32-true         float32; products and convolutions in IEEE float32
     tf32            float32, but products and convolutions round their operands to TF32 (10 bits of mantissa
                     instead of 23); CUDA only
-    bf16-masters    float32 master weights; a bfloat16 copy of them does the work (master_weights.py); one device
+    bf16-master-weights
+                    float32 master weights, of which bfloat16 working copies do the work (master_weights.py); one device
     bf16-mixed, 16-mixed, bf16-true, 16-true, 64-true
-                    as Lightning defines them
+                    as Lightning defines them; 16-mixed on CUDA only
     auto            chosen by device and backend (training/assemble.py)
+
+Lightning's short names (32, bf16, ...) mean what they mean there.
 
 Under every name, products of bfloat16 or float16 accumulate in float32. torch keeps these switches for the whole
 process and starts with a mixture: products in IEEE float32, cuDNN's convolutions in TF32. A CPU multiplies in IEEE
@@ -16,39 +19,54 @@ float32 under every name.
 """
 
 import ctypes
-import fcntl
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from alexnet.errors import UserError
 
 # Precision ----------------------------------------------------------------------------------------------
 
-MASTERS = "bf16-masters"
+MASTER_WEIGHTS = "bf16-master-weights"
 TF32 = "tf32"
 LIGHTNING = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
-PRECISIONS = ("auto", LIGHTNING[0], TF32, MASTERS, *LIGHTNING[1:])
+PRECISIONS = ("auto", LIGHTNING[0], TF32, MASTER_WEIGHTS, *LIGHTNING[1:])
+# Other names of the same: Lightning's short ones, and that of runs until November 2026.
+SHORT = {
+    "32": "32-true",
+    "64": "64-true",
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+    "bf16-masters": MASTER_WEIGHTS,
+}
+
+
+def full_precision_name(name: Any) -> str:
+    """The name in PRECISIONS that is meant; one that nobody knows stays as it is."""
+    return SHORT.get(str(name), str(name))
 
 
 def checked_precision(name: str, device_type: str) -> str:
-    """The name itself. Raises UserError if it is unknown, or if the device cannot compute so."""
-    if name not in PRECISIONS:
+    """The full name. Raises UserError if it is unknown, or if the device cannot compute so."""
+    full = full_precision_name(name)
+    if full not in PRECISIONS:
         raise UserError(f"trainer.precision={name} must be one of {', '.join(PRECISIONS)}")
-    if name == TF32 and device_type != "cuda":
-        raise UserError(f"trainer.precision={TF32} needs a CUDA device: set trainer.precision=32-true")
-    return name
+    instead = {TF32: "32-true", "16-mixed": "bf16-mixed"}.get(full)
+    if instead and device_type != "cuda":
+        raise UserError(f"trainer.precision={name} needs a CUDA device: set trainer.precision={instead}")
+    return full
 
 
 def lightning_precision(name: str) -> str:
@@ -140,49 +158,86 @@ def _cpu_flags() -> list[str]:
 
 # Locks, files, and what a stranger needs to repeat a number ---------------------------------------------
 
-LOOK = 0.05  # seconds; longer than in_progress takes
+WAIT = 0.2  # seconds; longer than `in_progress` holds a lock
+NO_LOCKS = (
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOLCK,
+)  # what a file system without flock answers
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "alexnet")
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[bool]:
-    """Whether this process now has the run to itself; a lock ends with its process, however that ends."""
+def locked(directory: Path, name: str = "lock", wait: float = WAIT) -> Iterator[bool]:
+    """Whether this process now has the directory to itself. A lock ends with its process, however that ends.
+
+    Waits `wait` seconds for it, for ever if that is -1. Where files cannot be locked it says so and goes on.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("a") as file:
-        ours = _try_lock(file)
-        if not ours:  # somebody may only have looked
-            time.sleep(LOOK)
-            ours = _try_lock(file)
-        if not ours:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # also for a child that inherited the file
+    lock = FileLock(directory / name)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"{directory}: this file system has no locks; do not start a second process there",
+            file=sys.stderr,
+        )
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def in_progress(directory: Path) -> bool:
-    """Whether another process has it. For an instant nobody else can take it: `locked` tries twice."""
-    if not (directory / "lock").exists():
+    """Whether another process has it. For an instant nobody else can take it: `locked` tries for longer."""
+    if not (directory / "lock").exists() or not os.access(directory / "lock", os.W_OK):
         return False
-    with (directory / "lock").open() as file:
-        return not _try_lock(file, fcntl.LOCK_SH)  # shared: two that look do not see each other
+    with locked(directory) as free:
+        return not free
 
 
-def _try_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
+def write_whole(path: Path, content: str) -> None:
+    """Whole or not at all: written beside its place and renamed, so a kill or a full disk leaves what was there."""
+    with replaced(path) as partial:
+        partial.write_text(content, encoding="utf-8")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place at the end. Raises UserError if `path` is a link, a
+    device or a directory: it would be gone."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{path} is no regular file, and would be replaced by one: choose another path")
+    partial = path.with_name(path.name + ".partial")
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: a kill while writing leaves the file that was there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError, which names the file, if it is damaged or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what is no UTF-8
+        raise UserError(f"{path} is damaged: it is no JSON ({error}). Restore or delete it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no object of JSON. Restore or delete it")
+    return content
 
 
 def command_line() -> str:

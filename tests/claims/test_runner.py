@@ -28,7 +28,7 @@ from alexnet.errors import UserError
 from alexnet.system import git_state, write_json
 from alexnet.training import assemble
 from alexnet.training.config import compose_train
-from alexnet.training.metrics import CLOCK_COLUMNS
+from alexnet.training.metrics import CLOCK_COLUMNS, Metrics, Row
 
 
 def directory(settings: Reproduce, name: str, seed: int = 1) -> Path:
@@ -258,7 +258,7 @@ def test_an_interruption_is_no_divergence(data_dir, tmp_path, monkeypatch):
     settings = reduced(data_dir, tmp_path, "s5_decay")
 
     def full_disk(config, lock):
-        assemble.training(config).start()
+        assemble.build_run(config).start()
         raise UserError("no space left")
 
     with monkeypatch.context() as patch:
@@ -479,9 +479,10 @@ def test_the_commit_is_that_of_the_code_when_the_process_started(monkeypatch):
 
 def test_a_suspended_run_counts_its_training_only():
     record = {"config": {"data": {"batch_size": 64}}}
-    rows = [{"step": str(10 * i), "images_per_second": "320.0" if i != 3 else "0.1"} for i in range(1, 6)]
-    rows.append({"step": "50", "images_per_second": ""})
-    assert training_seconds(record, rows) == 10.0
+    speeds = {10: "320.0", 20: "320.0", 30: "0.1", 40: "320.0", 50: "320.0"}
+    rows = [{"step": str(step), "epoch": "0", "images_per_second": speed} for step, speed in speeds.items()]
+    rows.append({"step": "50", "epoch": "0", "kind": "epoch"})
+    assert training_seconds(record, Metrics([Row.of(row) for row in rows])) == 10.0
 
 
 def test_the_estimate_counts_steps_and_images(data_dir, tmp_path):

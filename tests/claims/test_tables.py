@@ -24,6 +24,7 @@ from alexnet.claims.tables import (
     measure,
 )
 from alexnet.cli import CONF
+from alexnet.training import metrics
 
 PAPER = [Number(-1.4, Unit.points, "val/top1_error", "section 3.3")]
 NOTES = [Number(-0.081, Unit.nats, "val/cross_entropy", "layer-params-148.cfg:148")]
@@ -82,13 +83,13 @@ def test_evidence_is_read_from_the_runs_record_and_its_metrics():
     }
     columns = ("step", "epoch", "train/loss", "train/top1_error", "holdout/loss")
     lines = ["10,0,2.2,0.8,", "20,0,2.0,0.7,", "20,0,2.1,0.75,2.05", "30,1,1.5,0.6,", "40,1,1.0,0.5,1.2"]
-    rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines]
-    evidence = Evidence.of_run(record, rows, classes=10)
+    rows = [metrics.Row.of(dict(zip(columns, line.split(","), strict=True))) for line in lines]
+    evidence = Evidence.of_run(record, metrics.Metrics(rows), classes=10)
     assert evidence.results["val/top1_error"] == 0.4
     assert evidence.results["train_eval/top1_error"] == 0.1
     assert "val/top5_error" not in evidence.results
     assert evidence.curves["train/loss"] == [(0.5, 2.2), (1.0, 2.0), (1.5, 1.5)]
-    assert Evidence.of_run({"state": "running"}, [], classes=10).curves == {}
+    assert Evidence.of_run({"state": "running"}, metrics.Metrics(), classes=10).curves == {}
 
 
 def test_only_seeds_that_both_arms_have_are_paired():

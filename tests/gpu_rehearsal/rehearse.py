@@ -76,11 +76,11 @@ def rehearse(data_dir: str, overrides: list[str]) -> dict[str, Any]:
     """The figures of a training with these overrides of conf/train.yaml."""
     with tempfile.TemporaryDirectory() as output:
         config = compose_train([*SETTINGS, f"data_dir={data_dir}", f"output_dir={output}", *overrides])
-        run = assemble.training(config)
+        run = assemble.build_run(config)
         weigh = "trainer.capture=false" in overrides
         counted = Counted(Log().__enter__(), weigh)
         run.trainer.callbacks.append(counted)
-        run.start(False)
+        run.start()
         try:
             run.fit()
         except Enough:

@@ -90,9 +90,9 @@ def ended(compose: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     """ended(name, *overrides): the last checkpoint of a run of two epochs, which goes on where one was interrupted."""
 
     def last_checkpoint(name: str, *overrides: str, interrupted: bool = False) -> dict[str, Any]:
-        run = assemble.training(compose(*RUN, f"name={name}", *overrides))
+        run = assemble.build_run(compose(*RUN, f"name={name}", *overrides))
         run.trainer.callbacks.extend([StopAfterOneEpoch()] * interrupted)  # after those that save
-        run.start(False)
+        run.start()
         with pytest.raises(Stop) if interrupted else nullcontext():
             run.fit()
         return torch.load(run.directory / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)

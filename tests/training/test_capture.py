@@ -23,7 +23,7 @@ from alexnet.training.run import train
 # Three epochs of six batches of 16 and one of 14. The rate falls within an epoch; colour noise ends and conv1 is frozen
 # after the first and the second epoch. So three signatures come for both sizes of a batch.
 CHANGING = [
-    "trainer.precision=bf16-masters",
+    "trainer.precision=bf16-master-weights",
     "model=mini",
     "model.width=0.125",
     "model.hidden=[24,24]",
@@ -200,7 +200,7 @@ def test_what_stands_in_the_way_of_a_graph_is_named() -> None:
         "device_type": "cuda",
         "one_device": True,
         "fused": True,
-        "precision": "bf16-masters",
+        "precision": "bf16-master-weights",
         "detect_anomaly": False,
         "callbacks": (),
     }
@@ -221,16 +221,16 @@ def test_capture_is_refused_where_it_cannot_be_and_off_where_it_is_not_wanted(
     compose: Callable[..., Any],
 ) -> None:
     with pytest.raises(UserError, match=r"trainer.capture=True: the device is cpu.*trainer.capture=auto"):
-        assemble.training(compose("trainer.capture=true"))
-    with pytest.raises(UserError, match=r"trainer.capture=maybe: choose one of auto, true, false"):
-        assemble.training(compose("trainer.capture=maybe"))
+        assemble.build_run(compose("trainer.capture=true"))
+    with pytest.raises(UserError, match=r"trainer.capture=maybe must be one of auto, true, false"):
+        assemble.build_run(compose("trainer.capture=maybe"))
     for choice in ("auto", "false"):
-        run = assemble.training(compose(f"trainer.capture={choice}", "overwrite=true"))
+        run = assemble.build_run(compose(f"trainer.capture={choice}", "overwrite=true"))
         assert run.resolved["captured"] is False
 
 
 def test_our_own_callbacks_need_no_hook_inside_a_step(compose: Callable[..., Any]) -> None:
-    run = assemble.training(compose("optim.ema_decay=0.9"))
+    run = assemble.build_run(compose("optim.ema_decay=0.9"))
     callbacks = run.trainer.callbacks  # type: ignore[attr-defined]
     assert obstacle("cuda", True, True, "32-true", False, callbacks) == ""
 

@@ -36,7 +36,7 @@ class Graphs(pl.Callback):
 
 
 def trained(config: Any) -> tuple[Graphs, dict[str, Tensor]]:
-    run = assemble.training(config)
+    run = assemble.build_run(config)
     graphs = Graphs()
     run.trainer.callbacks.append(graphs)  # type: ignore[attr-defined]
     run.start()
@@ -44,7 +44,7 @@ def trained(config: Any) -> tuple[Graphs, dict[str, Tensor]]:
     return graphs, run.classifier.state_dict()
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-masters"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-master-weights"])
 def test_after_the_first_batch_nothing_is_compiled(compose: Callable[..., Any], precision: str) -> None:
     torch.compiler.reset()
     counters.clear()
@@ -58,7 +58,7 @@ def test_after_the_first_batch_nothing_is_compiled(compose: Callable[..., Any], 
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-masters"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-master-weights"])
 def test_deterministic_mode_raises_nothing_and_runs_are_bitwise_equal(
     compose: Callable[..., Any], precision: str
 ) -> None:

@@ -1,6 +1,6 @@
-"""bfloat16 shadows of float32 masters: the same update, a shadow that is always the rounded master, exact resume."""
+"""Working copies of master weights: the same update, a copy that is always its rounded master weight, exact resume."""
 
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from alexnet.optim import Krizhevsky
-from alexnet.training.master_weights import FusedKrizhevsky, Shadows
+from alexnet.training.master_weights import FusedKrizhevsky, WorkingCopies
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -28,13 +28,13 @@ def step(optimizer, forward, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3, 6, generator=generator)
     optimizer.zero_grad()
-    dtype = torch.bfloat16 if isinstance(forward, Shadows) else torch.float32
+    dtype = torch.bfloat16 if isinstance(forward, WorkingCopies) else torch.float32
     forward(x.to(dtype)).float().square().sum().backward()
     optimizer.step()
 
 
 @pytest.mark.parametrize("rate_inside", [True, False])
-def test_without_shadows_it_is_the_rule_of_optim(rate_inside):
+def test_without_copies_it_is_the_rule_of_optim(rate_inside):
     ours, reference = net(), net()
     fused = FusedKrizhevsky(groups(ours), rate_inside=rate_inside)
     plain = Krizhevsky(groups(reference), rate_inside=rate_inside)
@@ -45,61 +45,61 @@ def test_without_shadows_it_is_the_rule_of_optim(rate_inside):
     torch.testing.assert_close(ours.state_dict(), reference.state_dict())
 
 
-def test_a_shadow_is_its_master_rounded_and_brings_the_gradient():
+def test_a_copy_is_its_master_weight_rounded_and_brings_the_gradient():
     network = net()
-    before = copy.deepcopy(network.state_dict())
-    shadows = Shadows(network)
-    optimizer = FusedKrizhevsky(groups(network), shadows)
-    step(optimizer, shadows, 0)
+    before = deepcopy(network.state_dict())
+    copies = WorkingCopies(network)
+    optimizer = FusedKrizhevsky(groups(network), copies)
+    step(optimizer, copies, 0)
     assert all(p.grad is None for p in network.parameters())
-    for (name, master), shadow in zip(network.named_parameters(), shadows.of.values(), strict=True):
+    for (name, master), copy in zip(network.named_parameters(), copies.by_name.values(), strict=True):
         assert not torch.equal(master, before[name])
-        assert torch.equal(shadow, master.bfloat16())
+        assert torch.equal(copy, master.bfloat16())
         assert master.dtype == torch.float32
 
 
 @pytest.mark.parametrize("rate_inside", [True, False])
-def test_the_gradient_of_a_shadow_updates_its_master_in_float32(rate_inside):
+def test_the_gradient_of_a_copy_updates_its_master_weight_in_float32(rate_inside):
     """bfloat16 is what the gradient comes in, and nothing else of the update: 8 bits would show at rtol 1e-6."""
     network, reference = net(), net()
-    shadows = Shadows(network)
-    fused = FusedKrizhevsky(groups(network), shadows, rate_inside=rate_inside)
+    copies = WorkingCopies(network)
+    fused = FusedKrizhevsky(groups(network), copies, rate_inside=rate_inside)
     plain = Krizhevsky(groups(reference), rate_inside=rate_inside)
     for i in range(2):
-        step(fused, shadows, i)
-        for p, shadow in zip(reference.parameters(), shadows.of.values(), strict=True):
-            p.grad = shadow.grad.float()
+        step(fused, copies, i)
+        for p, copy in zip(reference.parameters(), copies.by_name.values(), strict=True):
+            p.grad = copy.grad.float()
         plain.step()
     torch.testing.assert_close(network.state_dict(), reference.state_dict(), rtol=1e-6, atol=1e-7)
 
 
 def test_a_new_rate_compiles_nothing_and_rate_zero_freezes():
     network = net()
-    optimizer = FusedKrizhevsky(groups(network), Shadows(network))
-    shadows = Shadows(network)
-    optimizer = FusedKrizhevsky(groups(network), shadows)
-    step(optimizer, shadows, 0)
+    optimizer = FusedKrizhevsky(groups(network), WorkingCopies(network))
+    copies = WorkingCopies(network)
+    optimizer = FusedKrizhevsky(groups(network), copies)
+    step(optimizer, copies, 0)
     graphs = counters["stats"]["unique_graphs"]
     optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["scale"] = 0.01, 0.0
     frozen = network[2].weight.clone()
-    step(optimizer, shadows, 1)
+    step(optimizer, copies, 1)
     assert counters["stats"]["unique_graphs"] == graphs
     assert torch.equal(network[2].weight, frozen)
 
 
 def test_a_resumed_run_goes_on_bit_for_bit():
     network = net()
-    shadows = Shadows(network)
-    optimizer = FusedKrizhevsky(groups(network), shadows)
-    step(optimizer, shadows, 0)
-    weights, state = copy.deepcopy(network.state_dict()), copy.deepcopy(optimizer.state_dict())
-    step(optimizer, shadows, 1)
+    copies = WorkingCopies(network)
+    optimizer = FusedKrizhevsky(groups(network), copies)
+    step(optimizer, copies, 0)
+    weights, state = deepcopy(network.state_dict()), deepcopy(optimizer.state_dict())
+    step(optimizer, copies, 1)
 
     resumed = net()
-    resumed_shadows = Shadows(resumed)
+    resumed_copies = WorkingCopies(resumed)
     resumed.load_state_dict(weights)
-    resumed_shadows.refresh()
-    resumed_optimizer = FusedKrizhevsky(groups(resumed), resumed_shadows)
+    resumed_copies.refresh()
+    resumed_optimizer = FusedKrizhevsky(groups(resumed), resumed_copies)
     resumed_optimizer.load_state_dict(state)
-    step(resumed_optimizer, resumed_shadows, 1)
+    step(resumed_optimizer, resumed_copies, 1)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), resumed.parameters(), strict=True))

@@ -69,7 +69,7 @@ def test_training_sets_it_before_the_first_step_and_records_it(
     """On this machine's CPU, told that it is a GPU, which `tf32` needs."""
     monkeypatch.setattr(assemble, "device_type_of", lambda *_: "cuda")
     set_precision("32-true" if name == "tf32" else "tf32")
-    run = assemble.training(compose("backend=reference", f"trainer.precision={name}", "optim.epochs=1"))
+    run = assemble.build_run(compose("backend=reference", f"trainer.precision={name}", "optim.epochs=1"))
     seen = Seen()
     run.trainer.callbacks.append(seen)  # type: ignore[attr-defined]
     run.start()
@@ -104,10 +104,10 @@ def test_evaluation_is_in_ieee_float32_and_leaves_the_precision_as_it_was() -> N
 def test_what_is_unknown_is_refused_in_one_line_before_anything_is_written(
     compose: Callable[..., Any], tmp_path: Path
 ) -> None:
-    for mistake in ("fp8", "tf32", "32"):
+    for mistake in ("fp8", "tf32", "16"):
         config = compose(f"trainer.precision={mistake}", f"data_dir={tmp_path / 'new'}")
         with pytest.raises(UserError, match=rf"trainer\.precision={mistake} ") as caught:
-            assemble.training(config)
+            assemble.build_run(config)
         assert "\n" not in str(caught.value)
         assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,7 @@ from torch import nn
 from alexnet.errors import UserError
 from alexnet.layers import Dropout, LocalResponseNorm, ReluLrnPool, SameMapNorm
 from alexnet.model import AlexNet, ModelConfig
-from alexnet.training.master_weights import Shadows
+from alexnet.training.master_weights import WorkingCopies
 from alexnet.training.probe import STALLS, explain_stall, probe
 
 CLASSES = 7
@@ -221,13 +221,13 @@ def test_the_dead_layer_nearest_the_loss_is_named():
     assert "100%" in text
 
 
-def test_the_gradients_of_a_stall_are_those_of_the_shadows_that_did_the_work():
-    """bf16-masters: the parameters of the network get none themselves."""
+def test_the_gradients_of_a_stall_are_those_of_the_copies_that_did_the_work():
+    """bf16-master-weights: the parameters of the network get none themselves."""
     model = network()
     nn.init.constant_(model.fc6.bias, -100.0)
-    shadows = Shadows(model.eval(), torch.float64)
-    nn.functional.cross_entropy(shadows(images().double()), torch.arange(16) % CLASSES).backward()
-    text = explain_stall(model, math.log(CLASSES), CLASSES, 3000, shadows.of)
+    copies = WorkingCopies(model.eval(), torch.float64)
+    nn.functional.cross_entropy(copies(images().double()), torch.arange(16) % CLASSES).backward()
+    text = explain_stall(model, math.log(CLASSES), CLASSES, 3000, copies.by_name)
     assert "fc6 is dead" in text
     assert all(name in text for name in ("conv1", "fc8"))
 

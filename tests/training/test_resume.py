@@ -103,9 +103,9 @@ def test_resume_with_a_schedule_per_step_and_the_sgd_rule(
     assert rows_a == rows_b
 
 
-# bf16-masters computes with shadows that no checkpoint holds; with an average of the weights, which is validated in
-# their place, the shadows change and must change back.
-MASTERS = ["trainer.precision=bf16-masters", "optim.ema_decay=0.9", "evaluate=false"]
+# No checkpoint holds the working copies. With an average of the weights, which is validated in their place, the copies
+# change and must change back.
+MASTER_WEIGHTS = ["trainer.precision=bf16-master-weights", "optim.ema_decay=0.9", "evaluate=false"]
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ MASTERS = ["trainer.precision=bf16-masters", "optim.ema_decay=0.9", "evaluate=fa
         pytest.param(["backend=fast"], marks=pytest.mark.slow),
     ],
 )
-def test_resume_with_bfloat16_shadows(
+def test_resume_with_master_weights(
     compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, backend: list[str]
 ) -> None:
-    straight, broken = (compose(f"name={name}", *MASTERS, *backend) for name in ("straight", "broken"))
+    straight, broken = (compose(f"name={name}", *MASTER_WEIGHTS, *backend) for name in ("straight", "broken"))
     train(straight)
     for step in (4, 9):  # within the first epoch, and after its average was validated
         with monkeypatch.context() as patch:

@@ -1,7 +1,7 @@
 """A whole run in a second: what it leaves, what it refuses, what its checkpoint is good for."""
 
 import csv
-import fcntl
+import errno
 import json
 import math
 import os
@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import filelock
 import pytest
 import torch
 from tests.conftest import SMALL_NET
@@ -130,9 +132,9 @@ def test_what_is_damaged_in_a_run_is_said_in_one_line(
         train(config)
     assert "\n" not in str(caught.value)
     (moved / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run.json is damaged: overwrite=true"):
+    with pytest.raises(UserError, match=r"run.json is damaged: it is no JSON .* Restore or delete it"):
         train(config)
-    assert assemble.training(compose("name=done", "overwrite=true")).record.is_current
+    assert assemble.build_run(compose("name=done", "overwrite=true")).record.is_current
     content = read(run)
     del content["state_dict"]["net.fc8.weight"]
     torch.save(content, moved / "lacking.ckpt")
@@ -178,7 +180,7 @@ def test_results_are_kept_in_the_run_s_directory(run: Path, data_dir: Path) -> N
     [
         ({"checkpoint": []}, "checkpoint is not given"),
         ({"checkpoint": 5}, "checkpoint=5 does not exist"),
-        ({"checkpoint": "x", "batch_size": 0}, "batch_size=0 is no count"),
+        ({"checkpoint": "x", "batch_size": 0}, "batch_size=0 must be a positive integer"),
         ({"checkpoint": "x", "views": 3}, "views=3"),
     ],
 )
@@ -257,7 +259,7 @@ def test_holdout_loss_is_the_mean_over_images_whatever_the_batches(
 def test_a_mistake_leaves_nothing_behind(compose: Callable[..., Any], tmp_path: Path) -> None:
     for mistake in ("model.image_px=4", "trainer.precision=fp8", "data.batch_size=0", "model.pool_stride=0"):
         with pytest.raises(Exception):  # noqa: B017, PT011 (ours, or what instantiate makes of lightning's)
-            assemble.training(compose(mistake))
+            assemble.build_run(compose(mistake))
         assert not (tmp_path / "train").exists(), mistake
 
 
@@ -274,14 +276,14 @@ def test_a_mistake_leaves_nothing_behind(compose: Callable[..., Any], tmp_path: 
 )
 def test_a_run_is_as_long_as_its_schedule(compose: Callable[..., Any], override: str, remedy: str) -> None:
     with pytest.raises(UserError, match=remedy) as caught:
-        assemble.training(compose(override))
+        assemble.build_run(compose(override))
     assert override.lstrip("+") in str(caught.value)
 
 
 def test_a_backend_for_an_operation_that_the_network_lacks_is_refused(compose: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=r"backend\.same_map_norm=native has no effect: this network has no"):
-        assemble.training(compose("backend.same_map_norm=native"))
-    assemble.training(compose("backend.cross_entropy=native", "backend.linear=native"))
+        assemble.build_run(compose("backend.same_map_norm=native"))
+    assemble.build_run(compose("backend.cross_entropy=native", "backend.linear=native"))
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(compose: Callable[..., Any]) -> None:
@@ -297,15 +299,15 @@ def test_overwriting_spares_a_run_that_another_process_took_meanwhile(
 ) -> None:
     """Two commands of the same second: the other one has the lock by the time that this one is built."""
     config = compose("overwrite=true")
-    directory, built = assemble.run_directory(config), assemble.training
+    directory, built = assemble.run_directory(config), assemble.build_run
     with ExitStack() as other:
 
-        def slow(config: Train) -> assemble.Training:
+        def slow(config: Train, *rest: Any) -> assemble.TrainingRun:
             other.enter_context(locked(directory))
             (directory / "metrics.csv").write_text("theirs")
-            return built(config)
+            return built(config, *rest)
 
-        monkeypatch.setattr(assemble, "training", slow)
+        monkeypatch.setattr(assemble, "build_run", slow)
         with pytest.raises(UserError, match="is being trained by another process"):
             train(config)
     assert (directory / "metrics.csv").read_text() == "theirs"
@@ -315,14 +317,14 @@ def test_a_run_that_another_process_began_or_ended_meanwhile_is_not_written_over
     compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its configuration was never compared with this one's, and it may be finished."""
-    config, built = compose(), assemble.training
+    config, built = compose(), assemble.build_run
 
-    def slow(config: Train) -> assemble.Training:
-        run = built(config)
+    def slow(config: Train, *rest: Any) -> assemble.TrainingRun:
+        run = built(config, *rest)
         built(compose("optim.lr=0.02")).start()
         return run
 
-    monkeypatch.setattr(assemble, "training", slow)
+    monkeypatch.setattr(assemble, "build_run", slow)
     with pytest.raises(UserError, match="was written by another process meanwhile"):
         train(config)
     assert (
@@ -330,15 +332,24 @@ def test_a_run_that_another_process_began_or_ended_meanwhile_is_not_written_over
     )
 
 
-def test_a_look_at_a_run_keeps_nobody_from_starting_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_look_at_a_run_keeps_nobody_from_starting_it(tmp_path: Path) -> None:
+    looking = filelock.FileLock(tmp_path / "lock", thread_local=False)
+    looking.acquire()
+    threading.Timer(0.05, looking.release).start()
+    with locked(tmp_path) as ours:
+        assert ours
+
+
+def test_where_files_cannot_be_locked_a_run_goes_on_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "lock").touch()
-    with (tmp_path / "lock").open() as looking:
-        fcntl.flock(looking, fcntl.LOCK_SH)
-        monkeypatch.setattr(system.time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
-        with locked(tmp_path) as ours:
-            assert ours
+    def acquire(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with locked(tmp_path) as ours:
+        assert ours
+    assert f"{tmp_path}: this file system has no locks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -348,12 +359,12 @@ def test_the_lock_is_held_while_a_run_is_trained_and_no_longer(
     config = compose("overwrite=true")
     directory = assemble.run_directory(config)
 
-    def fit(run: assemble.Training) -> None:
+    def fit(run: assemble.TrainingRun) -> None:
         assert system.in_progress(directory)
         if fails:
             raise UserError("no space left")
 
-    monkeypatch.setattr(assemble.Training, "fit", fit)
+    monkeypatch.setattr(assemble.TrainingRun, "fit", fit)
     monkeypatch.setattr("alexnet.training.run.finish", lambda run, config: 0.5)
     with pytest.raises(UserError, match="no space") if fails else nullcontext():
         assert train(config) == 0.5
@@ -381,9 +392,9 @@ def test_other_images_under_the_same_name_are_another_run(
     for seed, name in enumerate(("a", "b")):
         root = str(tmp_path / name)
         prepare(PrepareConfig(name="synthetic", root=root, n_train=40, n_val=10, workers=0, seed=seed))
-    assemble.training(compose(f"data.root={tmp_path / 'a'}")).start()
+    assemble.build_run(compose(f"data.root={tmp_path / 'a'}")).start()
     with pytest.raises(UserError, match=r"holds a run with another configuration \(store\."):
-        assemble.training(compose(f"data.root={tmp_path / 'b'}"))
+        assemble.build_run(compose(f"data.root={tmp_path / 'b'}"))
 
 
 def test_a_missing_val_store_is_found_before_training(
@@ -391,7 +402,7 @@ def test_a_missing_val_store_is_found_before_training(
 ) -> None:
     shutil.copytree(data_dir / "synthetic" / "train", tmp_path / "half" / "train")
     with pytest.raises(UserError, match=r"has no val store: set evaluate=false"):
-        assemble.training(compose("data.name=half", f"data.root={tmp_path / 'half'}"))
+        assemble.build_run(compose("data.name=half", f"data.root={tmp_path / 'half'}"))
 
 
 def test_a_split_is_read_from_its_own_store(run: Path, data_dir: Path) -> None:
@@ -409,15 +420,11 @@ def test_a_moved_run_remembers_its_best_epoch(
         with pytest.raises(Crash):
             train(here)
     (tmp_path / "here").rename(tmp_path / "there")
-    there = assemble.training(compose(*overrides, f"output_dir={tmp_path / 'there'}"))
+    there = assemble.build_run(compose(*overrides, f"output_dir={tmp_path / 'there'}"))
     there.start()
     there.fit()
     best = next(c for c in there.trainer.callbacks if isinstance(c, BestCheckpoint))
-    errors = [
-        float(row["holdout/top1_error"])
-        for row in read_metrics(there.directory / "metrics.csv")
-        if row["holdout/loss"]
-    ]
+    errors = [row.holdout["top1_error"] for row in read_metrics(there.directory / "metrics.csv").epochs]
     assert float(best.best_model_score) == min(errors)
     assert Path(best.best_model_path).parent == (there.directory / "checkpoints").resolve()
 
@@ -453,7 +460,7 @@ def test_conv1_is_slowed_and_frozen_by_epoch(compose: Callable[..., Any]) -> Non
         "overwrite=true",
         "optim.schedule=constant",
     )
-    run = assemble.training(config)
+    run = assemble.build_run(config)
     kernels: list[torch.Tensor] = []
     run.classifier.on_train_epoch_end = lambda: kernels.append(
         run.classifier.net.conv1.weight.detach().clone()
@@ -488,7 +495,7 @@ def test_watchdog_explains_nan(compose: Callable[..., Any]) -> None:
 
 
 def test_watchdog_refuses_an_unknown_mode() -> None:
-    with pytest.raises(UserError, match="choose stop, warn or off"):
+    with pytest.raises(UserError, match="watchdog=bark must be one of stop, warn, off"):
         Watchdog("bark")
 
 
@@ -541,17 +548,17 @@ def test_two_processes_have_the_loss_curve_of_one(data_dir: Path, tmp_path: Path
             )
 
 
-def test_auto_is_bfloat16_with_masters_on_one_device_where_the_hardware_has_it(
+def test_auto_is_bfloat16_with_master_weights_on_one_device_where_the_hardware_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compiled, plain = {"conv2d": "compiled"}, {"conv2d": "reference"}
     one = {"precision": "auto", "devices": 1, "strategy": "auto"}
     two = {"precision": "auto", "devices": 2, "strategy": "ddp"}
     monkeypatch.setattr(assemble, "has_native_bf16", lambda device: True)
-    assert assemble.precision_for(one, "cpu", compiled) == assemble.MASTERS
+    assert assemble.precision_for(one, "cpu", compiled) == assemble.MASTER_WEIGHTS
     assert assemble.precision_for(one, "cpu", plain) == "bf16-mixed"
     assert assemble.precision_for(two, "cpu", compiled) == "bf16-mixed"
-    with pytest.raises(UserError, match="bf16-masters is for one device"):
+    with pytest.raises(UserError, match="bf16-master-weights is for one device"):
         assemble.precision_for({**two, "precision": "bf16-masters"}, "cpu", compiled)
     monkeypatch.setattr(assemble, "has_native_bf16", lambda device: False)
     assert assemble.precision_for(one, "cpu", compiled) == "32-true"
@@ -559,20 +566,24 @@ def test_auto_is_bfloat16_with_masters_on_one_device_where_the_hardware_has_it(
 
 def test_the_average_is_kept_where_the_training_is(compose: Callable[..., Any]) -> None:
     """Lightning sets callbacks up before it moves the network: "meta" stands for a GPU here."""
-    run = assemble.training(compose("optim.ema_decay=0.9"))
+    run = assemble.build_run(compose("optim.ema_decay=0.9"))
     (average,) = (c for c in run.trainer.callbacks if isinstance(c, AveragedWeights))  # type: ignore[attr-defined]
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
     average.setup(trainer, run.classifier, "fit")  # type: ignore[arg-type]
     assert {p.device.type for p in average._average_model.parameters()} == {"meta"}  # type: ignore[union-attr]
 
 
-def test_gradients_of_shadows_are_clipped(compose: Callable[..., Any]) -> None:
+def test_gradients_of_working_copies_are_clipped(compose: Callable[..., Any]) -> None:
     """A norm of 1e-6 leaves next to nothing of an update; weights decay on, so decay is off."""
     moved = {}
     for clip in ("null", "1e-6"):
-        run = ["trainer.precision=bf16-masters", f"trainer.gradient_clip_val={clip}", "optim.weight_decay=0"]
+        run = [
+            "trainer.precision=bf16-master-weights",
+            f"trainer.gradient_clip_val={clip}",
+            "optim.weight_decay=0",
+        ]
         config = compose(f"name=clip{clip}", *run, "optim.epochs=1", "evaluate=false")
-        before = assemble.training(config).classifier.net.fc7.weight.detach().clone()
+        before = assemble.build_run(config).classifier.net.fc7.weight.detach().clone()
         train(config)
         after = load(assemble.run_directory(config) / "checkpoints" / "last.ckpt").net.fc7.weight
         moved[clip] = float((after.detach() - before).norm())

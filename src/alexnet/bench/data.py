@@ -191,7 +191,7 @@ class Loop:
             px=files.px,
             seed=0,
             statistics=self.data.statistics,
-            masters=self.dtype != torch.float32,
+            master_weights=self.dtype != torch.float32,
         )
 
     def bare(self) -> float:

@@ -15,7 +15,7 @@ from alexnet.layers import Backend, Backends, SameMapNorm, cross_entropy
 from alexnet.model import AlexNet, ModelConfig, Order, layer_table
 from alexnet.optim import OptimConfig, parameter_groups
 from alexnet.training.capture import CudaGraphs
-from alexnet.training.master_weights import FusedKrizhevsky, Shadows
+from alexnet.training.master_weights import FusedKrizhevsky, WorkingCopies
 
 CLASSES = 1000
 RATE = 1e-6  # so small that a hundred steps on noise do no harm
@@ -78,16 +78,16 @@ def multiply_adds(config: ModelConfig) -> float:
 
 
 def ours(task: Task, backend: str, own_input: bool = False) -> Contestant:
-    """Our network and update: float32, or bfloat16 shadows of float32 masters.
+    """Our network and update: float32, or bfloat16 working copies of float32 master weights.
 
     own_input: the caller puts a new batch into the task before each step, and its cast is part of the step.
     """
     device = task.images.device
     net = AlexNet(task.config, backends_named(backend, device.type), seed=0)
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    shadows = None if task.dtype == torch.float32 else Shadows(net, task.dtype)
-    optimizer = FusedKrizhevsky(parameter_groups(net, OptimConfig(lr=RATE)), shadows, lr=RATE)
-    forward, cast, key = shadows or net, task.cast, torch.tensor(7, device=device)
+    copies = None if task.dtype == torch.float32 else WorkingCopies(net, task.dtype)
+    optimizer = FusedKrizhevsky(parameter_groups(net, OptimConfig(lr=RATE)), copies, lr=RATE)
+    forward, cast, key = copies or net, task.cast, torch.tensor(7, device=device)
 
     def step() -> Tensor:
         x = task.cast if own_input else cast

@@ -79,9 +79,7 @@ class Job:
 
     @property
     def steps_done(self) -> int:
-        path = self.directory / "metrics.csv"
-        rows = read_metrics(path) if path.exists() and not self.undecided else []
-        return int(rows[-1]["step"]) if rows else 0
+        return 0 if self.undecided else read_metrics(self.directory / "metrics.csv").steps_done
 
 
 def claims_of(settings: Reproduce) -> list[Claim]:

@@ -16,7 +16,6 @@ one measure. A run that diverged has a reason instead.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
@@ -33,14 +32,13 @@ from alexnet.claims.statistics import split_excess
 from alexnet.claims.tables import Evidence
 from alexnet.data.module import ImageData
 from alexnet.data.store import Store
-from alexnet.system import git_state, write_json
+from alexnet.system import git_state, replaced, write_json
 from alexnet.training import assemble
 from alexnet.training.checkpoint import load
 from alexnet.training.classifier import Classifier
 from alexnet.training.config import Train
 from alexnet.training.metrics import read_metrics
-from alexnet.training.probe import probe
-from alexnet.training.run import PROBE_IMAGES
+from alexnet.training.probe import spread
 from alexnet.training.scoring import TOP5_CLASSES, average, log_probabilities, score
 
 TRAIN_IMAGES = 2000  # seen once more in evaluation mode: a standard error of 1.1 points at most
@@ -90,10 +88,7 @@ def failure(directory: Path) -> str:
 
 def diverged(directory: Path) -> bool:
     """Whether the loss of training, or of the holdout after it, ended as no number: weights do not come back."""
-    path = directory / "metrics.csv"
-    rows = read_metrics(path) if path.exists() else []
-    last = [rows[-1][name] for name in ("train/loss", "holdout/loss")] if rows else []
-    return not all(math.isfinite(float(value)) for value in last if value)
+    return read_metrics(directory / "metrics.csv").diverged
 
 
 def record_failure(directory: Path, reason: str) -> None:
@@ -174,13 +169,7 @@ def _kernels(net: Net, path: Path) -> None:
 
 def _probe(net: Net, path: Path) -> None:
     """Of the network before training: its weights depend on the seed and their names alone."""
-    untrained = Classifier(**dict(net.classifier.hparams))
-    untrained.augment.load_state_dict(net.classifier.augment.state_dict())
-    untrained.to(net.device)
-    rows = spread(net.data.split[0].numpy(), PROBE_IMAGES)
-    images = torch.from_numpy(net.data.train_store.images[rows]).to(net.device)
-    labels = torch.from_numpy(net.data.train_store.labels[rows]).to(net.device)
-    write_json(path, probe(untrained.net, untrained.augment.centre(images), labels).as_dict())
+    write_json(path, net.classifier.initial_probe(net.data).as_dict())
 
 
 def _views(views: int) -> Callable[[Net, Path], None]:
@@ -277,17 +266,10 @@ MAKERS: Mapping[Want, Callable[[Net, Path], None]] = {
 }
 
 
-def spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the rows, evenly from first to last: stores are sorted by class."""
-    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]
-
-
 def _save(path: Path, write: Callable[[Any], None]) -> None:
     """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with replaced(path) as partial, partial.open("wb") as file:
         write(file)
-    os.replace(partial, path)
 
 
 # From files to what the tables take ---------------------------------------------------------------------------------
@@ -303,12 +285,12 @@ def evidence(directory: Path) -> Evidence | None:
     if record["state"] != "finished" and not failed:
         return None
     failed = failed or diverged(directory)
-    rows, classes = read_metrics(directory / "metrics.csv"), record["config"]["model"]["num_classes"]
+    metrics, classes = read_metrics(directory / "metrics.csv"), record["config"]["model"]["num_classes"]
     if failed:
         nothing = {metric: math.nan for metric in METRICS if not metric.startswith("gap/")}
-        return Evidence(nothing, Evidence.of_run({}, rows, classes).curves, classes, diverged=True)
+        return Evidence(nothing, Evidence.of_run({}, metrics, classes).curves, classes, diverged=True)
     basic = directory / Want.basic
-    return Evidence.of_run(json.loads(basic.read_text()) if basic.exists() else {}, rows, classes)
+    return Evidence.of_run(json.loads(basic.read_text()) if basic.exists() else {}, metrics, classes)
 
 
 def per_image(test: Test, directories: Collection[Path]) -> dict[str, np.ndarray]:

@@ -47,7 +47,7 @@ from alexnet.claims.tables import (
 from alexnet.figures import Curve
 from alexnet.html import picture, render
 from alexnet.system import command_line, environment, write_json
-from alexnet.training.metrics import read_metrics
+from alexnet.training.metrics import Metrics, read_metrics
 
 COLOURS_ALIKE = 5  # figures.py has so many colours; later arms are dashed
 
@@ -70,7 +70,7 @@ class Done:
         return found
 
     @cached_property
-    def rows(self) -> list[dict[str, str]]:
+    def metrics(self) -> Metrics:
         return read_metrics(self.directory / "metrics.csv")
 
     @property
@@ -257,7 +257,7 @@ def provenance(done: Sequence[Done], tuning: Sequence[Done]) -> dict[str, Any]:
     return {
         "runs": len(done),
         "tuning_runs": len(tuning),
-        "minutes": round(sum(training_seconds(d.record, d.rows) for d in (*done, *tuning)) / 60, 1),
+        "minutes": round(sum(training_seconds(d.record, d.metrics) for d in (*done, *tuning)) / 60, 1),
         "hardware": sorted(hardware),
         "commits": sorted(commits),
         "torch": sorted(
@@ -268,11 +268,10 @@ def provenance(done: Sequence[Done], tuning: Sequence[Done]) -> dict[str, Any]:
     }
 
 
-def training_seconds(record: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> float:
+def training_seconds(record: Mapping[str, Any], metrics: Metrics) -> float:
     """Of all images at the median speed: a clock would count the hours in which a run was suspended as well."""
-    speeds = [float(row["images_per_second"]) for row in rows if row["images_per_second"]]
-    images = int(rows[-1]["step"]) * record["config"]["data"]["batch_size"] if rows else 0
-    return images / float(np.median(speeds)) if speeds else 0.0
+    images = metrics.steps_done * record["config"]["data"]["batch_size"]
+    return images / metrics.images_per_second if metrics.images_per_second else 0.0
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:
@@ -377,7 +376,7 @@ def _seeds_drawn(section: Section, by_arm: Mapping[str, Sequence[Done]]) -> str:
 
 def _band(done: Sequence[Done], metric: str, split: str, place: int = 0, scale: float = 1.0) -> Curve:
     """Mean and standard deviation over runs, as far as all of them go."""
-    curves = [figures.run_curves(d.rows, metric, scale)[split] for d in done]
+    curves = [figures.run_curves(d.metrics.curves(metric), scale)[split] for d in done]
     shortest = min(len(curve.x) for curve in curves)
     y = np.array([curve.y[:shortest] for curve in curves])
     mean, sd = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else None

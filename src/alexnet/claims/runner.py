@@ -187,7 +187,7 @@ def network_key(config: Train) -> str:
 def measure_speed(config: Train) -> Speed:
     """A few steps of the untrained network on a real batch; nothing is written."""
     started = time.monotonic()
-    run = assemble.training(replace(copy.deepcopy(config), name="speed", probe=True, overwrite=False))
+    run = assemble.build_run(replace(copy.deepcopy(config), name="speed", probe=True, overwrite=False))
     resolved = run.resolved
     classifier = run.classifier.to(resolved["device"])
     optimizer = classifier.make_optimizer()

@@ -34,6 +34,7 @@ from alexnet.claims.statistics import (
     time_to,
     verdict,
 )
+from alexnet.training.metrics import Metrics
 
 WIDTH = 100  # columns of the plain table
 
@@ -53,10 +54,8 @@ class Evidence:
     diverged: bool = False
 
     @classmethod
-    def of_run(
-        cls, measures: Mapping[str, Any], rows: Sequence[Mapping[str, str]], classes: int
-    ) -> "Evidence":
-        """From the content of measures.json and the rows of metrics.csv.
+    def of_run(cls, measures: Mapping[str, Any], metrics: Metrics, classes: int) -> "Evidence":
+        """From the content of measures.json and metrics.csv.
 
         `results` there is {split: {quantity: value}}; the split `train` (evaluation mode) is `train_eval` here.
         Curves are the means over the last few steps against epochs done, a fraction.
@@ -67,18 +66,8 @@ class Evidence:
             for quantity, value in values.items()
             if isinstance(value, int | float)
         }
-        curves = {metric: _curve(rows, metric) for metric in ("train/loss", "train/top1_error")}
+        curves = {f"train/{name}": metrics.train_by_steps(name) for name in ("loss", "top1_error")}
         return cls(results, {metric: curve for metric, curve in curves.items() if curve}, classes)
-
-
-def _curve(rows: Sequence[Mapping[str, str]], metric: str) -> list[tuple[float, float]]:
-    """A row with a holdout value ends its epoch (counted from 0); the others are means over a few steps."""
-    ends = [row for row in rows if row["holdout/loss"]]
-    if not ends:
-        return []
-    steps_per_epoch = float(ends[-1]["step"]) / (float(ends[-1]["epoch"]) + 1)
-    few = [row for row in rows if not row["holdout/loss"]] or ends
-    return [(float(row["step"]) / steps_per_epoch, float(row[metric])) for row in few]
 
 
 @dataclass(frozen=True)

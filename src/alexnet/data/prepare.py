@@ -27,7 +27,6 @@ The mean image and the colour covariance are those of train without holdout. The
 2^53 in float64, hence exact, and the same whatever the number of workers.
 """
 
-import fcntl
 import io
 import logging
 import multiprocessing
@@ -57,6 +56,7 @@ from alexnet.data.config import DataConfig
 from alexnet.data.sources import Payload, Source, SourceKind
 from alexnet.data.store import Partial, Store, holdout_split, open_store, plan_hash
 from alexnet.errors import UserError
+from alexnet.system import locked
 
 log = logging.getLogger(__name__)
 
@@ -213,16 +213,15 @@ def verify(config: PrepareConfig) -> list[Store]:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """One process at a time per data set; the lock dies with its process."""
+    """One process at a time per data set: others wait."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / ".lock", "w")  # noqa: SIM115
+        (root / ".lock").touch()
     except OSError as error:
         raise UserError(
             f"root={root} cannot be written ({error.strerror}): set data_dir to a place that can"
         ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(root, ".lock", wait=-1):
         yield
 
 

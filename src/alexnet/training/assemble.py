@@ -1,8 +1,11 @@
 """Dataclasses -> objects: what stands between a configuration and a run. The only caller of hydra's instantiate."""
 
 import shutil
+import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from alexnet.data.module import ImageData, check_batch_size
@@ -18,32 +22,35 @@ from alexnet.errors import UserError
 from alexnet.layers.backend import AUTO, Backend
 from alexnet.optim import Schedule
 from alexnet.system import (
-    MASTERS,
+    MASTER_WEIGHTS,
     checked_precision,
     device_type_of,
     float32_format,
+    full_precision_name,
     has_native_bf16,
     keep_freed_memory,
     lightning_precision,
     set_precision,
 )
 from alexnet.training.callbacks import (
-    AtomicCheckpointIO,
     AveragedWeights,
     BestCheckpoint,
+    FirstKernels,
     LastCheckpoint,
+    Lines,
     Progress,
     Watchdog,
 )
 from alexnet.training.capture import CapturedStrategy, obstacle
-from alexnet.training.checkpoint import read
-from alexnet.training.classifier import Classifier, plain
+from alexnet.training.checkpoint import BEST, CHECKPOINTS, LAST, AtomicCheckpointIO, resume_point
+from alexnet.training.classifier import Classifier, Speedups, plain
 from alexnet.training.config import Train
+from alexnet.training.interrupt import Signals
 from alexnet.training.metrics import MetricsFile
-from alexnet.training.record import RunRecord, open_record
+from alexnet.training.record import RunRecord, open_record, refuse_other
 
 # Keys that do not change what a run computes: a run may be moved, and resumed with another bar or logger.
-NOT_IDENTITY = (
+RUNTIME_ONLY_KEYS = (
     "output_dir",
     "data_dir",
     "probe",
@@ -58,7 +65,7 @@ NOT_IDENTITY = (
 
 # Arguments of lightning.Trainer that would end a run, or step its rate, elsewhere than its schedule does: values that
 # change nothing, and what to do instead.
-NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
+UNSUPPORTED_TRAINER_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_steps": ((None, -1), "set optim.epochs, or trainer.limit_train_batches for shorter epochs"),
     "max_time": ((None,), "stop the process instead, the same command resumes with the same bits"),
     "accumulate_grad_batches": ((None, 1), "set data.batch_size, one update is one minibatch"),
@@ -67,7 +74,7 @@ NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 @dataclass
-class Training:
+class TrainingRun:
     """Everything of one run, ready to start."""
 
     classifier: Classifier
@@ -78,16 +85,17 @@ class Training:
     resolved: dict[str, Any]  # backends, precision and device on this machine
     keeps_freed_memory: bool
     notes: list[str]  # what the backend means here, for the headline
-
-    @property
-    def last_checkpoint(self) -> Path | None:
-        path = self.directory / "checkpoints" / "last.ckpt"
-        return path if path.exists() else None
+    same_run: dict[str, Any]  # what decides whether another run is this one
+    overwrite: bool
 
     @property
     def best_checkpoint(self) -> Path:
         """The epoch with the lowest holdout error; the last one where there is no holdout."""
-        return self.directory / "checkpoints" / ("best.ckpt" if self.has_holdout else "last.ckpt")
+        return self.checkpoints / (BEST if self.has_holdout else LAST)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / CHECKPOINTS
 
     @property
     def device(self) -> torch.device:
@@ -104,35 +112,60 @@ class Training:
     def has_holdout(self) -> bool:
         return len(self.data.split[1]) > 0
 
-    def start(self, overwrite: bool = False) -> None:
+    @cached_property
+    def resume_point(self) -> Path | None:
+        """The checkpoint to go on from. Raises UserError if it is of another run.
+
+        With `overwrite` no process looks for one: the first may be deleting it.
+        """
+        if self.overwrite:
+            return None
+        path, content, warning = resume_point(self.directory)
+        if path is not None:
+            self._refuse_other(path, content)
+            if is_rank_zero():
+                print(*[warning] * bool(warning), f"resuming from {path}", sep="\n", flush=True)
+        return path
+
+    def _refuse_other(self, path: Path, content: dict[str, Any]) -> None:
+        if "identity" in content:
+            refuse_other(f"{path} is of a run", content["identity"], self.same_run)
+            return
+        # Until November 2026 a checkpoint knew its network alone. It may be trained under another backend.
+        there, here = dict(content["hyper_parameters"]), dict(self.classifier.hparams)
+        there["backend"] = here["backend"]
+        refuse_other(f"{path} is of a run", there, here)
+
+    def start(self) -> None:
         """Writes run.json; with `overwrite` all else in the directory goes. For the process that has its lock."""
-        if overwrite:
+        if self.overwrite:
             clear(self.directory)
+        _ = self.resume_point  # raises before anything is written
         self.record.start(self.resolved)
         self.record.update(keeps_freed_memory=self.keeps_freed_memory)
 
     def fit(self) -> None:
         """Trains, from the last checkpoint if there is one."""
-        checkpoint = self.last_checkpoint
-        if checkpoint is not None:
-            read(checkpoint)  # what is wrong with it in one line
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*exists and is not empty.*")
-            self.trainer.fit(
-                self.classifier,
-                self.data,
-                ckpt_path=None if checkpoint is None else str(checkpoint),
-                weights_only=True,
-            )
+            self.trainer.fit(self.classifier, self.data, ckpt_path=self.resume_point, weights_only=True)
 
 
 def run_directory(config: Train) -> Path:
     """<output_dir>/train/<name>/seed<k>: named by what is run, never by the clock."""
-    return Path(config.output_dir) / "train" / str(config.name) / f"seed{config.seed}"
+    name = Path(str(config.name))
+    if name.is_absolute() or ".." in name.parts or not name.parts:
+        raise UserError(
+            f"name={config.name} must be a name, or a relative path without ..: it lies in output_dir"
+        )
+    return Path(config.output_dir) / "train" / name / f"seed{config.seed}"
 
 
-def training(config: Train) -> Training:
-    """Opens the data, the run's record and the network; nothing is written. Raises UserError for what cannot be."""
+def build_run(config: Train, signals: Signals | None = None, each_step: bool = False) -> TrainingRun:
+    """Opens the data, the run's record and the network; nothing is written. Raises UserError for what cannot be.
+
+    each_step: the loss of each step is looked at, and no step is captured.
+    """
     device_type = device_type_of(config.trainer["accelerator"])
     backend = config.backend.resolve(device_type)
     precision = precision_for(config.trainer, device_type, backend)
@@ -147,7 +180,8 @@ def training(config: Train) -> Training:
         "float32_matmul_and_conv": float32_format(precision),
         "device": device_type,
     }
-    record = open_record(directory, identity(config, data), resolved, fresh=config.overwrite)
+    same_run = identity(config, data)
+    record = open_record(directory, same_run, resolved, fresh=config.overwrite)
     classifier = Classifier(
         model=plain(config.model),
         augment=plain(config.augment),
@@ -159,18 +193,29 @@ def training(config: Train) -> Training:
         data=config.data.name,
         resample=data.resample,
         statistics=data.statistics,
-        masters=precision == MASTERS,
+        master_weights=precision == MASTER_WEIGHTS,
     )
+    resolved["speedups"] = asdict(classifier.speedups)
     config.backend.check_used(classifier.net.operations | {"cross_entropy"})
     has_holdout = len(data.split[1]) > 0
-    made = trainer(config, directory, precision, has_holdout, resolved)
+    callbacks = build_callbacks(config, directory, has_holdout, same_run, signals or Signals(), each_step)
+    made = build_trainer(config, directory, has_holdout, callbacks, resolved, each_step)
     check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)
-    notes = backend_notes(config.backend.default, device_type, classifier.compiles, classifier.masters)
-    return Training(classifier, data, made, record, directory, resolved, keeps, notes)
+    notes = backend_notes(config.backend.default, device_type, classifier.speedups)
+    notes += small_crops(config.augment.crop_px, data.px)
+    return TrainingRun(
+        classifier, data, made, record, directory, resolved, keeps, notes, same_run, config.overwrite
+    )
 
 
 def clear(directory: Path) -> None:
-    """Everything but the lock, which somebody may hold."""
+    """Everything but the lock, which somebody may hold. Raises UserError for a directory that holds no run."""
+    there = {path.name for path in directory.iterdir()} - {"lock"} if directory.exists() else set()
+    if there and not there & {"run.json", "metrics.csv", CHECKPOINTS}:
+        raise UserError(
+            f"overwrite=true would delete {directory}, which holds no run but {', '.join(sorted(there)[:3])}: "
+            "choose another name=... or output_dir=..."
+        )
     for path in directory.iterdir() if directory.exists() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -188,12 +233,14 @@ def identity(config: Train, data: ImageData | None) -> dict[str, Any]:
         manifest = data.train_store.manifest
         arrays = {name: manifest["sha256"][name] for name in ("images.npy", "labels.npy")}
         content["store"] = {**arrays, "holdout": manifest["holdout"]}
-    for key in NOT_IDENTITY:
+    for key in RUNTIME_ONLY_KEYS:
         del content[key]
     for key in ("root", "resident", "num_workers"):
         del content["data"][key]
     for key in ("enable_progress_bar", "profiler", "keep_freed_memory", "capture", "benchmark"):
         content["trainer"].pop(key, None)
+    if "precision" in content["trainer"]:
+        content["trainer"]["precision"] = full_precision_name(content["trainer"]["precision"])
     for operation, choice in content["backend"].items():
         if choice == Backend.auto:  # what it stands for decides, also against runs that named it
             device_type = device_type_of(config.trainer["accelerator"])
@@ -206,7 +253,10 @@ def identity(config: Train, data: ImageData | None) -> dict[str, Any]:
 LAUNCHES = {Backend.reference: 1601, Backend.fast: 138}
 
 
-def backend_notes(default: Backend, device_type: str, compiles: bool, masters: bool) -> list[str]:
+SMALL_CROP = 0.3  # of an image's area
+
+
+def backend_notes(default: Backend, device_type: str, speedups: Speedups) -> list[str]:
     """What a choice of backend means on this device, a line each."""
     on_gpu, notes = device_type == "cuda", []
     reference, fast = (f"{LAUNCHES[backend]:,}" for backend in (Backend.reference, Backend.fast))
@@ -220,11 +270,20 @@ def backend_notes(default: Backend, device_type: str, compiles: bool, masters: b
             f"backend=reference makes {reference} kernel launches a step where fast makes {fast} (counted for "
             "model=tiny): expect it to be several times slower on this GPU. Set backend=fast"
         )
-    if compiles:
-        more = ["channels-last layout", "augmentation in one pass", "the update in one pass"]
-        more += ["float32 master weights with a bfloat16 working copy"] * masters
-        notes.append(f"with compiled layers come {', '.join(more)}")
+    if any(asdict(speedups).values()):
+        notes.append(f"besides the layers: {speedups}")
     return notes
+
+
+def small_crops(crop: int, px: int) -> list[str]:
+    """A warning where a crop shows little of an image: the paper's 224 of 256 pixels are 77 % of its area."""
+    share = (crop / px) ** 2
+    if share >= SMALL_CROP:
+        return []
+    return [
+        f"warning: crops of {crop} pixels show {share:.0%} of the area of images of {px}: prepare the data with "
+        f"px={round(crop * 8 / 7)}, or choose a model for larger images"
+    ]
 
 
 def image_data(config: Train) -> ImageData:
@@ -255,45 +314,64 @@ def checked_classes(asked: int | None, data: ImageData) -> int:
     return there
 
 
-def trainer(
-    config: Train, directory: Path, precision: str, has_holdout: bool, resolved: dict[str, Any]
+def build_callbacks(
+    config: Train,
+    directory: Path,
+    has_holdout: bool,
+    same_run: dict[str, Any],
+    signals: Signals,
+    each_step: bool,
+) -> list[Callback]:
+    """Ours, and those of conf/callbacks."""
+    checkpoints, metrics = directory / CHECKPOINTS, MetricsFile(directory / "metrics.csv", config.log_every)
+    progress = Progress() if sys.stdout.isatty() else Lines(metrics)
+    return [
+        metrics,
+        Watchdog(config.watchdog, config.watchdog_steps, config.checkpoint_every, each_step),
+        *([progress] if config.trainer["enable_progress_bar"] else []),
+        *([AveragedWeights(decay=config.optim.ema_decay)] if config.optim.ema_decay else []),
+        *([FirstKernels()] if config.logger and find_spec("matplotlib") else []),
+        *(instantiate(callback) for callback in config.callbacks.values()),
+        *([BestCheckpoint(checkpoints)] if has_holdout else []),
+        LastCheckpoint(checkpoints, config.checkpoint_every, same_run, signals, config.log_every),
+    ]
+
+
+def build_trainer(
+    config: Train,
+    directory: Path,
+    has_holdout: bool,
+    callbacks: list[Callback],
+    resolved: dict[str, Any],
+    each_step: bool,
 ) -> pl.Trainer:
-    """lightning.Trainer from conf/trainer/*.yaml, with our callbacks and those of conf/callbacks and conf/logger.
+    """lightning.Trainer from conf/trainer/*.yaml, with these callbacks and the loggers of conf/logger.
 
     Enters into `resolved` whether the step is captured.
     """
     check_length(config)
-    arguments = dict(config.trainer)
-    capture = arguments.pop("capture", "auto")
-    bar, _ = arguments.pop("enable_progress_bar"), arguments.pop("keep_freed_memory", None)
-    checkpoints = directory / "checkpoints"
-    callbacks: list[Callback] = [
-        MetricsFile(directory / "metrics.csv", config.log_every),
-        Watchdog(config.watchdog, config.watchdog_steps),
-        *([Progress()] if bar else []),
-        *([AveragedWeights(decay=config.optim.ema_decay)] if config.optim.ema_decay else []),
-        *(instantiate(callback) for callback in config.callbacks.values()),
-        *([BestCheckpoint(checkpoints)] if has_holdout else []),
-        LastCheckpoint(checkpoints, config.checkpoint_every),
-    ]
-    loggers = [instantiate(logger) for logger in config.logger.values()]
+    arguments = {k: v for k, v in config.trainer.items() if k not in ("capture", "keep_freed_memory")}
     if not has_holdout:
         arguments["limit_val_batches"] = 0
+    capture = "false" if each_step else config.trainer.get("capture", "auto")
     resolved["captured"] = captures(capture, config, resolved, callbacks)
     if resolved["captured"]:
         arguments["strategy"] = captured_strategy()
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # its checkpoint is one that nobody reads
     arguments.update(
-        precision=lightning_precision(precision),
+        precision=lightning_precision(resolved["precision"]),
         default_root_dir=str(directory),
-        enable_progress_bar=bar,
+        enable_progress_bar=any(isinstance(callback, Progress) for callback in callbacks),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         return instantiate(
             arguments,
             callbacks=callbacks,
-            logger=loggers or False,
-            plugins=[AtomicCheckpointIO()],
+            logger=[instantiate(logger) for logger in config.logger.values()] or False,
+            plugins=plugins,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -304,10 +382,10 @@ def trainer(
 def captures(capture: Any, config: Train, resolved: dict[str, Any], callbacks: list[Callback]) -> bool:
     """Whether the step of this run is one CUDA graph: trainer.capture=auto wherever it can be."""
     if str(capture).lower() not in ("auto", "true", "false"):
-        raise UserError(f"trainer.capture={capture}: choose one of auto, true, false")
+        raise UserError(f"trainer.capture={capture} must be one of auto, true, false")
     if str(capture).lower() == "false":
         return False
-    fused = "compiled" in resolved["backend"].values() or resolved["precision"] == MASTERS
+    fused = resolved["speedups"]["fused_update"]
     single, anomaly = single_device(config.trainer), bool(config.trainer.get("detect_anomaly"))
     reason = obstacle(resolved["device"], single, fused, resolved["precision"], anomaly, callbacks)
     if reason and str(capture).lower() == "true":
@@ -326,7 +404,7 @@ def check_length(config: Train) -> None:
             f"trainer.max_epochs={config.trainer['max_epochs']}, but the schedule is of optim.epochs="
             f"{config.optim.epochs}: set optim.epochs alone"
         )
-    for key, (neutral, remedy) in NOT_OURS.items():
+    for key, (neutral, remedy) in UNSUPPORTED_TRAINER_ARGUMENTS.items():
         if config.trainer.get(key) not in neutral:
             raise UserError(
                 f"trainer.{key}={config.trainer[key]} does not fit the schedule of a run: {remedy}"
@@ -341,18 +419,20 @@ def is_rank_zero() -> bool:
 def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, str]) -> str:
     """`auto` is bfloat16 where the hardware multiplies it natively, else float32.
 
-    bfloat16 means float32 masters with bfloat16 shadows (master_weights.py), or autocast where these do not serve:
-    without a compiled backend, and on several devices, which exchange the gradients of the masters.
+    bfloat16 means float32 master weights with bfloat16 working copies (master_weights.py), or autocast where these do
+    not serve: without a compiled backend, and on several devices, which exchange the gradients of the master weights.
     """
     asked = checked_precision(str(trainer["precision"]), device_type)
     single = single_device(trainer)
-    if asked == MASTERS and not single:
-        raise UserError(f"trainer.precision={MASTERS} is for one device: set trainer.precision=bf16-mixed")
+    if asked == MASTER_WEIGHTS and not single:
+        raise UserError(
+            f"trainer.precision={MASTER_WEIGHTS} is for one device: set trainer.precision=bf16-mixed"
+        )
     if asked != "auto":
         return asked
     if not has_native_bf16(device_type):
         return "32-true"
-    return MASTERS if single and "compiled" in backend.values() else "bf16-mixed"
+    return MASTER_WEIGHTS if single and "compiled" in backend.values() else "bf16-mixed"
 
 
 def single_device(trainer: dict[str, Any]) -> bool:

@@ -2,11 +2,10 @@
 
 Resume is bit-exact because everything that outlives a step is either drawn by rule or in the checkpoint: weights,
 velocities, schedule and loop counters (lightning), the loader's position (data/module.py), the sums of the running
-epoch and the length of metrics.csv (metrics.py).
+epoch and the text of metrics.csv (metrics.py).
 """
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,42 +19,77 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     TQDMProgressBar,
 )
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from alexnet.data.module import Batch
 from alexnet.errors import UserError
+from alexnet.training.checkpoint import BEST, LAST
 from alexnet.training.classifier import Classifier
+from alexnet.training.interrupt import Interrupted, Signals
+from alexnet.training.metrics import HOLDOUT, MetricsFile
 from alexnet.training.probe import explain_stall
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears whole or not at all: a kill while writing leaves the one before."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        final = Path(path)
-        partial = final.with_name(final.name + ".partial")
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        os.replace(partial, final)
-
-
 class LastCheckpoint(Checkpoint):
-    """last.ckpt, every `every` steps and at the end of every epoch.
+    """last.ckpt, every `every` steps, at the end of every epoch, and when a signal asks the run to stop.
 
     Not after the last batch of an epoch: the holdout has not been seen there, and a resume from between the two
     would skip it.
     """
 
-    def __init__(self, directory: Path, every: int) -> None:
-        self.path, self.every = directory / "last.ckpt", every
+    def __init__(
+        self, directory: Path, every: int, identity: dict[str, Any], signals: Signals, look_every: int = 1
+    ) -> None:
+        self.path, self.every, self.identity = directory / LAST, every, identity
+        self.signals, self.look_every = signals, look_every
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.signals.listen()  # Lightning has put its own handler in the place of ours
+        self.signals.waits = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every and trainer.global_step % self.every == 0 and not trainer.is_last_batch:
+        if trainer.is_last_batch:
+            return
+        stop = self._asked_to_stop(trainer)
+        if stop or (self.every and trainer.global_step % self.every == 0):
             trainer.save_checkpoint(self.path)
+        if stop:
+            raise Interrupted(stop, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.save_checkpoint(self.path)
+        if stop := self._asked_to_stop(trainer, now=True):
+            raise Interrupted(stop, trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.signals.waits = False
+        if self.signals.received:  # since the end of the last epoch
+            raise Interrupted(self.signals.received, trainer.global_step)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.signals.waits = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint says which run it is of, for the day that run.json is gone."""
+        checkpoint["identity"] = self.identity
+
+    def _asked_to_stop(self, trainer: pl.Trainer, now: bool = False) -> int:
+        """The signal that ends this run after this step, on every rank the same one; 0 for none.
+
+        Several devices agree on it every `look_every` steps: it costs a wait.
+        """
+        if trainer.world_size == 1:
+            return self.signals.received
+        if not now and trainer.global_step % self.look_every:
+            return 0
+        received = torch.tensor(self.signals.received, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -64,8 +98,8 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, directory: Path) -> None:
         super().__init__(
             directory,
-            filename="best",
-            monitor="holdout/top1_error",
+            filename=Path(BEST).stem,
+            monitor=HOLDOUT["top1_error"],
             mode="min",
             save_top_k=1,
             enable_version_counter=False,
@@ -119,18 +153,33 @@ class AveragedWeights(EMAWeightAveraging):
 
 
 class Watchdog(Callback):
-    """Explains a loss that is no number, or that still stands at ln(classes) after `steps` steps.
+    """Stops a run that has gone wrong, and says what did. mode: stop | warn | off.
 
-    ln(classes) is the loss of a network that tells every image the same: the plateau on which the paper's
-    initialisation can stay for thousands of steps (`probe=true` predicts it). mode: stop | warn | off.
+    A value that is NaN or infinite: on a CPU each loss is looked at before its step changes the weights. Elsewhere a
+    look waits for the device, so it is taken every `every` steps and before a checkpoint. The run then goes back to
+    its last checkpoint and repeats its steps with `each_step`, which finds the first bad one (run.py).
+
+    A loss that still stands at ln(classes) after `steps` steps, as if every image looked the same: the plateau on
+    which the paper's initialisation can stay for thousands of steps. Networks have left it after 8,000, so this stops
+    a run only where the initialisation probe predicts the plateau too, and warns otherwise.
     """
 
-    def __init__(self, mode: str = "stop", steps: int = 2000, every: int = 50) -> None:
+    def __init__(
+        self,
+        mode: str = "stop",
+        steps: int = 2000,
+        checkpoint_every: int = 0,
+        each_step: bool = False,
+        every: int = 50,
+    ) -> None:
         if mode not in ("stop", "warn", "off"):
-            raise UserError(f"watchdog={mode!r} is no mode: choose stop, warn or off")
-        self.mode, self.steps, self.every = mode, steps, every
+            raise UserError(f"watchdog={mode} must be one of stop, warn, off")
+        self.mode, self.steps, self.each_step = mode, steps, each_step
+        # A checkpoint of broken weights would be no place to go back to.
+        self.looks = (every, checkpoint_every or every, steps)
         self.mean: torch.Tensor | None = None
-        self.warned = False
+        self.warned = False  # of the plateau
+        self.broken = False  # a value that is not finite was reported
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": None if self.mean is None else float(self.mean), "warned": self.warned}
@@ -140,58 +189,155 @@ class Watchdog(Callback):
         self.mean = None if mean is None else torch.tensor(mean, dtype=torch.float64)
         self.warned = state_dict["warned"]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        looks = self.mode != "off" and (self.each_step or pl_module.device.type == "cpu")
+        pl_module.inspect = self._look_at_step if looks and not pl_module.captured else None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.inspect = None  # type: ignore[assignment]
+
+    def _look_at_step(self, classifier: Classifier, batch: Batch, key: Any, loss: torch.Tensor) -> None:
+        """Before the step changes the weights."""
+        if not self.broken and not math.isfinite(float(loss)):
+            self._report(classifier, float(loss), classifier.global_step + 1, classifier.origin(batch, key))
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.mode == "off" or self.warned:
+        if self.mode == "off" or self.broken:
             return
         # Mean over about the last 50 losses: one batch strays from ln(classes) by more than a percent.
         loss = outputs["loss"].detach().double()
         self.mean = loss if self.mean is None else self.mean.to(loss.device).lerp(loss, 1 / 50)
-        if trainer.global_step % self.every and trainer.global_step != self.steps:
+        if all(trainer.global_step % step for step in self.looks):
             return
         assert isinstance(pl_module, Classifier)
-        mean, classes = float(self.mean), len(pl_module.classes)
-        stalled = trainer.global_step >= self.steps and abs(mean / math.log(classes) - 1) < 0.01
-        if stalled or not math.isfinite(mean):
-            used = None if pl_module.shadows is None else pl_module.shadows.of
-            self._report(explain_stall(pl_module.net, mean, classes, trainer.global_step, used))
+        mean = float(self.mean)
+        if not math.isfinite(mean):
+            self._report(pl_module, mean, trainer.global_step, seen_late=True)
+        elif self.warned or trainer.global_step < self.steps:
+            return
+        elif abs(mean / math.log(len(pl_module.classes)) - 1) < 0.01:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            self._report(pl_module, mean, trainer.global_step, stop=pl_module.initial_probe(data).stalls)
 
-    def _report(self, text: str) -> None:
-        self.warned = True
-        if self.mode == "warn":
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Weights that the last step of an epoch broke are never saved."""
+        assert isinstance(pl_module, Classifier)
+        loss = float(trainer.callback_metrics.get(HOLDOUT["loss"], 0.0))
+        if self.mode != "off" and not self.broken and not math.isfinite(loss):
+            self._report(pl_module, loss, trainer.global_step, "the holdout, after this step")
+
+    def _report(
+        self,
+        classifier: Classifier,
+        loss: float,
+        step: int,
+        origin: str = "",
+        stop: bool = True,
+        seen_late: bool = False,
+    ) -> None:
+        used = None if classifier.copies is None else classifier.copies.by_name
+        text = explain_stall(classifier.net, loss, len(classifier.classes), step, used, origin)
+        self.broken, self.warned = not math.isfinite(loss), True
+        if self.mode == "warn" or not stop:
             rank_zero_only(print)(text, flush=True)  # scripts silence Lightning's own messages
             return
-        raise Stalled(text + "\nwatchdog=warn goes on all the same.")
+        raise Stalled(text + "\nwatchdog=warn goes on all the same.", seen_late)
 
 
 class Stalled(UserError):
-    """Training was stopped by the watchdog."""
+    """Training was stopped by the watchdog. `seen_late`: some steps after the one that started it."""
+
+    def __init__(self, text: str, seen_late: bool = False) -> None:
+        super().__init__(text)
+        self.seen_late = seen_late
+
+
+class FirstKernels(Callback):
+    """The kernels of conv1 as a picture at each epoch, for loggers that take pictures (TensorBoard)."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from alexnet.figures import scaled_kernels  # matplotlib is an extra
+
+        assert isinstance(pl_module, Classifier)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                picture = scaled_kernels(pl_module.net.conv1.weight)
+                logger.experiment.add_image("conv1", picture, trainer.global_step, dataformats="HWC")
+
+
+class Pace:
+    """Images per second since the start or resume of a run, and the time that is left at this pace."""
+
+    def __init__(self) -> None:
+        self.first_step: int | None = None
+
+    def start(self, trainer: pl.Trainer, batch: Any) -> None:
+        """Before each step; the first one counts."""
+        if self.first_step is None:
+            self.first_step, self.first_time = trainer.global_step, time.monotonic()
+        self.images = len(batch.labels) * trainer.world_size
+
+    def said(self, trainer: pl.Trainer) -> dict[str, str]:
+        steps = trainer.global_step - (self.first_step or 0)
+        if steps <= 0:
+            return {}
+        per_step = (time.monotonic() - self.first_time) / steps
+        left = (int(trainer.estimated_stepping_batches) - trainer.global_step) * per_step
+        return {"images/s": f"{self.images / per_step:.0f}", "left": f"{left / 60:.1f} min"}
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar with images/s and the time left for the whole run."""
+    """Lightning's bar with images/s and the time left for the whole run: for a terminal."""
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self.first_step: int | None = None
+        self.pace = Pace()
 
     # On every rank: Lightning asks all of them for the metrics after a validation.
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.first_step is None:
-            self.first_step, self.first_time = trainer.global_step, time.monotonic()
-        self.batch_images = len(batch.labels) * trainer.world_size
+        self.pace.start(trainer, batch)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        steps = trainer.global_step - (self.first_step or 0)
-        if steps > 0:
-            per_step = (time.monotonic() - self.first_time) / steps
-            left = (int(trainer.estimated_stepping_batches) - trainer.global_step) * per_step
-            items["images/s"] = f"{self.batch_images / per_step:.0f}"
-            items["left"] = f"{left / 60:.1f} min"
-        return items
+        return {**items, **self.pace.said(trainer)}
+
+
+class Lines(Callback):
+    """The same for a file or a pipe: one line per epoch, and one per minute within it."""
+
+    def __init__(self, metrics: MetricsFile, seconds: float = 60.0) -> None:
+        self.metrics, self.seconds = metrics, seconds
+        self.pace, self.last = Pace(), time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.pace.start(trainer, batch)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if time.monotonic() - self.last >= self.seconds:
+            self._say(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say(trainer)
+
+    def _say(self, trainer: pl.Trainer) -> None:
+        self.last = time.monotonic()
+        if not trainer.is_global_zero:
+            return
+        said = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"step {trainer.global_step:,}"]
+        row = self.metrics.latest
+        if row is not None:
+            said += [f"loss {row.train['loss']:.3f}", f"error {row.train['top1_error']:.1%}"]
+            said += [f"holdout error {row.holdout['top1_error']:.1%}"] if row.holdout else []
+        said += [f"{value} {name}" for name, value in self.pace.said(trainer).items()]
+        print(", ".join(said), flush=True)

@@ -188,10 +188,6 @@ class CapturedStrategy(SingleDeviceStrategy):
         with self.precision_plugin.train_step_context():
             return self.step(args[0])
 
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """The loader hands out what lies on the device; Lightning would look through it at every step."""
-        return batch
-
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Nothing: the step has done it."""
         return closure_loss

@@ -5,13 +5,16 @@ crop rule and the class names. It is opened with `weights_only=True`, which refu
 """
 
 import json
+import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from alexnet.cli import compose_group
@@ -20,6 +23,7 @@ from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.model import ModelConfig
 from alexnet.optim import OptimConfig
+from alexnet.system import replaced
 from alexnet.training.classifier import Classifier, plain
 
 # Layers of ours under torchvision's names (torchvision.models.alexnet): the "one weird trick" network.
@@ -40,11 +44,60 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of an exported
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AssertionError, KeyError)
 
 
+CHECKPOINTS = "checkpoints"  # their folder in a run's directory
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint appears whole or not at all, and the one before last.ckpt is kept beside it as previous.ckpt.
+
+    Lightning's own would write it to TMPDIR first, and move it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as partial:
+            with partial.open("wb") as file:  # given a path, torch does not say that a disk is full
+                torch.save(checkpoint, file)
+            if path.name == LAST and path.exists():
+                _keep(path, path.with_name(PREVIOUS))
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """`path` also under the name `previous`. At no moment is there neither."""
+    with replaced(previous) as link:
+        try:
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+        except OSError:  # a file system without links
+            os.replace(path, link)
+
+
+def resume_point(directory: Path) -> tuple[Path | None, dict[str, Any], str]:
+    """The newest checkpoint that is whole, its content, and a warning where it is not the last one.
+
+    None where there is no checkpoint. Raises UserError if every one is damaged.
+    """
+    warning = ""
+    there = [path for name in (LAST, PREVIOUS) if (path := directory / CHECKPOINTS / name).exists()]
+    for path in there:
+        try:
+            return path, read(path), warning
+        except UserError as error:
+            if path == there[-1]:
+                raise
+            warning = f"warning: {error}. Going on from {there[-1].name}, which was saved before it"
+    return None, {}, warning
+
+
 def read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint as plain data. Raises UserError if it is missing, or no checkpoint, or would execute code."""
+    """A checkpoint as plain data. Raises UserError if it is missing, damaged, no checkpoint, or would execute code."""
     path = find(path)
     if path.suffix == ".safetensors":
         return read_export(path)
+    if damage := _damage(path):
+        raise UserError(f"checkpoint={path} is damaged: {damage}")
     try:
         with warnings.catch_warnings():  # what torch thinks of a file that is none of ours is said below
             warnings.simplefilter("ignore")
@@ -62,7 +115,7 @@ def read(path: str | Path) -> dict[str, Any]:
         f"{k}.{p}" for k in TORCHVISION_LAYERS for p in PARAMETERS
     }:
         return of_torchvision(content)
-    if not isinstance(content, dict) or "hyper_parameters" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("hyper_parameters"), dict):
         raise UserError(f"checkpoint={path} is no checkpoint of scripts/train.py: it has no hyper_parameters")
     missing = sorted({"model", "augment", "optim", "classes"} - set(content["hyper_parameters"]))
     if missing:
@@ -116,6 +169,21 @@ def of_torchvision(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"hyper_parameters": hyper_parameters, "state_dict": {**weights, **scaling, **colours}}
 
 
+def _damage(path: Path) -> str:
+    """What contradicts the checksums that torch keeps of all it writes; empty if nothing does, or there are none.
+
+    torch.load does not look at them: one wrong bit would be another weight.
+    """
+    if not zipfile.is_zipfile(path):
+        return ""  # torch.load says what it is
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # whatever a wrong bit in its directory leads to
+        return f"its directory cannot be read ({type(error).__name__})"
+    return f"{broken} does not fit its checksum" if broken else ""
+
+
 def find(path: str | Path) -> Path:
     """A checkpoint file, the best one of a run directory, or the weights of an exported network."""
     path = Path(path)
@@ -125,6 +193,9 @@ def find(path: str | Path) -> Path:
         path / "checkpoints" / "last.ckpt",
         path / "best.ckpt",
         path / WEIGHTS,
+        path / CHECKPOINTS / BEST,
+        path / CHECKPOINTS / LAST,
+        path / BEST,
     ]
     for candidate in candidates:
         if candidate.is_file():

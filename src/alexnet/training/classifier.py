@@ -5,6 +5,8 @@ masks from (seed, step, layer, row of the global batch, unit), initial weights f
 depends neither on the number of devices or workers nor on where a run was resumed.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +23,30 @@ from alexnet.data.module import Batch, ImageData
 from alexnet.layers import cross_entropy, dropout_key
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import Krizhevsky, OptimConfig, build_optimizer, build_scheduler, conv1_scale
-from alexnet.training.master_weights import Shadows, build_fused
+from alexnet.training.master_weights import WorkingCopies, build_fused
+from alexnet.training.metrics import HOLDOUT
+from alexnet.training.numerics import origin
+from alexnet.training.probe import Probe, probe, spread
+
+PROBE_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Speedups:
+    """What a backend switches on besides its pairs of functions: decided here, printed and recorded with the run."""
+
+    channels_last: bool  # weights in the layout in which compiled graphs work
+    one_pass_augmentation: bool  # crop, mirror, colour and mean in one compiled pass over memory
+    fused_update: bool  # the update in one compiled pass over memory
+    master_weights: bool  # float32; bfloat16 working copies do the work
+
+    @classmethod
+    def of(cls, backend: Mapping[str, str], master_weights: bool = False) -> "Speedups":
+        compiles = "compiled" in backend.values()
+        return cls(compiles, compiles, compiles or master_weights, master_weights)
+
+    def __str__(self) -> str:
+        return ", ".join(name.replace("_", " ") for name, on in asdict(self).items() if on)
 
 
 class Classifier(pl.LightningModule):
@@ -31,7 +56,7 @@ class Classifier(pl.LightningModule):
     `resample` how they were made smaller (data/prepare.py).
     All arguments are plain dicts, lists and numbers, so that a checkpoint is tensors and plain data and loads with
     `weights_only=True`. `statistics` (mean image, colour eigenvectors) become buffers of `self.augment`; they are
-    None when a checkpoint brings them. With `masters`, training computes with bfloat16 shadows of the parameters.
+    None when a checkpoint brings them. With `master_weights`, training computes with bfloat16 copies of the parameters.
     """
 
     def __init__(
@@ -46,22 +71,24 @@ class Classifier(pl.LightningModule):
         data: str = "",
         resample: str = "area",
         statistics: dict[str, Any] | None = None,
-        masters: bool = False,
+        master_weights: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["statistics", "masters"])
+        self.save_hyperparameters(ignore=["statistics", "master_weights"])
         self.optim_config = typed(OptimConfig, optim)
         augment_config = typed(AugmentConfig, augment)
         self.net = AlexNet(typed(ModelConfig, model), backend, seed)
-        self.compiles = "compiled" in backend.values()
-        self.augment = Augment(augment_config, px, statistics, in_one_pass=self.compiles)
+        self.speedups = Speedups.of(backend, master_weights)
+        one_pass = self.speedups.one_pass_augmentation
+        self.augment = Augment(augment_config, px, statistics, in_one_pass=one_pass)
         self.colour_until = augment_config.colour_until
         self.loss_backend = backend["cross_entropy"]
-        if self.compiles:  # the layout its graphs work in
+        if self.speedups.channels_last:
             self.net.to(memory_format=torch.channels_last)
-        self.masters = masters
-        self.shadows: Shadows | None = None
+        self.copies: WorkingCopies | None = None
         self.captured = False  # the step is one CUDA graph (capture.py)
+        # Looks at the loss of each step before the step changes the weights.
+        self.inspect: Callable[[Classifier, Batch, int, Tensor], None] | None = None
         self.classes = classes
         self.seed = seed
         self.plateau: ReduceLROnPlateau | None = None
@@ -75,10 +102,10 @@ class Classifier(pl.LightningModule):
         return self.net(x)
 
     def logits(self, x: Tensor, dropout_key: int | Tensor | None = None, first_row: int = 0) -> Tensor:
-        """As training computes them: with the shadows, if there are any."""
-        if self.shadows is None:
+        """As training computes them: with the working copies of the weights, if there are any."""
+        if self.copies is None:
             return self.net(x, dropout_key, first_row)
-        return self.shadows(x.to(self.shadows.dtype), dropout_key, first_row)
+        return self.copies(x.to(self.copies.dtype), dropout_key, first_row)
 
     @property
     def progress(self) -> float:
@@ -97,7 +124,26 @@ class Classifier(pl.LightningModule):
         return self.progress < self.colour_until
 
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        return self.outputs(batch, dropout_key(self.seed, self.global_step, 0), self.colour_on)
+        key = dropout_key(self.seed, self.global_step, 0)
+        outputs = self.outputs(batch, key, self.colour_on)
+        if self.inspect is not None:
+            self.inspect(self, batch, key, outputs["loss"].detach())
+        return outputs
+
+    def origin(self, batch: Batch, key: int) -> str:
+        """Where the first value came from that is not finite, in a step that has not changed the weights yet."""
+        x = self.augment.from_crops(batch.images, batch.draws, self.colour_on)
+        weights = dict(self.net.named_parameters()) if self.copies is None else self.copies.by_name
+        return origin(self.net, x, weights, lambda x: self.logits(x, key, batch.first_row))
+
+    def initial_probe(self, data: ImageData) -> Probe:
+        """What the probe says of this network as it was before its first step, on a few training images."""
+        net = AlexNet(self.net.config, self.net.backends, self.seed).to(self.device)
+        rows = spread(data.split[0].numpy(), PROBE_IMAGES)
+        images, labels = (
+            torch.from_numpy(array[rows]) for array in (data.train_store.images, data.train_store.labels)
+        )
+        return probe(net, self.augment.centre(images.to(self.device)), labels.to(self.device))
 
     def outputs(self, batch: Batch, key: int | Tensor, colour_on: bool) -> dict[str, Tensor]:
         """loss: the batch's mean loss, a number with a gradient. totals: (2,) float64, the sum of its images' losses
@@ -118,20 +164,19 @@ class Classifier(pl.LightningModule):
         self.holdout_top1.update(logits, batch.labels)
         self.holdout_top5.update(logits, batch.labels)
         losses = cross_entropy(logits, batch.labels, reduction="none", backend=self.loss_backend)
-        self.holdout_loss.update(
-            losses
-        )  # one by one: this metric's own weights are lost with nan_strategy="disable"
+        # One by one: this metric's own weights are lost with nan_strategy="disable".
+        self.holdout_loss.update(losses)
 
     def on_validation_epoch_end(self) -> None:
         """Errors on the holdout: the only images the plateau rule and the choice of a checkpoint see."""
-        self.refresh_shadows()
+        self.refresh_copies()
         values = {
-            "holdout/loss": self.holdout_loss.compute(),
-            "holdout/top1_error": 1 - self.holdout_top1.compute(),
-            "holdout/top5_error": 1 - self.holdout_top5.compute(),
+            HOLDOUT["loss"]: self.holdout_loss.compute(),
+            HOLDOUT["top1_error"]: 1 - self.holdout_top1.compute(),
+            HOLDOUT["top5_error"]: 1 - self.holdout_top5.compute(),
         }
-        self.log_dict(values, rank_zero_only=False)
-        self.log("holdout_error", values["holdout/top1_error"], prog_bar=True, logger=False)
+        self.log_dict(values, logger=False)  # MetricsFile hands them to the loggers
+        self.log("holdout_error", values[HOLDOUT["top1_error"]], prog_bar=True, logger=False)
         for metric in (self.holdout_loss, self.holdout_top1, self.holdout_top5):
             metric.reset()
 
@@ -146,31 +191,31 @@ class Classifier(pl.LightningModule):
         return optimizer
 
     def make_optimizer(self) -> Krizhevsky:
-        """The update rule: one compiled pass over memory where the layers are compiled; with shadows, if asked for."""
-        self.shadows = Shadows(self.net) if self.masters else None
-        if self.compiles or self.masters:
-            return build_fused(self.net, self.optim_config, self.shadows)
+        """The update rule, in the form that `speedups` says."""
+        self.copies = WorkingCopies(self.net) if self.speedups.master_weights else None
+        if self.speedups.fused_update:
+            return build_fused(self.net, self.optim_config, self.copies)
         return build_optimizer(self.net, self.optim_config)
 
-    # Masters change behind the update's back when a checkpoint is loaded, and when their average is validated.
+    # Not only the update changes the weights: a checkpoint is loaded; in validation their average takes their place.
 
     def on_train_start(self) -> None:
-        self.refresh_shadows()
+        self.refresh_copies()
 
     def on_validation_epoch_start(self) -> None:
-        self.refresh_shadows()
+        self.refresh_copies()
 
-    def refresh_shadows(self) -> None:
-        if self.shadows is not None:
-            self.shadows.refresh()
+    def refresh_copies(self) -> None:
+        if self.copies is not None:
+            self.copies.refresh()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Lightning looks for gradients at the masters; where there are shadows, these have them."""
+        """Lightning would look for gradients at the master weights; where there are working copies, these have them."""
         if not gradient_clip_val:
             return
-        parameters = list(self.parameters() if self.shadows is None else self.shadows.of.values())
+        parameters = list(self.parameters() if self.copies is None else self.copies.by_name.values())
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         else:
@@ -202,7 +247,7 @@ class Classifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         if self.plateau is not None:
-            self.plateau.step(float(self.trainer.callback_metrics["holdout/top1_error"]))
+            self.plateau.step(float(self.trainer.callback_metrics[HOLDOUT["top1_error"]]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["plateau"] = None if self.plateau is None else self.plateau.state_dict()

@@ -51,11 +51,12 @@ class Train:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.log_every < 1 or self.checkpoint_every < 0 or self.watchdog_steps < 1:
-            raise UserError(
-                f"log_every={self.log_every}, checkpoint_every={self.checkpoint_every} and "
-                f"watchdog_steps={self.watchdog_steps} are counts of steps: use positive numbers"
-            )
+        for name, least in {"log_every": 1, "checkpoint_every": 0, "watchdog_steps": 1}.items():
+            if getattr(self, name) < least:
+                wanted = (
+                    "a positive integer" if least else "a positive integer, or 0 for none within an epoch"
+                )
+                raise UserError(f"{name}={getattr(self, name)} must be {wanted}")
 
 
 def compose_train(overrides: Sequence[str]) -> Train:

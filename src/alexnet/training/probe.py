@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -291,24 +292,34 @@ def _gradients(model: nn.Module, used: Mapping[str, Tensor]) -> Iterator[tuple[s
             yield name, float(w.grad.float().norm() / w.detach().float().norm()), float(silent.float().mean())
 
 
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the rows, evenly from first to last: stores are sorted by class."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]
+
+
 def explain_stall(
-    model: nn.Module, loss: float, classes: int, step: int, used: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    loss: float,
+    classes: int,
+    step: int,
+    used: Mapping[str, Tensor] | None = None,
+    origin: str = "",
 ) -> str:
     """Why training stands still, from the gradients of the last step: several lines for the terminal.
 
     `model` still holds the gradients of that step, or `used`, {name: parameter}, does where it was computed with
-    others than its own (master_weights.Shadows.of). A unit is called dead when no image of the batch gave its weights
-    or its bias any gradient.
+    others than its own (WorkingCopies.by_name). A unit is called dead when no image of the batch gave its weights
+    or its bias any gradient. `origin` says where the first value came from that is not finite (numerics.py).
     """
     rows = list(_gradients(model, dict(model.named_parameters()) if used is None else used))
-    lines = [_what(loss, classes, step), f"{'layer':<30}{'|g|/|w|':>12}{'dead':>8}"]
+    lines = [_what(loss, classes, step, origin), f"{'layer':<30}{'|g|/|w|':>12}{'dead':>8}"]
     lines += [f"{name[:29]:<30}{ratio:>12.1e}{dead:>8.0%}" for name, ratio, dead in rows]
     return "\n".join([*lines, _next_step(model, loss, rows)])
 
 
-def _what(loss: float, classes: int, step: int) -> str:
+def _what(loss: float, classes: int, step: int, origin: str) -> str:
     if not math.isfinite(loss):
-        return f"Step {step:,}: the loss is {loss}."
+        return f"Step {step:,}: the loss is {loss}" + (f"; first not finite: {origin}." if origin else ".")
     guess = math.log(classes)
     return (
         f"Step {step:,}: the loss is {loss:.4f}, {abs(loss / guess - 1):.1%} from ln({classes}) = {guess:.4f}: "

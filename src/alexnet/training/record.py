@@ -4,14 +4,13 @@ A run directory is named by what is run, never by the clock, so the same command
 or says that it is finished. Another configuration in the same directory is an error that shows the difference.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alexnet.errors import UserError
-from alexnet.system import command_line, environment, write_json
+from alexnet.system import command_line, environment, full_precision_name, read_json, write_json
 
 
 @dataclass
@@ -20,7 +19,7 @@ class RunRecord:
 
     directory: Path
     content: dict[str, Any]
-    opened: str | None = None  # the text that lay there when it was opened
+    opened: bytes | None = None  # what lay there when it was opened
 
     @property
     def finished(self) -> bool:
@@ -33,8 +32,7 @@ class RunRecord:
     @property
     def is_current(self) -> bool:
         """Whether no other process has written the record since it was opened here."""
-        path = self.directory / "run.json"
-        return (path.read_text() if path.exists() else None) == self.opened
+        return _content(self.directory / "run.json") == self.opened
 
     def update(self, **values: Any) -> None:
         self.content.update(values)
@@ -50,7 +48,7 @@ class RunRecord:
             if before != value:
                 self.content.setdefault(f"{key}_before", []).append(before)
         started = self.content.get("started", time.strftime("%Y-%m-%d %H:%M:%S"))
-        self.update(**now, started=started)
+        self.update(**now, started=started, state="running")
 
 
 def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any], fresh: bool) -> RunRecord:
@@ -61,21 +59,42 @@ def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any
     `fresh`. Nothing is written yet.
     """
     path = directory / "run.json"
-    text = path.read_text() if path.exists() else None
-    if text is not None and not fresh:
-        try:
-            record = RunRecord(directory, json.loads(text), text)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: overwrite=true starts the run anew") from error
-        changed = differences(record.content["config"], config)
-        if changed:
-            raise UserError(
-                f"{directory} holds a run with another configuration ({'; '.join(changed[:4])}). "
-                "Choose another name=..., or overwrite=true"
-            )
-        return record
-    content = {"state": "running", "command": command_line(), "config": config, "resolved": resolved}
-    return RunRecord(directory, {**content, **environment()}, text)
+    text = _content(path)
+    if text is None or fresh:
+        content = {"state": "running", "command": command_line(), "config": config, "resolved": resolved}
+        return RunRecord(directory, {**content, **environment()}, text)
+    content = read_record(directory)
+    refuse_other(f"{directory} holds a run", content["config"], config)
+    return RunRecord(directory, content, text)
+
+
+def _content(path: Path) -> bytes | None:
+    """None if there is none, or no more: the first process of a run may be deleting it."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The content of run.json. Raises UserError, which names the file, if it is damaged."""
+    path = directory / "run.json"
+    content = read_json(path)
+    if not isinstance(content.get("config"), dict) or not isinstance(content.get("state"), str):
+        raise UserError(f"{path} is damaged: it lacks config or state. Restore it, or overwrite=true")
+    trainer = content["config"].get("trainer")
+    if isinstance(trainer, dict) and "precision" in trainer:
+        trainer["precision"] = full_precision_name(trainer["precision"])
+    return content
+
+
+def refuse_other(what: str, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError, which shows the difference, unless both configurations are the same run."""
+    if changed := differences(there, now):
+        raise UserError(
+            f"{what} with another configuration ({'; '.join(changed[:4])}). "
+            "Choose another name=..., or overwrite=true"
+        )
 
 
 def differences(there: Any, now: Any, key: str = "") -> list[str]:

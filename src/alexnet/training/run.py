@@ -1,7 +1,10 @@
 """The verb `train`: fit, evaluate val once, draw the picture, close the record."""
 
+import re
+import sys
 import textwrap
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,14 +13,16 @@ from alexnet.data.module import ImageData
 from alexnet.errors import UserError
 from alexnet.system import locked
 from alexnet.training import assemble
-from alexnet.training.checkpoint import load
+from alexnet.training.callbacks import Stalled
+from alexnet.training.checkpoint import PREVIOUS, load
 from alexnet.training.config import Train
-from alexnet.training.metrics import read_metrics
-from alexnet.training.probe import probe
+from alexnet.training.interrupt import Interrupted, Signals, requeue
+from alexnet.training.metrics import Metrics, read_metrics
 from alexnet.training.record import RunRecord
 from alexnet.training.scoring import Result, log_probabilities, score, table
 
-PROBE_IMAGES = 64
+# How torch.distributed says that the process at the other end is gone.
+LOST = re.compile(r"gloo|NCCL|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
 def train(config: Train, lock: bool = True) -> float | None:
@@ -26,14 +31,29 @@ def train(config: Train, lock: bool = True) -> float | None:
     The same configuration again resumes where it stopped, or only shows what a finished run left. Raises UserError
     where another process is at the same run; with lock=False nobody looks.
     """
-    run = assemble.training(config)
+    signals = Signals()
+    with signals.listening():
+        try:
+            return _train(config, lock, signals)
+        except Interrupted as stop:
+            if (
+                not assemble.is_rank_zero()
+            ):  # the launcher would kill the first process for an error of this one
+                raise SystemExit(0) from None
+            print(f"{stop}; the same command goes on{requeue(stop.number)}", file=sys.stderr, flush=True)
+            raise
+
+
+def _train(config: Train, lock: bool, signals: Signals) -> float | None:
+    run = assemble.build_run(config, signals)
     if config.probe:
         _probe(run)
         return None
     if run.record.finished:
         if assemble.is_rank_zero():
-            print(_headline(run))
-        print(f"This run is finished; overwrite=true starts it anew.\n\n{_summary(run.record)}")
+            print(
+                f"{_headline(run)}\nThis run is finished; overwrite=true starts it anew.\n\n{_summary(run.record)}"
+            )
         return holdout_error(run.record)
     if not assemble.is_rank_zero():
         run.fit()
@@ -47,28 +67,51 @@ def train(config: Train, lock: bool = True) -> float | None:
             raise UserError(
                 f"{run.directory} was written by another process meanwhile: run the same command again"
             )
-        run.start(config.overwrite)
+        run.start()
         print(_headline(run))
+        try:
+            return finish(_fit(run, config, signals), config)
+        except Interrupted:
+            run.record.update(state="interrupted")
+            raise
+
+
+def _fit(run: assemble.TrainingRun, config: Train, signals: Signals) -> assemble.TrainingRun:
+    """Trains. What was seen late is looked for again, step by step from the last checkpoint, to name its origin."""
+    try:
         run.fit()
-        return finish(run, config)
+        return run
+    except Stalled as stalled:
+        if not stalled.seen_late or run.trainer.world_size > 1:
+            raise
+        print(f"{str(stalled).splitlines()[0]} Repeating the last steps to find where it began.", flush=True)
+        again = assemble.build_run(replace(config, overwrite=False), signals, each_step=True)
+        again.fit()
+        return again
+    except RuntimeError as error:
+        if run.trainer.world_size == 1 or not LOST.search(str(error)):
+            raise
+        raise UserError(
+            f"another process of this run has ended ({str(error).splitlines()[0][:80]}): its own error stands above, "
+            "if it left one; the same command goes on from the last checkpoint"
+        ) from error
 
 
-def finish(run: assemble.Training, config: Train) -> float | None:
+def finish(run: assemble.TrainingRun, config: Train) -> float | None:
     """Results of the checkpoint with the lowest holdout error, into run.json, a picture and a table."""
-    rows = read_metrics(run.directory / "metrics.csv")
+    metrics = read_metrics(run.directory / "metrics.csv")
     splits = ["holdout"] * run.has_holdout + ["val"] * config.evaluate
     results = {split: _evaluated(run, split) for split in splits}
     run.record.update(
         state="finished",
         seconds=round(run.seconds, 1),
-        images_per_second=_median(
-            [float(row["images_per_second"]) for row in rows if row["images_per_second"]]
-        ),
-        train={name: float(rows[-1][f"train/{name}"]) for name in ("loss", "top1_error")} if rows else {},
+        images_per_second=metrics.images_per_second,
+        train=metrics.last_train,
         results={split: result.as_dict() for split, result in results.items()},
         checkpoint=str(run.best_checkpoint.relative_to(run.directory)),
-        picture=_picture(run, config, rows),
+        picture=_picture(run, config, metrics),
     )
+    (run.checkpoints / PREVIOUS).unlink(missing_ok=True)  # only a run that goes on needs it
     print(f"\n{_summary(run.record)}")
     return holdout_error(run.record)
 
@@ -79,7 +122,7 @@ def holdout_error(record: RunRecord) -> float | None:
     return float(results["holdout"]["top1_error"]) if "holdout" in results else None
 
 
-def _picture(run: assemble.Training, config: Train, rows: list[dict[str, str]]) -> str:
+def _picture(run: assemble.TrainingRun, config: Train, metrics: Metrics) -> str:
     try:
         from alexnet.figures import training_figure
     except ModuleNotFoundError as error:
@@ -87,10 +130,10 @@ def _picture(run: assemble.Training, config: Train, rows: list[dict[str, str]]) 
     weight = run.classifier.net.conv1.weight.detach().float().cpu()
     title = f"{config.name}, seed {config.seed}"
     path = run.directory / "training.png"
-    return training_figure(rows, weight, path, config.model.towers, title).name
+    return training_figure(metrics.curves, weight, path, config.model.towers, title).name
 
 
-def _evaluated(run: assemble.Training, split: str) -> Result:
+def _evaluated(run: assemble.TrainingRun, split: str) -> Result:
     classifier = load(run.best_checkpoint, run.resolved["backend"])
     return evaluate_split(classifier, run.data, split, views=1, device=run.device, name="best epoch")
 
@@ -108,19 +151,12 @@ def evaluate_split(
     return score(log_probs, labels, split=split, views=views, name=name)
 
 
-def _probe(run: assemble.Training) -> None:
-    trained = run.data.split[0].numpy()
-    rows = trained[:: max(1, len(trained) // PROBE_IMAGES)][
-        :PROBE_IMAGES
-    ]  # from all over: stores go by class
-    store = run.data.train_store
-    classifier = run.classifier.to(run.device)
-    images = classifier.augment.centre(torch.from_numpy(store.images[rows]).to(run.device))
-    found = probe(classifier.net, images, torch.from_numpy(store.labels[rows]).to(run.device))
+def _probe(run: assemble.TrainingRun) -> None:
+    found = run.classifier.to(run.device).initial_probe(run.data)
     print(f"{found.table()}\n\n{textwrap.fill(found.verdict(), 100, break_long_words=False)}")
 
 
-def _headline(run: assemble.Training) -> str:
+def _headline(run: assemble.TrainingRun) -> str:
     resolved = run.resolved
     parameters = sum(p.numel() for p in run.classifier.net.parameters())
     backends = sorted(set(resolved["backend"].values()))
@@ -132,8 +168,6 @@ def _headline(run: assemble.Training) -> str:
         + (", step captured as one CUDA graph" if resolved["captured"] else ""),
         *(f"  {note}" for note in run.notes),
     ]
-    if run.last_checkpoint and not run.record.finished:
-        lines.append(f"  resuming from {run.last_checkpoint}")
     return "\n".join(lines)
 
 
@@ -154,7 +188,3 @@ def _summary(record: RunRecord) -> str:
             f"record      {record.directory / 'run.json'}",
         ]
     )
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else 0.0

@@ -1,0 +1,264 @@
+"""What lies on the disk: never half written, never another run's, never lost without a word."""
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.test_resume import Crash, assert_same_bits, crash_at, ended
+
+from alexnet import evaluate as evaluation
+from alexnet import system
+from alexnet.errors import UserError
+from alexnet.evaluate import Evaluate, evaluate
+from alexnet.system import full_precision_name, replaced, write_json, write_whole
+from alexnet.training import assemble
+from alexnet.training.checkpoint import read
+from alexnet.training.run import train
+
+SHORT = ["optim.epochs=1", "evaluate=false"]
+
+
+def crashed(config: Any, monkeypatch: pytest.MonkeyPatch, step: int = 5) -> Path:
+    """The directory of a run that ended there; with checkpoint_every=2 after steps 2 (previous) and 4 (last)."""
+    with monkeypatch.context() as patch:
+        crash_at(patch, step)
+        with pytest.raises(Crash):
+            train(config)
+    return assemble.run_directory(config)
+
+
+def flip(path: Path, share: float) -> None:
+    """One bit of the file, at this share of its length."""
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, broken = (compose(*SHORT, "checkpoint_every=2", f"name={name}") for name in ("a", "b"))
+    train(straight)
+    directory = crashed(broken, monkeypatch)
+    flip(directory / "checkpoints" / "last.ckpt", 0.5)
+    train(broken)
+    said = capsys.readouterr().out
+    assert "last.ckpt is damaged" in said
+    assert "Going on from previous.ckpt" in said
+    assert_same_bits(ended(assemble.run_directory(straight))[0], ended(directory)[0])
+    assert not (directory / "checkpoints" / "previous.ckpt").exists()  # the run is finished
+
+
+def test_two_damaged_checkpoints_are_one_line(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose(*SHORT, "checkpoint_every=2")
+    directory = crashed(config, monkeypatch)
+    for name in ("last.ckpt", "previous.ckpt"):
+        flip(directory / "checkpoints" / name, 0.5)
+    with pytest.raises(UserError, match=r"previous.ckpt is damaged") as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_bit_of_the_weights_can_change_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    content = {
+        "hyper_parameters": dict.fromkeys(("model", "augment", "optim", "classes")),
+        "w": torch.rand(5000),
+    }
+    torch.save(content, path)
+    whole = path.read_bytes()
+    start = whole.index(content["w"].numpy().tobytes()[:16])
+    for at in range(start, start + 20_000, 997):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=r"x.ckpt is damaged"):
+            read(path)
+
+
+def test_a_checkpoint_of_another_run_is_refused_also_without_run_json(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = crashed(compose(*SHORT), monkeypatch)
+    (directory / "run.json").unlink()
+    other = compose(*SHORT, "optim.lr=0.02")
+    with pytest.raises(
+        UserError, match=r"last.ckpt is of a run with another .*optim.lr: 0.01 there, 0.02 now"
+    ):
+        train(other)
+    path = directory / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["identity"]  # as checkpoints were until November 2026
+    torch.save(content, path)
+    with pytest.raises(
+        UserError, match=r"last.ckpt is of a run with another .*optim.lr: 0.01 there, 0.02 now"
+    ):
+        train(other)
+    train(compose(*SHORT))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"7", b"\xff\xfe{}", b"{}", b'{"config": 3, "state": "running"}']
+)
+def test_a_damaged_record_is_named_in_one_line(compose: Callable[..., Any], content: bytes) -> None:
+    config = compose()
+    path = assemble.run_directory(config) / "run.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"run.json is damaged") as caught:
+        assemble.build_run(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    with pytest.raises(OSError, match="No space") as caught, replaced(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(path)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "link", tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match="is no regular file"):
+            write_whole(path, "new")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_checkpoints_do_not_travel_through_tmpdir(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "mkstemp", None)
+    train(compose(*SHORT, "overwrite=true"))
+
+
+def test_a_full_disk_leaves_what_was_there_and_the_next_run_goes_on(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, broken = (compose(*SHORT, "checkpoint_every=2", f"name={name}") for name in ("a", "b"))
+    train(straight)
+    save, saved = torch.save, []
+
+    def full(content: Any, file: Any) -> None:
+        saved.append(content)
+        if len(saved) == 3:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"last\.ckpt"):
+            train(broken)
+    directory = assemble.run_directory(broken)
+    assert {p.name for p in (directory / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
+    assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    train(broken)
+    assert_same_bits(ended(assemble.run_directory(straight))[0], ended(directory)[0])
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "a/../../b", ""])
+def test_a_name_stays_in_output_dir(compose: Callable[..., Any], name: str) -> None:
+    config = compose()
+    config.name = name
+    with pytest.raises(UserError, match="must be a name"):
+        assemble.build_run(config)
+    config.name = "a/b"
+    assert assemble.run_directory(config).parts[-4:] == ("train", "a", "b", "seed0")
+
+
+def test_overwriting_deletes_only_a_run(compose: Callable[..., Any]) -> None:
+    config = compose("overwrite=true", *SHORT)
+    directory = assemble.run_directory(config)
+    directory.mkdir(parents=True)
+    (directory / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"overwrite=true would delete .*holds no run but thesis.tex"):
+        train(config)
+    assert (directory / "thesis.tex").exists()
+    (directory / "thesis.tex").unlink()
+    train(config)
+
+
+def test_overwriting_never_looks_at_the_checkpoint_that_it_deletes(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process of the same run may be at any point of deleting it."""
+    directory = crashed(compose(*SHORT), monkeypatch)
+    monkeypatch.setattr(assemble, "resume_point", None)
+    rank_1 = assemble.build_run(compose(*SHORT, "overwrite=true"))
+    assert (directory / "checkpoints" / "last.ckpt").exists()
+    rank_1.fit()
+    assert rank_1.trainer.global_step == 7
+
+
+def test_a_run_that_may_only_be_read_is_evaluated(
+    compose: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = compose(*SHORT)
+    train(config)
+    directory = assemble.run_directory(config)
+
+    def write(path: Path, content: Any) -> None:
+        if path.is_relative_to(directory) or path.name == "mine.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        write_json(path, content)
+
+    monkeypatch.setattr(evaluation, "write_json", write)
+    where = {"data_dir": str(data_dir), "output_dir": str(tmp_path / "out"), "device": "cpu"}
+    evaluate(Evaluate(str(directory), **where))
+    (record,) = (tmp_path / "out" / "evaluate").iterdir()
+    assert json.loads(record.read_text())["results"][0]["n"] == 40
+    capsys.readouterr()
+    with pytest.raises(PermissionError, match=r"mine.json"):
+        evaluate(Evaluate(str(directory), json=str(tmp_path / "mine.json"), **where))
+    assert "top-1 error" in capsys.readouterr().out  # the table is there all the same
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [("32", "32-true"), (32, "32-true"), ("bf16", "bf16-mixed"), ("bf16-masters", "bf16-master-weights")],
+)
+def test_short_names_of_precisions_mean_what_they_mean_in_lightning(
+    compose: Callable[..., Any], short: Any, full: str
+) -> None:
+    assert full_precision_name(short) == full
+    run = assemble.build_run(compose(f"trainer.precision={short}"))
+    assert run.resolved["precision"] == full
+    run.start()
+    record = json.loads((run.directory / "run.json").read_text())
+    record["config"]["trainer"]["precision"] = short  # as a run of before says it
+    (run.directory / "run.json").write_text(json.dumps(record))
+    assemble.build_run(compose(f"trainer.precision={full}"))
+
+
+def test_a_precision_that_the_device_does_not_have_is_refused(compose: Callable[..., Any]) -> None:
+    """On a CPU, Lightning's 16-mixed computes in bfloat16."""
+    with pytest.raises(UserError, match=r"precision=16-mixed needs a CUDA device: set .*bf16-mixed"):
+        assemble.build_run(compose("trainer.precision=16-mixed"))
+    with pytest.raises(UserError, match=r"precision=fp8 must be one of auto, 32-true"):
+        system.checked_precision("fp8", "cuda")
+
+
+def test_crops_that_show_little_of_an_image_are_warned_of(compose: Callable[..., Any]) -> None:
+    assert assemble.small_crops(224, 256) == assemble.small_crops(56, 64) == []
+    (warning,) = assemble.small_crops(56, 256)
+    assert "crops of 56 pixels show 5% of the area of images of 256" in warning
+    assert "px=64" in warning
+    assert "warning" not in " ".join(assemble.build_run(compose()).notes)
