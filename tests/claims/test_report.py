@@ -183,9 +183,7 @@ def test_a_page_says_at_its_top_what_is_missing(finished: Reproduce, tmp_path):
 def test_bands_are_one_standard_deviation_around_the_mean(finished: Reproduce):
     dropout = sections_of(claims_of(finished), finished)[0]
     band = _band(dropout.by_arm["none"], "loss", "train")
-    values = np.array(
-        [[float(r["train/loss"]) for r in d.rows if not r["holdout/loss"]] for d in dropout.by_arm["none"]]
-    )
+    values = np.array([[row.train["loss"] for row in d.metrics.steps] for d in dropout.by_arm["none"]])
     np.testing.assert_allclose(band.y, values.mean(0))
     np.testing.assert_allclose(band.high - band.y, values.std(0, ddof=1))
     assert _band(dropout.by_arm["none"][:1], "loss", "train").low is None
