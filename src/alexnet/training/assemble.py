@@ -44,7 +44,8 @@ from alexnet.training.callbacks import (
 from alexnet.training.capture import CapturedStrategy, obstacle
 from alexnet.training.checkpoint import BEST, CHECKPOINTS, LAST, AtomicCheckpointIO, resume_point
 from alexnet.training.classifier import Classifier, Speedups, plain
-from alexnet.training.config import Train
+from alexnet.training.config import Freeze, Train
+from alexnet.training.fine_tune import freeze_features, take_weights
 from alexnet.training.interrupt import Signals
 from alexnet.training.metrics import MetricsFile
 from alexnet.training.record import RunRecord, open_record, refuse_other
@@ -87,6 +88,7 @@ class TrainingRun:
     notes: list[str]  # what the backend means here, for the headline
     same_run: dict[str, Any]  # what decides whether another run is this one
     overwrite: bool
+    origin: dict[str, Any] | None  # whose weights it begins with
 
     @property
     def best_checkpoint(self) -> Path:
@@ -143,6 +145,8 @@ class TrainingRun:
         _ = self.resume_point  # raises before anything is written
         self.record.start(self.resolved)
         self.record.update(keeps_freed_memory=self.keeps_freed_memory)
+        if self.origin:
+            self.record.update(init_from=self.origin)
 
     def fit(self) -> None:
         """Trains, from the last checkpoint if there is one."""
@@ -196,15 +200,26 @@ def build_run(config: Train, signals: Signals | None = None, each_step: bool = F
         master_weights=precision == MASTER_WEIGHTS,
     )
     resolved["speedups"] = asdict(classifier.speedups)
+    goes_on = (directory / CHECKPOINTS / LAST).exists() and not config.overwrite
+    origin = (
+        take_weights(classifier.net, config.init_from, data.classes)
+        if config.init_from and not goes_on
+        else None
+    )
+    if config.freeze == Freeze.features:
+        freeze_features(classifier.net)
     config.backend.check_used(classifier.net.operations | {"cross_entropy"})
     has_holdout = len(data.split[1]) > 0
     callbacks = build_callbacks(config, directory, has_holdout, same_run, signals or Signals(), each_step)
     made = build_trainer(config, directory, has_holdout, callbacks, resolved, each_step)
     check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)
     notes = backend_notes(config.backend.default, device_type, classifier.speedups)
+    if origin:
+        new = ", ".join(origin["new_layers"]) or "no layer"
+        notes.append(f"begins with the weights of {origin['path']}; new: {new}; frozen: {config.freeze}")
     notes += small_crops(config.augment.crop_px, data.px)
     return TrainingRun(
-        classifier, data, made, record, directory, resolved, keeps, notes, same_run, config.overwrite
+        classifier, data, made, record, directory, resolved, keeps, notes, same_run, config.overwrite, origin
     )
 
 
@@ -235,6 +250,8 @@ def identity(config: Train, data: ImageData | None) -> dict[str, Any]:
         content["store"] = {**arrays, "holdout": manifest["holdout"]}
     for key in RUNTIME_ONLY_KEYS:
         del content[key]
+    if config.init_from is None:  # runs from before November 2026 do not have these keys
+        del content["init_from"], content["freeze"]
     for key in ("root", "resident", "num_workers"):
         del content["data"][key]
     for key in ("enable_progress_bar", "profiler", "keep_freed_memory", "capture", "benchmark"):

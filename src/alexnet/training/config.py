@@ -20,6 +20,11 @@ class Watch(StrEnum):
     off = "off"
 
 
+class Freeze(StrEnum):
+    none = "none"
+    features = "features"  # the convolutions
+
+
 @dataclass
 class Train:
     """scripts/train.py."""
@@ -37,6 +42,9 @@ class Train:
     name: str | None = None
     output_dir: str = "outputs"
     data_dir: str = "data"
+    # Fine-tuning: what to begin with (a checkpoint, a run, an export, torchvision's file), and what stays as it is.
+    init_from: str | None = None
+    freeze: Freeze = Freeze.none
     # Only run the initialisation probe: will this network leave the plateau at ln(classes)?
     probe: bool = False
     # What happens when the loss still stands at ln(classes) after `watchdog_steps` steps, or is no number.
@@ -51,6 +59,9 @@ class Train:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        self.freeze = Freeze(self.freeze)
+        if self.freeze != Freeze.none and self.init_from is None:
+            raise UserError(f"freeze={self.freeze} would freeze random weights: set init_from=<checkpoint>")
         for name, least in {"log_every": 1, "checkpoint_every": 0, "watchdog_steps": 1}.items():
             if getattr(self, name) < least:
                 wanted = (

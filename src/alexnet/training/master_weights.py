@@ -29,7 +29,9 @@ class WorkingCopies:
 
     def __init__(self, net: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
         self.net, self.dtype = net, dtype
-        self.by_name = {name: p.detach().to(dtype).requires_grad_() for name, p in net.named_parameters()}
+        self.by_name = {
+            name: p.detach().to(dtype).requires_grad_(p.requires_grad) for name, p in net.named_parameters()
+        }
 
     def __call__(self, *inputs: Any, **choices: Any) -> Any:
         """The network's output, computed with the copies. They get the gradients, the master weights get none."""
