@@ -1,5 +1,6 @@
 """Evaluation against slow, obvious versions."""
 
+import csv
 import json
 import math
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from alexnet.data.store import Store
 from alexnet.errors import UserError
-from alexnet.evaluate import Evaluate, _write
+from alexnet.evaluate import Evaluate, _write, evaluate
 from alexnet.training.scoring import PAPER_ROWS, average, log_probabilities, paper_rows, score, table
 
 CLASSES = 7
@@ -146,7 +147,7 @@ def records(tmp_path, *checkpoints, views=1, **keys):
     """The records that evaluating these checkpoints leaves, by their path under tmp_path."""
     store = Store(tmp_path / "val", *[np.zeros(1)] * 2, {"sha256": {}}, None)
     config = Evaluate(list(checkpoints), views=views, output_dir=str(tmp_path), **keys)
-    written = _write(config, [tmp_path / c for c in checkpoints], store, [], [])
+    written = _write(config, [tmp_path / c for c in checkpoints], store, [], [], {})
     return written.relative_to(tmp_path)
 
 
@@ -168,3 +169,20 @@ def test_no_record_takes_the_place_of_another(tmp_path):
 def test_a_copy_of_the_record_goes_where_json_says(tmp_path):
     record = records(tmp_path, "x.ckpt", json=str(tmp_path / "here" / "mine.json"))
     assert (tmp_path / "here" / "mine.json").read_text() == (tmp_path / record).read_text()
+
+
+def test_errors_by_class_stand_beside_the_record(photos, checkpoint, tmp_path, capsys):
+    data = str(photos.parent / "data")
+    config = Evaluate(str(checkpoint), per_class=True, data_dir=data, output_dir=str(tmp_path))
+    (result,) = evaluate(config)
+    (record,) = (tmp_path / "evaluate").glob("*.json")
+    rows = list(csv.DictReader(record.with_name(f"{record.stem}-classes.csv").read_text().splitlines()))
+    assert {row["wnid"] for row in rows} == {"cat", "dog", "owl"}
+    total = sum(float(row["error"]) * int(row["images"]) for row in rows) / result.n
+    assert total == pytest.approx(result.top1_error.value)
+    assert [float(row["error"]) for row in rows] == sorted(
+        (float(row["error"]) for row in rows), reverse=True
+    )
+    assert sum(b["n"] for b in json.loads(record.read_text())["calibration"]["bins"]) == result.n
+    assert record.with_name(f"{record.stem}-classes.png").exists()
+    assert "taken for" in capsys.readouterr().out

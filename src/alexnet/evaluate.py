@@ -1,21 +1,28 @@
 """The verb `evaluate`: checkpoints in, a table and a JSON file out. training/scoring.py says what the numbers are."""
 
+import csv
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from alexnet.data.store import Store, open_store
 from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.system import command_line, device_type_of, environment, write_json
+from alexnet.training.by_class import Calibration, calibration, confusion_matrix, errors_by_class
+from alexnet.training.by_class import table as by_class_table
 from alexnet.training.checkpoint import find, load
 from alexnet.training.classifier import Classifier
 from alexnet.training.scoring import PaperRow, Result, average, log_probabilities, paper_rows, score, table
+
+WORST = 10  # classes that are printed
 
 
 @dataclass
@@ -33,6 +40,8 @@ class Evaluate:
     device: str = "auto"
     data_dir: str = "data"
     output_dir: str = "outputs"
+    # A table and a picture of the errors by class, beside the JSON.
+    per_class: bool = False
     # Besides the run's directory, where the JSON goes.
     json: str | None = None
 
@@ -79,8 +88,41 @@ def evaluate(config: Evaluate) -> list[Result]:
     wnids = [c["wnid"] for c in store.classes] if config.split == "val" else []
     references = paper_rows(wnids, len(outputs), config.views)
     print(table(results, references), flush=True)  # before anything can go wrong with the file
-    print(f"\nrecord {_write(config, paths, store, results, references)}")
+    judged = average(outputs)
+    reliability = calibration(judged, labels)
+    print(f"expected calibration error {100 * reliability.ece:.1f} points, {len(reliability.bins)} bins")
+    path = _write(config, paths, store, results, references, asdict(reliability))
+    if config.per_class:
+        _by_class(judged, labels, store, reliability, path)
+    print(f"\nrecord {path}")
     return results
+
+
+def _by_class(
+    log_probs: Tensor, labels: np.ndarray, store: Store, reliability: Calibration, record: Path
+) -> None:
+    """Prints the worst classes; writes all of them, and a picture, beside the record."""
+    confusion = confusion_matrix(log_probs, labels)
+    names = [c["words"].split(",")[0] or c["wnid"] for c in store.classes]
+    classes = sorted(errors_by_class(confusion, names), key=lambda c: (-c.error, c.label))
+    print(f"\n{by_class_table(classes[:WORST])}")
+    path = record.with_name(f"{record.stem}-classes.csv")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["label", "wnid", "words", "images", "error", "taken_for"])
+        for c in classes:
+            taken_for = "; ".join(f"{name} ({count})" for name, count in c.taken_for)
+            rows.writerow([c.label, *store.classes[c.label].values(), c.n, f"{c.error:.6f}", taken_for])
+    print(f"\nclasses {path}")
+    try:
+        from alexnet.figures import classes_figure
+    except ModuleNotFoundError:
+        print("no picture: matplotlib is missing (pip install 'alexnet[plots]')")
+        return
+    bins = [(b.confidence, b.accuracy) for b in reliability.bins]
+    errors = [(c.name, c.error) for c in classes]
+    title = f"{len(labels):,} images, expected calibration error {100 * reliability.ece:.1f} points"
+    print(f"picture {classes_figure(confusion, errors, bins, path.with_suffix('.png'), title)}")
 
 
 def _store(config: Evaluate, classifier: Classifier) -> Store:
@@ -98,7 +140,10 @@ def _store(config: Evaluate, classifier: Classifier) -> Store:
 
 def _same_classes(path: Path, classifier: Classifier, store: Store) -> None:
     ours, theirs = ([c["wnid"] for c in classes] for classes in (classifier.classes, store.classes))
-    if ours != theirs:
+    unnamed = not any(ours) and len(ours) == len(
+        theirs
+    )  # torchvision's file: ImageNet's order, without wnids
+    if ours != theirs and not unnamed:
         raise UserError(
             f"checkpoint={path} knows {len(ours)} classes ({', '.join(ours[:3])}, ...), {store.path} holds "
             f"{len(theirs)} ({', '.join(theirs[:3])}, ...): give the store it was trained for, store=<directory>"
@@ -116,6 +161,7 @@ def _write(
     store: Store,
     results: Sequence[Result],
     references: Sequence[PaperRow],
+    reliability: dict[str, Any],
 ) -> Path:
     """The JSON beside run.json if one network of a run was evaluated, else under output_dir; a copy where `json` says.
 
@@ -128,6 +174,7 @@ def _write(
         "store": str(store.path),
         "store_sha256": store.manifest["sha256"],
         "results": [r.as_dict() for r in results],
+        "calibration": reliability,
         "paper": [r.as_dict() for r in references],
         **environment(),
     }

@@ -166,6 +166,46 @@ def predictions_figure(
         return _save(figure, path)
 
 
+def classes_figure(
+    confusion: np.ndarray,
+    errors: Sequence[tuple[str, float]],
+    reliability: Sequence[tuple[float, float]],
+    path: str | Path,
+    title: str = "",
+    shown: int = 8,
+) -> Path:
+    """Where a network errs: the confusions, the worst and best classes, and how sure it is.
+
+    confusion (classes, classes): row true, column predicted. errors: (name, fraction) of each class, the worst first.
+    reliability: (mean probability, share right) of each bin.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11.0, 3.9), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, width_ratios=[1.1, 1.2, 0.9])
+        shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+        left.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        left.set(xlabel="predicted class", ylabel="true class", title="confusions (square root of the share)")
+        left.grid(False)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        left.yaxis.set_major_locator(MaxNLocator(integer=True))
+        middle.set_axisbelow(True)
+        several = len(errors) > 2 * shown
+        rows = [*errors[:shown], *errors[-shown:]] if several else list(errors)
+        middle.barh(range(len(rows)), [100 * e for _, e in rows], color=ORANGE, height=0.75)
+        middle.set_yticks(range(len(rows)), [_short(name, 22) for name, _ in rows])
+        middle.invert_yaxis()
+        if several:
+            middle.axhline(shown - 0.5, color=GREY, linewidth=0.8, linestyle=":")
+        middle.set(xlabel="error (%)", title="worst and best classes" if several else "classes")
+        right.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
+        right.plot(*zip(*reliability, strict=True), color=BLUE, marker="o", markersize=3)
+        right.set(xlim=(0, 1), ylim=(0, 1), xlabel="mean probability of the class given", title="reliability")
+        right.set_ylabel("share that is right")
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        return _save(figure, path)
+
+
 def neighbours_figure(
     queries: np.ndarray | Tensor,
     neighbours: np.ndarray | Tensor,
