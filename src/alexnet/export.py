@@ -13,6 +13,7 @@ import json
 import warnings
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def traced(classifier: Classifier, example: Tensor) -> torch.export.ExportedProg
 def tool(module: str, extra: str) -> Any:
     """An optional package. Raises UserError with the command that installs it."""
     try:
-        return __import__(module, fromlist=["_"])
+        return import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(f"{module} is missing: python -m pip install -e '.[{extra}]'") from error
 

@@ -110,7 +110,7 @@ def predict(config: Predict) -> bool:
     print(table(predictions, classes))
     write(config, directory, predictions, unread, classes)
     contact_sheet(predictions, sheet, classes, directory / "predictions.png")
-    print(f"\n{len(predictions)} pictures, {len(unread)} unreadable; written to {directory}")
+    print(f"\npredicted {len(predictions)}, unreadable {len(unread)}; written to {directory}")
     return not unread
 
 
