@@ -441,12 +441,13 @@ def initialise(model: AlexNet, config: ModelConfig, seed: int | None = None) -> 
             layer.weight.uniform_(-bound, bound, generator=_generator(seed, f"{name}.weight"))
             layer.bias.uniform_(-bound, bound, generator=_generator(seed, f"{name}.bias"))
         else:
-            std = _std(config, i, fan_in)
+            std = initial_std(config, i, fan_in)
             layer.weight.normal_(0.0, std, generator=_generator(seed, f"{name}.weight"))
             layer.bias.fill_(config.init_bias[i])
 
 
-def _std(config: ModelConfig, i: int, fan_in: int) -> float:
+def initial_std(config: ModelConfig, i: int, fan_in: int) -> float:
+    """The standard deviation of the weights of layer i, conv1 .. fc8, with fan_in inputs a unit."""
     if config.init == Init.he:
         return (2.0 / fan_in) ** 0.5
     if config.init == Init.fan_in:

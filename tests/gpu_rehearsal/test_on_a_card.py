@@ -14,9 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils._pytree import tree_leaves
 
 from alexnet.evaluate import Evaluate, evaluate
-from alexnet.gradcheck.cases import Case, Operation, cotangent
-from alexnet.gradcheck.cases import evaluate as both_ways
-from alexnet.gradcheck.checks import prepared, used
+from alexnet.gradcheck.cases import Case, Evaluation, Operation
+from alexnet.gradcheck.checks import Trial, largest_share
 from alexnet.gradcheck.operations import ALL
 from alexnet.layers.backend import Backend, Backends, pair_for
 from alexnet.system import under_precision
@@ -66,14 +65,14 @@ def test_a_pair_equals_float64_on_the_cpu(operation: Operation, backend: str, dt
 
 def share_of_bound(operation: Operation, case: Case, backend: str, dtype: torch.dtype) -> float:
     """The largest error of output and gradients, as a share of the bound for numbers that `dtype` can hold."""
-    inputs = prepared(case, "cuda", dtype)
-    y, gradients = both_ways(operation.function, case.options, inputs, None, backend)
-    exact_inputs = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in inputs]
-    dy = cotangent(y).cpu().double()
-    exact_y, exact = both_ways(operation.function, case.options, exact_inputs, dy, "native")
-    bounds = [rounding.bound(dtype) for rounding in operation.rounding(case.options, exact_inputs, dy)]
-    ours = [tensor.cpu() for tensor in (y, *gradients)]
-    return max(used(*three) for three in zip(ours, (exact_y, *exact), bounds, strict=True))
+    trial = Trial(operation, case, backend, "cuda", dtype)
+    ours = trial.evaluate(trial.inputs())
+    exact_inputs = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in ours.inputs]
+    dy = ours.dy.cpu().double()
+    exact = Evaluation.of(operation.function, case.options, exact_inputs, dy, "native")
+    bounds = [rounding.bound(dtype) for rounding in operation.rounding(exact)]
+    pairs = zip((ours.y, *ours.gradients), (exact.y, *exact.gradients), strict=True)
+    return max(largest_share(a.cpu(), b, bound) for (a, b), bound in zip(pairs, bounds, strict=True))
 
 
 class Stop(Exception):

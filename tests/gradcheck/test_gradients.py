@@ -1,5 +1,7 @@
 import functools
+import html
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -15,8 +17,9 @@ from alexnet import layers
 from alexnet.errors import UserError
 from alexnet.gradcheck import lesson, network, rules, run
 from alexnet.gradcheck.cases import Rounding, cotangent, gapped, separated
-from alexnet.gradcheck.checks import Result, results_of, slope, used
+from alexnet.gradcheck.checks import Result, largest_share, results_of, slope
 from alexnet.gradcheck.config import CheckGradients
+from alexnet.gradcheck.derivation import latex
 from alexnet.gradcheck.mutants import Kill, Mutant, mutate, try_to_kill
 from alexnet.gradcheck.mutants_of_reference import MUTANTS
 from alexnet.gradcheck.operations import ALL, CONV2D, LOCAL_RESPONSE_NORM, RELU
@@ -121,7 +124,7 @@ def test_mutant_is_killed(mutant):
 
 
 def test_there_are_mutants_of_every_operation():
-    assert {mutant.where for mutant in MUTANTS} == {*OPERATIONS, rules.UPDATE, rules.DATA}
+    assert {mutant.where for mutant in MUTANTS} == {*OPERATIONS, *rules.RULES}
     assert len({(mutant.where, mutant.name) for mutant in MUTANTS}) == len(MUTANTS) >= 30
 
 
@@ -152,12 +155,12 @@ def test_rounding_bound_is_tight_enough_for_one_wrong_bit():
     assert "float32" in {r.dtype for r in failed}
 
 
-def test_numbers_that_are_none_fail():
-    none = Result("relu", "reference", "cpu", "float64", "", "", "autograd", float("nan"), 1.0)
-    assert not none.passed
-    assert none.share == float("inf")  # and the worst of any group
-    nan = torch.tensor([float("nan"), 1.0])
-    assert not used(nan, torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)) <= 1
+def test_nan_fails():
+    nan = Result("relu", "reference", "cpu", "float64", "", "", "autograd", float("nan"), 1.0)
+    assert not nan.passed
+    assert nan.share == float("inf")  # and the worst of any group
+    ones = torch.ones(2, dtype=torch.float64)
+    assert not largest_share(torch.tensor([float("nan"), 1.0]), ones, ones) <= 1
 
 
 def test_inputs_are_the_same_every_time_and_cotangents_never_contiguous():
@@ -180,7 +183,7 @@ def test_separated_windows_have_one_clear_winner():
 
 
 def test_ten_steps_are_the_native_networks_and_the_stored_ones():
-    results = network.step_results_in_both_types("ten steps", network.STEPS_NET, REFERENCE, "cpu")
+    results = network.step_results("ten steps", network.STEPS_NET, REFERENCE, "cpu", both_types=True)
     losses, weights, float32 = results
     assert losses.passed
     assert weights.passed
@@ -254,7 +257,7 @@ def test_one_operation_prints_a_narrow_table_and_writes_json(tmp_path):
 def test_the_row_of_every_mutant_fits_a_terminal():
     checks = ["autograd", "differences", "identity"]
     for m in MUTANTS:
-        rule = m.where in (rules.UPDATE, rules.DATA)
+        rule = m.where in rules.RULES
         kill = Kill(m.where, m.name, checks[:1] if rule else checks, "section 5 written out, with a drop")
         assert len(run.kill_row(kill)) <= 100
         assert m.name in run.kill_row(kill)
@@ -285,7 +288,7 @@ def test_what_cannot_be_checked_is_said_and_nothing_checked_is_no_proof(tmp_path
 
 
 def test_an_unknown_operation_is_refused():
-    with pytest.raises(UserError, match="foo is none"):
+    with pytest.raises(UserError, match=r"operations=\['foo'\]: foo must be one of linear, relu"):
         CheckGradients(operations=["foo"])
 
 
@@ -328,6 +331,28 @@ def page(tmp_path_factory):
     path = directory / "check_gradients" / "relu+tanh" / "report.html"
     assert lines[-1] == f"report   {path}"
     return path.read_text()
+
+
+def test_every_derivation_of_the_layer_files_stands_in_the_lesson(page):
+    """The page holds no derivation of its own, and loses none: every line of every docstring, in order."""
+    for operation in OPERATIONS:
+        section = page.split(f'<h2 id="{operation}">')[1].split("<h2")[0]
+        letters = re.sub(r"[^a-z]", "", html.unescape(re.sub(r"<[^>]+>", "", section)).lower())
+        module = importlib.import_module(f"alexnet.layers.{operation}")
+        for line in inspect.cleandoc(module.__doc__).splitlines()[2:]:
+            words = re.findall(r"[a-z]{4,}", re.sub(r"alpha|beta|floor|\w+_", "", line.lower()))
+            assert all(word in letters for word in words), line
+    template = (Path(lesson.__file__).parent / "gradients.html").read_text()
+    sections = template.split('{{ section("linear") }}')[1].split('<h2 id="network">')[0]
+    assert "$$" not in sections
+
+
+def test_a_formula_of_a_docstring_becomes_mathematics():
+    assert latex("dw[o,i] = sum_n dy[n,o] x[n,i]") == r"dw_{o,i} = \sum _{n} dy_{n,o} x_{n,i}"
+    assert latex("s[i]^(-beta-1) (2 alpha/n)") == r"s_{i}^{-\beta -1} \frac{2 \alpha }{n}"
+    assert latex("∂y[c]/∂x[c] = dX' W*(c), else 0") == (
+        r"\frac{\partial y_{c}}{\partial x_{c}} = dX^{\top} W^{*}(c), \text{ else } 0"
+    )
 
 
 def test_lesson_has_every_operation_with_its_formulas_and_pictures(page):

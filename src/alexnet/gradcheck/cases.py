@@ -31,6 +31,7 @@ from torch import Tensor
 FUNCTION = 8
 Options = dict[str, Any]
 Tensors = list[Tensor]
+Draw = Callable[[torch.Generator], Tensor]
 Make = Callable[[torch.Generator], Tensors]
 
 
@@ -61,6 +62,42 @@ class Identity(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """An operation at one point: its output, and the gradient of <dy, output> in every floating input."""
+
+    options: Options
+    inputs: Tensors
+    dy: Tensor
+    y: Tensor
+    gradients: Tensors
+
+    @classmethod
+    def of(
+        cls,
+        function: Callable[..., Tensor],
+        options: Options,
+        inputs: Sequence[Tensor],
+        dy: Tensor | None = None,
+        backend: str = "reference",
+    ) -> "Evaluation":
+        """Runs forward and backward; dy=None is `cotangent`."""
+        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+        y = function(*leaves, **options, backend=backend)
+        dy = cotangent(y) if dy is None else dy
+        y.backward(dy)
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        return cls(options, [x.detach() for x in leaves], dy, y.detach(), gradients)
+
+    @property
+    def x(self) -> Tensor:
+        return self.inputs[0]
+
+    @property
+    def dx(self) -> Tensor:
+        return self.gradients[0]
+
+
+@dataclass(frozen=True)
 class Case:
     """One input of one operation. `make` draws the float64 arguments, `options` are the keywords."""
 
@@ -80,32 +117,22 @@ class Case:
 class Operation:
     """One operation with its cases, its rounding bounds and its identities.
 
-    `rounding(options, inputs, dy)` returns a Rounding for the output and each differentiable input;
-    `identities(options, inputs, dy, y, gradients)` the equations that must hold.
+    `rounding` gives a Rounding for the output and each differentiable input of an exact evaluation; `identities` the
+    equations that an evaluation must satisfy.
     """
 
     name: str
     function: Callable[..., Tensor]
     curved: bool
     cases: list[Case]
-    rounding: Callable[[Options, Tensors, Tensor], list[Rounding]]
-    identities: Callable[[Options, Tensors, Tensor, Tensor, Tensors], list[Identity]]
+    rounding: Callable[[Evaluation], list[Rounding]]
+    identities: Callable[[Evaluation], list[Identity]]
     # What must not change along a difference: the open units, the winners of the windows.
     pattern: Callable[[Options, Tensors], Tensors] | None = None
 
-
-def evaluate(
-    function: Callable[..., Tensor],
-    options: Options,
-    inputs: Sequence[Tensor],
-    dy: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensors]:
-    """The output, and the gradient of <dy, output> in every floating input; dy=None is `cotangent`."""
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-    y = function(*leaves, **options, backend=backend)
-    y.backward(cotangent(y) if dy is None else dy)
-    return y.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+    @property
+    def small_cases(self) -> list[Case]:
+        return [case for case in self.cases if case.kind in ("ordinary", "awkward")]
 
 
 def cotangent(y: Tensor) -> Tensor:
@@ -129,15 +156,15 @@ def gapped(x: Tensor) -> Tensor:
     return pairs[..., 0]
 
 
-def normals(*shape: int, times: float = 1.0) -> Callable[[torch.Generator], Tensor]:
+def normals(*shape: int, times: float = 1.0) -> Draw:
     return lambda g: times * torch.randn(shape, generator=g, dtype=torch.float64)
 
 
-def drawn(*parts: Callable[[torch.Generator], Tensor]) -> Make:
+def drawn(*parts: Draw) -> Make:
     return lambda g: [part(g) for part in parts]
 
 
-def off_zero(*shape: int) -> Callable[[torch.Generator], Tensor]:
+def off_zero(*shape: int) -> Draw:
     """Normals, moved away from 0 by 0.05: no ReLU changes its mind along a small step."""
 
     def draw(g: torch.Generator) -> Tensor:
@@ -147,7 +174,7 @@ def off_zero(*shape: int) -> Callable[[torch.Generator], Tensor]:
     return draw
 
 
-def separated(*shape: int, window: int = 3, sign: float | None = None) -> Callable[[torch.Generator], Tensor]:
+def separated(*shape: int, window: int = 3, sign: float | None = None) -> Draw:
     """Numbers (N, C, H, W) up to 2 whose sizes differ by a quarter inside any window, so that its winner is beyond
     doubt in every type: pixels that share a window differ in (row, column) modulo its size, and each such class has
     a level of its own. `sign` gives them all that sign, None a random one.
@@ -165,6 +192,6 @@ def separated(*shape: int, window: int = 3, sign: float | None = None) -> Callab
     return draw
 
 
-def few_integers(*shape: int) -> Callable[[torch.Generator], Tensor]:
+def few_integers(*shape: int) -> Draw:
     """-1, 0 or 1: zeros and ties everywhere."""
     return lambda g: torch.randint(-1, 2, shape, generator=g).double()

@@ -13,8 +13,8 @@ a) Central differences (float64). Along a random direction d,
    to the size that <dx, d> has for such a d.
 
 b) Autograd (every type). The same operation built from torch's own functions and differentiated by torch, in
-   float64: to 1e-10 of the largest element there, and inside the rounding bound derived in `cases` elsewhere, with
-   the share of that bound that was used. Also the output: a backward that fits a wrong forward is no use.
+   float64: to 1e-10 of the largest element there, and inside the rounding bound derived in `cases` elsewhere, where
+   error / bound is reported. The output is compared too: a backward that fits a wrong forward is no use.
 
 c) Identities (float64). Equations that hold for the true gradient whatever x is: adjoints, Euler's theorem, sums
    that vanish. They need neither a second implementation nor a small h.
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alexnet.gradcheck.cases import Case, Operation, Tensors, arranged, cotangent, evaluate
+from alexnet.gradcheck.cases import Case, Evaluation, Operation, Tensors, arranged
 
 STEPS = torch.logspace(-2, -4, 9, dtype=torch.float64).tolist()
 SLOPE_TOLERANCE = 0.1
@@ -42,7 +42,7 @@ MOST_DRAWS = 200
 
 @dataclass
 class Result:
-    """One number and the bound it must not exceed."""
+    """One error and the bound it must not exceed."""
 
     operation: str
     backend: str
@@ -62,7 +62,7 @@ class Result:
 
     @property
     def share(self) -> float:
-        """Of the bound, used; 0 where nothing may be rounded and nothing was, infinite for what is no number."""
+        """error / bound; 0 for an error of 0, inf for NaN and for an error where the bound is 0."""
         if self.bound == 0 or math.isnan(self.value):
             return 0.0 if self.value == 0 else math.inf
         return self.value / self.bound
@@ -71,41 +71,60 @@ class Result:
         return {**asdict(self), "share": self.share, "passed": self.passed}
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One case of one operation, on one backend, device and type."""
+
+    operation: Operation
+    case: Case
+    backend: str
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+
+    def inputs(self) -> Tensors:
+        """The case's arguments in the type, on the device, in the layout that it asks for."""
+        drawn = self.case.inputs()
+        first, *others = (x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for x in drawn)
+        return [arranged(first, self.case.layout), *others]
+
+    def evaluate(self, inputs: Tensors, dy: Tensor | None = None, backend: str | None = None) -> Evaluation:
+        function, options = self.operation.function, self.case.options
+        return Evaluation.of(function, options, inputs, dy, backend or self.backend)
+
+    def result(self, check: str, value: float, bound: float, what: str = "") -> Result:
+        dtype = str(self.dtype).removeprefix("torch.")
+        where = (self.operation.name, self.backend, self.device, dtype, self.case.name, self.case.kind)
+        return Result(*where, check, value, bound, what)
+
+
 def results_of(
     operation: Operation, case: Case, backend: str, device: str, dtypes: tuple[torch.dtype, ...]
 ) -> Iterator[Result]:
     """Every check of one case: all three in float64, autograd in the other types."""
-    if torch.float64 in dtypes:
-        yield autograd(operation, case, backend, device, torch.float64)
-        if case.smooth:
-            yield differences(operation, case, backend, device)
-        yield from identities(operation, case, backend, device)
-    for dtype in dtypes:
-        if dtype != torch.float64:
-            yield autograd(operation, case, backend, device, dtype)
+    for dtype in sorted(dtypes, key=lambda dtype: dtype != torch.float64):
+        trial = Trial(operation, case, backend, device, dtype)
+        yield autograd(trial)
+        if dtype == torch.float64:
+            if case.smooth:
+                yield differences(trial)
+            yield from identities(trial)
 
 
-def prepared(case: Case, device: str, dtype: torch.dtype = torch.float64) -> Tensors:
-    """The case's arguments in a type, on a device, in the layout it asks for."""
-    first, *others = (x.to(device, dtype if x.is_floating_point() else x.dtype) for x in case.inputs())
-    return [arranged(first, case.layout), *others]
+# ---- b) autograd ----------------------------------------------------------------------------------------------
 
 
-def autograd(operation: Operation, case: Case, backend: str, device: str, dtype: torch.dtype) -> Result:
-    """b) Ours in `dtype` against torch's in float64, on the numbers that `dtype` can hold."""
-    inputs = prepared(case, device, dtype)
-    y, gradients = evaluate(operation.function, case.options, inputs, None, backend)
-    dy = cotangent(y).double()
+def autograd(trial: Trial) -> Result:
+    """Ours in the trial's type against torch's in float64, on the numbers that the type can hold."""
+    inputs = trial.inputs()
+    ours = trial.evaluate(inputs)
     exact_inputs = [x.double() if x.is_floating_point() else x for x in inputs]
-    exact_y, exact = evaluate(operation.function, case.options, exact_inputs, dy, "native")
-    pairs = list(zip([y, *gradients], [exact_y, *exact], strict=True))
-    if dtype == torch.float64:
-        value, bound = max(relative(ours, theirs) for ours, theirs in pairs), FLOAT64_BOUND
-    else:
-        roundings = operation.rounding(case.options, exact_inputs, dy)
-        bounds = [rounding.bound(dtype) for rounding in roundings]
-        value, bound = max(used(*pair, limit) for pair, limit in zip(pairs, bounds, strict=True)), 1.0
-    return _result(operation, case, backend, device, dtype, "autograd", value, bound)
+    exact = trial.evaluate(exact_inputs, ours.dy.double(), "native")
+    pairs = list(zip([ours.y, *ours.gradients], [exact.y, *exact.gradients], strict=True))
+    if trial.dtype == torch.float64:
+        return trial.result("autograd", max(relative(*pair) for pair in pairs), FLOAT64_BOUND)
+    bounds = [rounding.bound(trial.dtype) for rounding in trial.operation.rounding(exact)]
+    value = max(largest_share(*pair, bound) for pair, bound in zip(pairs, bounds, strict=True))
+    return trial.result("autograd", value, 1.0)
 
 
 def relative(ours: Tensor, exact: Tensor) -> float:
@@ -118,50 +137,51 @@ def largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
 
 
-def used(ours: Tensor, exact: Tensor, bound: Tensor) -> float:
-    """The largest share of an elementwise bound; infinite where a bound of 0 is not met."""
-    difference = (ours.double() - exact).abs()
-    share = torch.where(difference == 0, 0.0, difference / bound)  # a NaN stays one
-    return float(share.max()) if share.numel() else 0.0
+def largest_share(ours: Tensor, exact: Tensor, bound: Tensor) -> float:
+    """The largest error / bound over the elements; inf for an error where the bound is 0, NaN for a NaN."""
+    error = (ours.double() - exact).abs()
+    return largest(torch.where(error == 0, 0.0, error / bound))
 
 
-def differences(operation: Operation, case: Case, backend: str, device: str) -> Result:
-    """a) The curve of errors over steps, or the error at one step where f has no curvature."""
-    inputs = prepared(case, device)
-    y, gradients = evaluate(operation.function, case.options, inputs, None, backend)
-    dy = cotangent(y)
+# ---- a) differences -------------------------------------------------------------------------------------------
+
+
+def differences(trial: Trial) -> Result:
+    """The curve of errors over steps, or the error at one step where f has no curvature."""
+    operation, case = trial.operation, trial.case
+    here = trial.evaluate(trial.inputs())
     large = case.kind in ("paper", "large")
     steps = STEPS[:: 4 if large else 1] if operation.curved else [1e-4]
     draws = torch.Generator().manual_seed(1)
     worst = torch.zeros(len(steps), dtype=torch.float64)
     for _ in range(1 if large else DIRECTIONS):
-        direction = _direction(operation, case, inputs, max(steps), draws)
-        errors = [_error(operation, case, backend, inputs, dy, gradients, direction, h) for h in steps]
+        direction = _direction(trial, here.inputs, max(steps), draws)
+        errors = [_error(trial, here, direction, step) for step in steps]
         worst = torch.maximum(worst, torch.tensor(errors, dtype=torch.float64))
     curve = list(zip(steps, worst.tolist(), strict=True))
-    if operation.curved and largest(gradients[0]):
-        value, bound, what = abs(slope(curve) - 2), SLOPE_TOLERANCE, f"slope {slope(curve):.3f}"
+    if operation.curved and largest(here.gradients[0]):
+        found = slope(curve)
+        result = trial.result("differences", abs(found - 2), SLOPE_TOLERANCE, f"slope {found:.3f}")
     else:
-        value, bound, what = float(worst.max()), DIFFERENCE_BOUND, "at h = 1e-4"
-    result = _result(operation, case, backend, device, torch.float64, "differences", value, bound)
-    result.what, result.curve = what, curve
+        result = trial.result("differences", float(worst.max()), DIFFERENCE_BOUND, "at h = 1e-4")
+    result.curve = curve
     return result
 
 
-def _direction(
-    operation: Operation, case: Case, inputs: Tensors, step: float, draws: torch.Generator
-) -> Tensors:
+def _direction(trial: Trial, inputs: Tensors, step: float, draws: torch.Generator) -> Tensors:
     """Normals of each input's size; no unit opens, closes or changes its winner within `step` along them."""
+    pattern, options = trial.operation.pattern, trial.case.options
     for _ in range(MOST_DRAWS):
         direction = [torch.randn(x.shape, generator=draws, dtype=torch.float64).to(x.device) for x in inputs]
         direction = [d * _size(x) for d, x in zip(direction, inputs, strict=True)]
-        ends = [_moved(inputs, direction, end) for end in (step, -step)]
-        if operation.pattern is None:
+        if pattern is None:
             return direction
-        here, *there = (operation.pattern(case.options, x) for x in (inputs, *ends))
+        ends = [_moved(inputs, direction, end) for end in (step, -step)]
+        here, *there = (pattern(options, x) for x in (inputs, *ends))
         if all(torch.equal(a, b) for end in there for a, b in zip(here, end, strict=True)):
             return direction
-    raise RuntimeError(f"{operation.name}, {case.name}: every direction of length {step} crosses a kink")
+    where = f"{trial.operation.name}, {trial.case.name}"
+    raise RuntimeError(f"{where}: every direction of length {step} crosses a kink")
 
 
 def _size(x: Tensor) -> float:
@@ -172,27 +192,19 @@ def _moved(inputs: Tensors, direction: Tensors, step: float) -> Tensors:
     return [x + step * d if x.is_floating_point() else x for x, d in zip(inputs, direction, strict=True)]
 
 
-def _error(
-    operation: Operation,
-    case: Case,
-    backend: str,
-    inputs: Tensors,
-    dy: Tensor,
-    gradients: Tensors,
-    direction: Tensors,
-    step: float,
-) -> float:
+def _error(trial: Trial, here: Evaluation, direction: Tensors, step: float) -> float:
     """|difference quotient - <gradient, direction>| over the size of such products."""
+    function, options = trial.operation.function, trial.case.options
     with torch.no_grad():
         ahead, behind = (
-            operation.function(*_moved(inputs, direction, end), **case.options, backend=backend)
+            function(*_moved(here.inputs, direction, end), **options, backend=trial.backend)
             for end in (step, -step)
         )
-    quotient = (dy * (ahead - behind)).sum() / (2 * step)
-    along = [d for x, d in zip(inputs, direction, strict=True) if x.is_floating_point()]
-    claimed = sum((g * d).sum() for g, d in zip(gradients, along, strict=True))
-    size = sum(float((g * d).square().sum()) for g, d in zip(gradients, along, strict=True)) ** 0.5
-    return float((quotient - claimed).abs()) / (size or 1.0)
+    quotient = (here.dy * (ahead - behind)).sum() / (2 * step)
+    along = [d for x, d in zip(here.inputs, direction, strict=True) if x.is_floating_point()]
+    products = [g * d for g, d in zip(here.gradients, along, strict=True)]
+    size = sum(float(product.square().sum()) for product in products) ** 0.5
+    return float((quotient - sum(product.sum() for product in products)).abs()) / (size or 1.0)
 
 
 def slope(curve: list[tuple[float, float]]) -> float:
@@ -202,27 +214,11 @@ def slope(curve: list[tuple[float, float]]) -> float:
     return float((h * error).sum() / (h * h).sum())
 
 
-def identities(operation: Operation, case: Case, backend: str, device: str) -> Iterator[Result]:
-    """c) Each equation's two sides, their difference over the size of what was summed."""
-    inputs = prepared(case, device)
-    y, gradients = evaluate(operation.function, case.options, inputs, None, backend)
-    dy = cotangent(y)
-    for name, left, right, scale in operation.identities(case.options, inputs, dy, y, gradients):
-        value = float(((left - right).abs() / scale.clamp(min=1e-300)).max())
-        result = _result(operation, case, backend, device, torch.float64, "identity", value, FLOAT64_BOUND)
-        result.what = name
-        yield result
+# ---- c) identities --------------------------------------------------------------------------------------------
 
 
-def _result(
-    operation: Operation,
-    case: Case,
-    backend: str,
-    device: str,
-    dtype: torch.dtype,
-    check: str,
-    value: float,
-    bound: float,
-) -> Result:
-    name = str(dtype).removeprefix("torch.")
-    return Result(operation.name, backend, device, name, case.name, case.kind, check, value, bound)
+def identities(trial: Trial) -> Iterator[Result]:
+    """Each equation's two sides, their difference over the size of what was summed."""
+    for name, left, right, scale in trial.operation.identities(trial.evaluate(trial.inputs())):
+        error = float(((left - right).abs() / scale.clamp(min=1e-300)).max())
+        yield trial.result("identity", error, FLOAT64_BOUND, name)

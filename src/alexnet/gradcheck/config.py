@@ -19,11 +19,22 @@ class CheckGradients:
     mutants: bool = False
     # Only these operations (and no network); empty: all.
     operations: list[str] = field(default_factory=list)
+    # Write the file of an exercise, <exercises>/<name>.py or `into`; list: show them all. With hint=1, 2 or 3: a hint.
+    exercise: str | None = None
+    hint: int | None = None
+    into: str | None = None
+    # Prove the functions of this Python file, which the reader wrote.
+    mine: str | None = None
     output_dir: str = "outputs"
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.operations if name not in OPERATIONS]
         if unknown:
             raise UserError(
-                f"operations={self.operations}: {unknown[0]} is none. Choose from {', '.join(OPERATIONS)}"
+                f"operations={self.operations}: {unknown[0]} must be one of {', '.join(OPERATIONS)}"
             )
+        for key in ("hint", "into"):
+            if getattr(self, key) is not None and self.exercise is None:
+                raise UserError(
+                    f"{key}={getattr(self, key)} needs an exercise: set exercise=<name>, or exercise=list"
+                )

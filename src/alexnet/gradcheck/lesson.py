@@ -1,21 +1,24 @@
-"""The HTML page a learner reads: the derivations of the templates, with this run's measurements and pictures.
+"""The HTML page a learner reads: the derivations of the layer files, with this run's measurements and pictures.
 
 Every picture is drawn from what the layers themselves computed, backward included.
 """
 
 from collections import defaultdict
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from alexnet import layers
+from alexnet import layers, optim
 from alexnet.data import synthetic
-from alexnet.gradcheck.cases import evaluate
-from alexnet.gradcheck.checks import Result, differences
+from alexnet.gradcheck.cases import Evaluation
+from alexnet.gradcheck.checks import Result, Trial, differences
+from alexnet.gradcheck.derivation import chapter, title
 from alexnet.gradcheck.figures import (
     block_picture,
     convolution_picture,
@@ -30,9 +33,9 @@ from alexnet.gradcheck.figures import (
     update_picture,
 )
 from alexnet.gradcheck.mutants import Kill, mutate
-from alexnet.gradcheck.operations import ALL, CONV2D, LOCAL_RESPONSE_NORM
-from alexnet.gradcheck.rules import DATA, UPDATE
-from alexnet.html import picture, render
+from alexnet.gradcheck.operations import ALL, LOCAL_RESPONSE_NORM
+from alexnet.gradcheck.rules import RULES
+from alexnet.html import mathematics, picture, render
 from alexnet.layers.backend import PAIRS
 from alexnet.layers.local_response_norm import local_response_norm_backward
 from alexnet.model import AlexNet, ModelConfig
@@ -45,7 +48,7 @@ SECTIONS = {
     "tanh": "Tanh",
     "max_pool2d": "Overlapping max pooling",
     "local_response_norm": "Local response normalisation",
-    "same_map_norm": "The norm nobody mentioned",
+    "same_map_norm": "The norm that the paper does not mention",
     "relu_lrn_pool": "ReLU, norm and pool in one",
     "dropout": "Dropout",
     "cross_entropy": "Softmax and cross-entropy",
@@ -62,7 +65,10 @@ def write_lesson(
         "gradcheck/gradients.html",
         verdict=verdict,
         survivors=_survivors(kills),
-        sections=list(SECTIONS.items()),
+        sections=SECTIONS,
+        titles={name: title(module) for name, module in _derived().items()},
+        derivations={name: mathematics(chapter(module)) for name, module in _derived().items()},
+        plain=lambda caption: caption.replace("$", "").replace("\\", ""),
         measured={name: _worst_rows(_of(results, name)) for name in SECTIONS},
         counts={name: _count(_of(results, name)) for name in SECTIONS},
         kills=_by_place(kills),
@@ -73,6 +79,11 @@ def write_lesson(
         skipped=made["skipped"],
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _derived() -> dict[str, ModuleType]:
+    """The modules whose docstrings are chapters."""
+    return {name: import_module(f"alexnet.layers.{name}") for name in SECTIONS} | {"optim": optim}
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------
@@ -105,19 +116,11 @@ def _row(result: Result) -> dict[str, Any]:
     """A rounding bound is a bound for every element: only the share of it has a meaning."""
     rounded = result.check == "autograd" and result.dtype != "float64"
     slope = result.what.startswith("slope")
-    return {
-        "case": result.case,
-        "value": "" if rounded else result.what if slope else f"{result.value:.1e}",
-        "bound": "rounding"
-        if rounded
-        else "2 ± 0.1"
-        if slope
-        else f"{result.bound:.0e}"
-        if result.bound
-        else "0",
-        "used": f"{100 * result.share:.1f} %",
-        "passed": result.passed,
-    }
+    value, bound = f"{result.value:.1e}", f"{result.bound:.0e}" if result.bound else "0"
+    if rounded or slope:
+        value, bound = ("", "rounding") if rounded else (result.what, "2 ± 0.1")
+    share = f"{100 * result.share:.1f} %"
+    return {"case": result.case, "value": value, "bound": bound, "share": share, "passed": result.passed}
 
 
 def _results(results: list[Result]) -> dict[str, list[dict[str, Any]]]:
@@ -125,7 +128,7 @@ def _results(results: list[Result]) -> dict[str, list[dict[str, Any]]]:
     network = [r for r in results if r.kind == "network" and r.check != "parameters"]
     parameters = [r for r in results if r.check == "parameters"]
     worst = [max(parameters, key=lambda result: result.share)] if parameters else []
-    rules = {place: [r for r in results if r.operation == place] for place in (UPDATE, DATA)}
+    rules = {place: [r for r in results if r.operation == place] for place in RULES}
     chosen = {"network": worst + network, "parameters": parameters, **rules}
     return {place: [{**_row(r), "case": _name(r)} for r in found] for place, found in chosen.items()}
 
@@ -148,7 +151,7 @@ def _count(results: list[Result]) -> str:
 
 
 def _by_place(kills: list[Kill]) -> dict[str, list[Kill]]:
-    places: dict[str, list[Kill]] = {name: [] for name in (*SECTIONS, UPDATE, DATA)}
+    places: dict[str, list[Kill]] = {name: [] for name in (*SECTIONS, *RULES)}
     for kill in kills:
         places[kill.where].append(kill)
     return places
@@ -198,21 +201,17 @@ def _integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
 
 
 def _curves(results: list[Result]) -> dict[str, list[tuple[float, float]]]:
-    """One curve for each curved operation, a straight one, and one with a wrong gradient."""
+    """One curve for each curved operation, and one with a wrong gradient."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for operation in ALL:
         if operation.curved:
-            case = operation.cases[0]
-            found = [
-                r
-                for r in results
-                if (r.operation, r.case, r.check) == (operation.name, case.name, "differences")
-            ]
-            result = found[0] if found else differences(operation, case, "reference", "cpu")
+            key = (operation.name, operation.cases[0].name, "differences")
+            found = [r for r in results if (r.operation, r.case, r.check) == key]
+            result = found[0] if found else differences(Trial(operation, operation.cases[0], "reference"))
             curves[operation.name] = result.curve
     with mutate(local_response_norm_backward, "return cast(", "return (1 + 1e-6) * cast("):
-        case = LOCAL_RESPONSE_NORM.cases[0]
-        curves[WRONG] = differences(LOCAL_RESPONSE_NORM, case, "reference", "cpu").curve
+        trial = Trial(LOCAL_RESPONSE_NORM, LOCAL_RESPONSE_NORM.cases[0], "reference")
+        curves[WRONG] = differences(trial).curve
     return curves
 
 
@@ -222,11 +221,8 @@ def _linear() -> str:
 
 def _units() -> str:
     x = torch.linspace(-3, 3, 301, dtype=torch.float64)
-    pairs = []
-    for function in (layers.relu, layers.tanh):
-        y, (slope,) = evaluate(function, {}, [x], torch.ones_like(x), "reference")
-        pairs.append((y, slope))
-    return units_picture(x, *pairs)
+    relu, tanh = (Evaluation.of(f, {}, [x], torch.ones_like(x)) for f in (layers.relu, layers.tanh))
+    return units_picture(x, (relu.y, relu.dx), (tanh.y, tanh.dx))
 
 
 def _convolution() -> str:
@@ -234,37 +230,31 @@ def _convolution() -> str:
     dy = torch.zeros(5, 5, dtype=torch.float64)
     dy[1, 1], dy[2, 3] = 1, -1
     strided = _integers(-2, 3, 3, 3, seed=5)
-    gradients = []
-    for stride, arriving in ((1, dy), (2, strided)):
-        inputs = [torch.zeros(1, 1, 7, 7, dtype=torch.float64), w[None, None]]
-        _, (dx, _) = evaluate(CONV2D.function, {"stride": stride}, inputs, arriving[None, None], "reference")
-        gradients.append(dx[0, 0])
+    inputs = [torch.zeros(1, 1, 7, 7, dtype=torch.float64), w[None, None]]
+    dx, strided_dx = (
+        Evaluation.of(layers.conv2d, {"stride": stride}, inputs, arriving[None, None]).dx[0, 0]
+        for stride, arriving in ((1, dy), (2, strided))
+    )
     spread = torch.zeros(9, 9, dtype=torch.float64)  # a frame of two zeros: every pixel's window fits
     spread[2:7:2, 2:7:2] = strided
-    return convolution_picture(w, dy, gradients[0], spread, gradients[1], pixel=(2, 3))
+    return convolution_picture(w, dy, dx, spread, strided_dx, pixel=(2, 3))
+
+
+POOLED = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 7, 0], [3, 2, 12, 8, 4, 6, 2], [6, 4, 3, 10, 3, 8, 1],
+          [2, 7, 9, 5, 0, 2, 11]]  # fmt: skip
 
 
 def _pool() -> str:
-    x = torch.tensor(
-        [
-            [3, 1, 4, 1, 5, 9, 2],
-            [6, 5, 3, 5, 8, 7, 0],
-            [3, 2, 12, 8, 4, 6, 2],
-            [6, 4, 3, 10, 3, 8, 1],
-            [2, 7, 9, 5, 0, 2, 11],
-        ],
-        dtype=torch.float64,
-    )
+    x = torch.tensor(POOLED, dtype=torch.float64)
     dy = torch.tensor([[2.0, -1, 3], [1, 4, -2]], dtype=torch.float64)
-    options = {"kernel_size": 3, "stride": 2}
-    _, (dx,) = evaluate(layers.max_pool2d, options, [x[None, None]], dy[None, None], "reference")
-    place = PAIRS["max_pool2d", "reference"].forward(x[None, None], (3, 3), (2, 2), (0, 0), False, "first")[1]
+    at = Evaluation.of(layers.max_pool2d, {"kernel_size": 3, "stride": 2}, [x[None, None]], dy[None, None])
+    place = PAIRS["max_pool2d", "reference"].forward(at.x, (3, 3), (2, 2), (0, 0), False, "first")[1]
     winners = [
         (2 * p + int(k) // 3, 2 * q + int(k) % 3)
         for p, row in enumerate(place[0, 0])
         for q, k in enumerate(row)
     ]
-    return pool_picture(x, dy, dx[0, 0], winners)
+    return pool_picture(x, dy, at.dx[0, 0], winners)
 
 
 def _conv1_responses() -> Tensor:
@@ -287,11 +277,10 @@ def _response_norm() -> str:
     chosen = int(x[0, 2:-2].argmax()) + 2
     one = torch.zeros_like(x)
     one[0, chosen] = 1
-    y, (single,) = evaluate(layers.local_response_norm, constants, [x], one, "reference")
-    dy = _random(*x.shape, seed=3)
-    _, (dx,) = evaluate(layers.local_response_norm, constants, [x], dy, "reference")
-    gain = dy * y / x
-    return response_norm_picture(x[0], y[0], chosen, single[0], gain[0], (gain - dx)[0])
+    single = Evaluation.of(layers.local_response_norm, constants, [x], one)
+    at = Evaluation.of(layers.local_response_norm, constants, [x], _random(*x.shape, seed=3))
+    gain = at.dy * at.y / x
+    return response_norm_picture(x[0], at.y[0], chosen, single.dx[0], gain[0], (gain - at.dx)[0])
 
 
 def _same_map() -> str:
@@ -300,7 +289,7 @@ def _same_map() -> str:
     one = torch.zeros_like(x)
     one[0, 0, 4, 4] = 1
     constants = {"size": 5, "alpha": 25 * 0.05, "k": 1.0}
-    _, (dx,) = evaluate(layers.same_map_norm, constants, [x], one, "reference")
+    dx = Evaluation.of(layers.same_map_norm, constants, [x], one).dx
     return maps_picture({"x": x[0, 0], "dx, dy at the centre alone": dx[0, 0]}, figsize=(7.4, 3.7))
 
 
@@ -309,9 +298,9 @@ def _block() -> str:
     dy = _random(1, 6, 3, 3, seed=5)
     constants = {"size": 5, "alpha": 5.0, "k": 1.0}
     gradients = {}
-    for title, order in {"dx, paper": "relu_lrn_pool", "dx, 2012 code": "lrn_pool_relu"}.items():
-        _, (dx,) = evaluate(layers.relu_lrn_pool, {**constants, "order": order}, [x], dy, "reference")
-        gradients[title] = dx[0, 2]
+    for panel, order in {"dx, paper": "relu_lrn_pool", "dx, 2012 code": "lrn_pool_relu"}.items():
+        at = Evaluation.of(layers.relu_lrn_pool, {**constants, "order": order}, [x], dy)
+        gradients[panel] = at.dx[0, 2]
     return block_picture(x[0, 2], dy[0, 2], gradients)
 
 
@@ -323,9 +312,7 @@ def _dropout() -> str:
 
 def _cross_entropy() -> str:
     x, target = 1.3 * _random(1, 7, seed=2), torch.tensor([2])
-    _, (dx,) = evaluate(
-        layers.cross_entropy, {}, [x, target], torch.ones((), dtype=torch.float64), "reference"
-    )
+    dx = Evaluation.of(layers.cross_entropy, {}, [x, target], torch.ones((), dtype=torch.float64)).dx
     truth = torch.nn.functional.one_hot(target, 7).double()
     return cross_entropy_picture(x[0], x.softmax(1)[0], truth[0], dx[0])
 

@@ -1,4 +1,4 @@
-"""Mutation testing: is a wrong gradient noticed?
+"""Mutation testing: does a check fail on a wrong gradient?
 
 A check that has never failed has proven nothing. A mutant is shipped code with one expression changed:
 
@@ -7,18 +7,21 @@ A check that has never failed has proven nothing. A mutant is shipped code with 
 The mutant is killed if a check fails while it runs, and survives if all of them pass: then the checks have a hole,
 and the whole run fails. The mutants themselves are in mutants_of_reference, mutants_of_rules and mutants_of_compiled.
 Each is a mistake that somebody made: a second term dropped, `=` for `+=` (invisible where windows do not overlap),
-towers that leak into each other, a mean taken twice. Many leave every shape right and the loss falling.
+a sum that crosses the border of a tower, a mean taken twice. Many leave every shape right and the loss falling.
 
 `mutate` compiles the function's changed source and exchanges its `__code__`. The function stays the same object, so
 every module that imported it and every pair that holds it runs the mutant. No file is edited. torch.compile checks at
 each call that the functions of a graph have the `__code__` they were compiled with, so a mutant gets graphs of its own
 and the shipped code gets its old ones back.
+
+Compiling takes seconds a case, up to two minutes a mutant, and the mistakes are in the mathematics: so the code of the
+compiled pairs runs uncompiled here. `try_to_kill(mutant, compiled=True)` also compiles the case that killed it.
 """
 
 import inspect
 import linecache
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from textwrap import dedent
 from types import CodeType, FunctionType
@@ -29,7 +32,7 @@ import torch
 
 from alexnet.gradcheck import rules
 from alexnet.gradcheck.checks import Result, results_of
-from alexnet.gradcheck.operations import ALL
+from alexnet.gradcheck.operations import by_name
 from alexnet.layers.backend import PAIRS, Pair
 
 
@@ -78,12 +81,11 @@ def mutate(function: Callable[..., Any], *replacements: str) -> Change:
 
 
 class Mutant(NamedTuple):
-    where: str  # an operation, "update rule" or "data path"
+    where: str  # an operation, or one of rules.RULES
     name: str
     changes: tuple[Change, ...]
     backend: str = "reference"
     dtype: torch.dtype = torch.float64  # in which the changed code runs
-    first_case: str = ""  # to begin with, where each case costs seconds; the others follow
     pair: Pair | None = None  # that serves the operation instead of the backend's own
 
     @contextmanager
@@ -125,24 +127,32 @@ class Kill:
         return "".join(sorted(letter[check] for check in self.killed_by if check in letter))
 
 
-def try_to_kill(mutant: Mutant) -> Kill:
-    """Runs the small cases on the mutant until a check fails."""
+def try_to_kill(mutant: Mutant, compiled: bool = False) -> Kill:
+    """Runs the small cases, uncompiled, until a check fails on the mutant; `compiled`: that case again, compiled."""
+    needs_compiler = mutant.backend != "reference"
     with mutant.in_place():
-        for name, results in _small_checks(mutant):
-            failed = sorted({result.check for result in results if not result.passed})
-            if failed:
-                return Kill(mutant.where, mutant.name, failed, name)
+        with torch.compiler.set_stance("force_eager") if needs_compiler else nullcontext():
+            kill = _kill(mutant, _small_checks(mutant))
+        if compiled and needs_compiler and kill.killed_by:
+            kill = _kill(mutant, _small_checks(mutant, only=kill.case))
+    return kill
+
+
+def _kill(mutant: Mutant, checks: Iterator[tuple[str, list[Result]]]) -> Kill:
+    for case, results in checks:
+        failed = sorted({result.check for result in results if not result.passed})
+        if failed:
+            return Kill(mutant.where, mutant.name, failed, case)
     return Kill(mutant.where, mutant.name, [], "")
 
 
-def _small_checks(mutant: Mutant) -> Iterator[tuple[str, list[Result]]]:
+def _small_checks(mutant: Mutant, only: str = "") -> Iterator[tuple[str, list[Result]]]:
     """Case by case, everything that checks this operation or rule at a small size in one type."""
-    where = mutant.where
-    if where in (rules.UPDATE, rules.DATA):
-        for result in rules.rule_results(where):
+    if mutant.where in rules.RULES:
+        for result in rules.rule_results(mutant.where):
             yield result.case, [result]
         return
-    operation = next(operation for operation in ALL if operation.name == where)
-    for case in sorted(operation.cases, key=lambda case: case.name != mutant.first_case):
-        if case.kind in ("ordinary", "awkward"):
+    operation = by_name(mutant.where)
+    for case in operation.small_cases:
+        if only in ("", case.name):
             yield case.name, list(results_of(operation, case, mutant.backend, "cpu", (mutant.dtype,)))

@@ -214,31 +214,7 @@ CUDA: dict[str, Table] = {
     },
 }
 
-# A case is compiled and takes seconds: those that show a mutant come first.
-FIRST_CASES = {
-    "every slice has the first rows' mask": "second half of a batch",
-    "border of windows on the other side": "windows cut at the border",
-    "the last of the tied maxima wins": "ties, first wins",
-    "nine places to a byte": "ties, all win",
-    "the search begins one place late": "padding, all negative",
-    "tower boundary ignored": "two towers",
-    "even window not reflected": "even window, two towers",
-    "the ReLU's mask forgotten, paper's order": "towers, paper",
-    "towers ignored in the backward": "towers, paper",
-    "windows' rows and columns exchanged": "overlapping windows",
-    "closed windows have a winner, 2012 order": "closed windows, code",
-    "tap one row off": "many taps",
-    "no zeros between the rows": "many taps",
-    "no zeros between the images": "many taps",
-    "blocks' rows and columns exchanged": "stride and padding",
-    "added taps kept, first taps dropped": "stride and padding",
-    "kernel filled up at the wrong end": "stride and padding",
-    "the other tower's columns": "towers, unequal sides",
-    "smoothing forgotten in the backward": "labels smoothed",
-    "a batch's losses weighed by the first": "a loss for each image",
-}
-
-_by_operation = (
+MUTANTS_OF_COMPILED = (
     *mutants("linear", LINEAR, "compiled"),
     *mutants("relu", RELU, "compiled"),
     *mutants("tanh", TANH, "compiled"),
@@ -252,18 +228,9 @@ _by_operation = (
     *mutants("conv2d", LIBRARY_BF16, "library", torch.bfloat16),
     *mutants("conv2d", LIBRARY, "library"),
     *mutants("cross_entropy", CROSS_ENTROPY, "compiled"),
-)
-_of_cuda = [mutant for where, table in CUDA.items() for mutant in mutants(where, table, "compiled")]
-
-MUTANTS_OF_CUDA = tuple(
-    mutant._replace(
-        name=f"on CUDA: {mutant.name}",
-        first_case=FIRST_CASES.get(mutant.name, ""),
-        pair=on_cuda.ON_CUDA[mutant.where],
-    )
-    for mutant in _of_cuda
-)
-MUTANTS_OF_COMPILED = (
-    *(mutant._replace(first_case=FIRST_CASES.get(mutant.name, "")) for mutant in _by_operation),
-    *MUTANTS_OF_CUDA,
+    *(
+        mutant._replace(name=f"on CUDA: {mutant.name}", pair=on_cuda.ON_CUDA[where])
+        for where, table in CUDA.items()
+        for mutant in mutants(where, table, "compiled")
+    ),
 )

@@ -1,4 +1,4 @@
-"""The mutants of the update rule and of the data path."""
+"""The mutants of the update rule, of the initialisation and of the data path."""
 
 from alexnet.data.augment import (
     Augment,
@@ -12,7 +12,8 @@ from alexnet.data.augment import (
     to_input,
 )
 from alexnet.gradcheck.mutants import Table, mutants, mutate
-from alexnet.gradcheck.rules import DATA, UPDATE
+from alexnet.gradcheck.rules import DATA, START, UPDATE
+from alexnet.model import initial_std, initialise
 from alexnet.optim import Krizhevsky, krizhevsky_update, parameter_groups
 
 _UPDATE: Table = {
@@ -44,6 +45,19 @@ _UPDATE: Table = {
     "frozen layers coast on": mutate(Krizhevsky.step, "if lr and params", "if params"),
 }
 
+_START: Table = {
+    "1 / fan-in for 2 / fan-in: the ReLU forgotten": mutate(initial_std, "(2.0 / fan_in)", "(1.0 / fan_in)"),
+    "variance for deviation under he": mutate(initial_std, "(2.0 / fan_in) ** 0.5", "2.0 / fan_in"),
+    "variance for deviation under fan_in": mutate(
+        initial_std, "/ fan_in) ** 0.5\n    return", "/ fan_in)\n    return"
+    ),
+    "fan-ins exchanged": mutate(initial_std, "PAPER_FAN_IN[i] / fan_in", "fan_in / PAPER_FAN_IN[i]"),
+    "fan-in ignored": mutate(
+        initial_std, "config.init_std[i] * (PAPER_FAN_IN[i] / fan_in) ** 0.5", "config.init_std[i]"
+    ),
+    "every bias 0": mutate(initialise, "config.init_bias[i]", "0.0"),
+}
+
 _DATA: Table = {
     "crop offset by one": mutate(crop_starts, "+ left) * 3", "+ (left - 1).clamp(min=0)) * 3"),
     "rows and columns of the crop exchanged": mutate(
@@ -73,4 +87,4 @@ _DATA: Table = {
     "ten views: five of them twice": mutate(Augment.ten_views, "views.flip(3)", "views"),
 }
 
-MUTANTS_OF_RULES = (*mutants(UPDATE, _UPDATE), *mutants(DATA, _DATA))
+MUTANTS_OF_RULES = (*mutants(UPDATE, _UPDATE), *mutants(START, _START), *mutants(DATA, _DATA))

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from alexnet.cli import CONF
 from alexnet.gradcheck.checks import Result, relative
 from alexnet.layers import cross_entropy, dropout_key
 from alexnet.layers.backend import OPERATIONS
@@ -38,21 +40,29 @@ LOSS_BOUND, WEIGHT_BOUND = 1e-10, 1e-9
 FLOAT32_BOUND = 1e-3
 TRAINING_STEPS, DROP_AFTER = 10, 5
 
-_MINI: dict[str, Any] = {
-    "image_px": 56,
-    "kernel_size": [7, 5, 3, 3, 3],
-    "stride": [2, 1, 1, 1, 1],
-    "padding": [[1, 2, 1, 2], [2, 2, 2, 2], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]],
-}
+
+def from_conf(name: str, **changes: Any) -> ModelConfig:
+    """conf/model/<name>.yaml on top of the files it names in its defaults, with `changes`."""
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), _model_file(name), changes)
+    config: ModelConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    return config
+
+
+def _model_file(name: str) -> DictConfig:
+    content = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+    below = [_model_file(base) for base in content.pop("defaults", []) if base != "_self_"]
+    return OmegaConf.merge(*below, content)  # type: ignore[return-value]
+
+
 # Every operation, both orders of block 1, both norms, towers, overlapping pools and ties of 2012, small enough for
 # float64: 28-14-7-3 pixels. alpha is large, so that the norms count.
-STEPS_NET = ModelConfig(
-    **_MINI, num_classes=5, channels=[8, 16, 12, 12, 8], hidden=[24, 20], order1=Order.lrn_pool_relu,
-    same_map_norm=True, lrn_alpha=0.1, init=Init.he,
+STEPS_NET = from_conf(
+    "mini", num_classes=5, channels=[8, 16, 12, 12, 8], hidden=[24, 20], order1=Order.lrn_pool_relu,
+    same_map_norm=True, lrn_alpha=0.1, lrn_alpha_divided=False, init=Init.he,
 )  # fmt: skip
 NETWORKS = {  # real shapes
-    "mini": ModelConfig(**_MINI, num_classes=200, hidden=[2048, 2048], init=Init.he),
-    "code145, 224 px": ModelConfig(order1=Order.lrn_pool_relu, same_map_norm=True, init=Init.he),
+    "mini": from_conf("mini", num_classes=200, init=Init.he),
+    "code145, 224 px": from_conf("code145", init=Init.he),
 }
 
 
@@ -197,38 +207,27 @@ def train_native(config: ModelConfig, device: str) -> Training:
 
 
 def step_results(
-    name: str, config: ModelConfig, backends: Mapping[str, str], device: str
+    name: str, config: ModelConfig, backends: Mapping[str, str], device: str, both_types: bool = False
 ) -> Iterator[Result]:
-    """Losses and weights of ten steps against native's in float64."""
-    yield from _steps(name, config, backends, device, train_native(config, device))
+    """Losses and weights of ten steps against native's in float64.
 
-
-def step_results_in_both_types(
-    name: str, config: ModelConfig, backends: Mapping[str, str], device: str
-) -> Iterator[Result]:
-    """The same, and the losses of float32 beside them. Only a small network stays on float64's path for ten steps: two
-    images throw the paper's about (its loss rises to 13), and rounding grows with every step, right gradients or not.
+    With `both_types` the losses of float32 too. Only a small network stays on float64's path for ten steps: two images
+    throw the paper's about (its loss rises to 13), and rounding grows with every step, right gradients or not.
     """
     native = train_native(config, device)
-    yield from _steps(name, config, backends, device, native)
-    ours = train_ours(config, backends, device, torch.float32)
-    result = _result(name, backends, device, "steps", _off(ours, native), FLOAT32_BOUND, "losses, float32")
-    result.dtype, result.curve = "float32", list(enumerate(ours.losses, start=1))
-    yield result
+    for dtype in (torch.float64, torch.float32) if both_types else (torch.float64,):
+        ours = train_ours(config, backends, device, dtype)
+        bound = LOSS_BOUND if dtype == torch.float64 else FLOAT32_BOUND
+        kind = str(dtype).removeprefix("torch.")
+        result = _result(name, backends, device, "steps", loss_error(ours, native), bound, f"losses, {kind}")
+        result.dtype, result.curve = kind, list(enumerate(ours.losses, start=1))
+        yield result
+        if dtype == torch.float64:
+            error = max(relative(w, native.weights[key]) for key, w in ours.weights.items())
+            yield _result(name, backends, device, "steps", error, WEIGHT_BOUND, "weights, float64")
 
 
-def _steps(
-    name: str, config: ModelConfig, backends: Mapping[str, str], device: str, native: Training
-) -> Iterator[Result]:
-    ours = train_ours(config, backends, device, torch.float64)
-    result = _result(name, backends, device, "steps", _off(ours, native), LOSS_BOUND, "losses, float64")
-    result.curve = list(enumerate(ours.losses, start=1))
-    yield result
-    off = max(relative(w, native.weights[key]) for key, w in ours.weights.items())
-    yield _result(name, backends, device, "steps", off, WEIGHT_BOUND, "weights, float64")
-
-
-def _off(ours: Training, native: Training) -> float:
+def loss_error(ours: Training, native: Training) -> float:
     """The largest relative difference of a loss."""
     return max(abs(a - b) / abs(b) for a, b in zip(ours.losses, native.losses, strict=True))
 
@@ -242,16 +241,5 @@ def _result(
     bound: float,
     what: str = "",
 ) -> Result:
-    backend = "+".join(sorted(set(backends.values())))
-    return Result(
-        f"network {name}",
-        backend,
-        device,
-        "float64",
-        f"batch of {IMAGES}",
-        "network",
-        check,
-        value,
-        bound,
-        what,
-    )
+    where = (f"network {name}", "+".join(sorted(set(backends.values()))), device, "float64")
+    return Result(*where, f"batch of {IMAGES}", "network", check, value, bound, what)

@@ -11,6 +11,8 @@ from alexnet import layers
 from alexnet.gradcheck.cases import (
     FUNCTION,
     Case,
+    Draw,
+    Evaluation,
     Identity,
     Make,
     Operation,
@@ -18,15 +20,12 @@ from alexnet.gradcheck.cases import (
     Rounding,
     Tensors,
     drawn,
-    evaluate,
     few_integers,
     normals,
     off_zero,
     separated,
 )
 from alexnet.layers.max_pool2d import two
-
-Draw = Callable[[torch.Generator], Tensor]
 
 # ---- linear ---------------------------------------------------------------------------------------------------
 
@@ -35,22 +34,27 @@ def _affine(x: tuple[int, ...], outputs: int, bias: bool = True) -> Make:
     return drawn(normals(*x), normals(outputs, x[-1]), *[normals(outputs)] * bias)
 
 
-def _linear_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
-    y, gradients = evaluate(layers.linear, options, [x.abs() for x in inputs], dy.abs(), "native")
-    outputs, width = inputs[1].shape
-    rows = dy.numel() // outputs
+def _magnitudes(function: Callable[..., Tensor], at: Evaluation) -> Tensors:
+    """Of y and of every gradient of a function that only adds and multiplies: the same with absolute values."""
+    positive = Evaluation.of(function, at.options, [x.abs() for x in at.inputs], at.dy.abs(), "native")
+    return [positive.y, *positive.gradients]
+
+
+def _linear_rounding(at: Evaluation) -> list[Rounding]:
+    outputs, width = at.inputs[1].shape
+    rows = at.dy.numel() // outputs
     counts = [(width + 1, 2), (outputs, 1), (rows, 1), (rows, 1)]
-    return [Rounding(m, *count) for m, count in zip([y, *gradients], counts, strict=False)]
+    magnitudes = _magnitudes(layers.linear, at)
+    return [Rounding(m, *count) for m, count in zip(magnitudes, counts, strict=False)]
 
 
-def adjoint(options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors) -> list[Identity]:
+def adjoint(at: Evaluation) -> list[Identity]:
     """y is linear in x and in w: <dy, y> = <dx, x> + <db, b> = <dw, w> + <db, b>."""
-    paid = sum(((g * b).sum() for g, b in zip(gradients[2:], inputs[2:], strict=True)), torch.zeros(()).to(y))
+    products = [(g * x).sum() for g, x in zip(at.gradients, at.inputs, strict=False)]
+    of_bias = products[2] if len(products) > 2 else 0.0
     names = ("<A x, dy> = <x, A' dy>", "<A w, dy> = <w, A' dy>")
-    return [
-        Identity(name, (g * x).sum() + paid, (dy * y).sum(), (dy * y).abs().sum())
-        for name, g, x in zip(names, gradients[:2], inputs[:2], strict=False)
-    ]
+    right, scale = (at.dy * at.y).sum(), (at.dy * at.y).abs().sum()
+    return [Identity(n, p + of_bias, right, scale) for n, p in zip(names, products[:2], strict=False)]
 
 
 LINEAR = Operation(
@@ -75,20 +79,15 @@ LINEAR = Operation(
 # ---- relu, tanh, dropout --------------------------------------------------------------------------------------
 
 
-def _exact(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+def _exact(at: Evaluation) -> list[Rounding]:
     """Copies and zeros: nothing is rounded."""
-    return [Rounding(torch.zeros_like(dy), 0, 0), Rounding(torch.zeros_like(inputs[0]), 0, 0)]
+    return [Rounding(torch.zeros_like(at.dy), 0, 0), Rounding(torch.zeros_like(at.x), 0, 0)]
 
 
-def homogeneous(
-    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
-) -> list[Identity]:
+def homogeneous(at: Evaluation, times: Tensor | int = 1) -> list[Identity]:
     """y(t x) = t y(x) for t > 0. Differentiate in t at 1 (Euler): <dx, x> = <dy, y>."""
-    return [
-        Identity(
-            "Euler: <dx, x> = <dy, y>", (gradients[0] * inputs[0]).sum(), (dy * y).sum(), (dy * y).abs().sum()
-        )
-    ]
+    sent = at.dy * at.y * times
+    return [Identity("Euler: <dx, x> = <dy, y>", (at.dx * at.x).sum(), sent.sum(), sent.abs().sum())]
 
 
 def _relu_pattern(options: Options, inputs: Tensors) -> Tensors:
@@ -113,24 +112,16 @@ RELU = Operation(
 )
 
 
-def _tanh_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+def _tanh_rounding(at: Evaluation) -> list[Rounding]:
     """dx = dy (1 - y y) with y off by FUNCTION roundings, twice; y itself stored once and read twice."""
-    y = inputs[0].tanh()
-    return [Rounding(y.abs(), FUNCTION, 1), Rounding(dy.abs() * (1 + y * y), 2 * FUNCTION + 3, 3)]
+    dx = at.dy.abs() * (1 + at.y * at.y)
+    return [Rounding(at.y.abs(), FUNCTION, 1), Rounding(dx, 2 * FUNCTION + 3, 3)]
 
 
-def _tanh_identities(
-    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
-) -> list[Identity]:
+def _tanh_identities(at: Evaluation) -> list[Identity]:
     """1 - tanh^2 = 1 / cosh^2."""
-    return [
-        Identity(
-            "dx cosh(x)^2 = dy",
-            gradients[0] * inputs[0].cosh() ** 2,
-            dy,
-            dy.abs().max() * inputs[0].cosh() ** 2,
-        )
-    ]
+    square = at.x.cosh() ** 2
+    return [Identity("dx cosh(x)^2 = dy", at.dx * square, at.dy, at.dy.abs().max() * square)]
 
 
 TANH = Operation(
@@ -149,10 +140,9 @@ TANH = Operation(
 )
 
 
-def _dropout_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+def _dropout_rounding(at: Evaluation) -> list[Rounding]:
     """One product with the scale, which may itself be rounded."""
-    y, (dx,) = evaluate(layers.dropout, options, inputs, dy, "native")
-    return [Rounding(y.abs(), 2, 1), Rounding(dx.abs(), 2, 1)]
+    return [Rounding(at.y.abs(), 2, 1), Rounding(at.dx.abs(), 2, 1)]
 
 
 def _dropout_cases() -> list[Case]:
@@ -195,10 +185,10 @@ def _windows_per_pixel(options: Options) -> int:
     return -(-kernel[0] // stride[0]) * -(-kernel[1] // stride[1])
 
 
-def _pool_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+def _pool_rounding(at: Evaluation) -> list[Rounding]:
     """A maximum is a copy; a pixel sums the dy of the windows it won."""
-    y, (dx,) = evaluate(layers.max_pool2d, options, inputs, dy.abs(), "native")
-    return [Rounding(torch.zeros_like(y), 0, 0), Rounding(dx, _windows_per_pixel(options), 1)]
+    dx = Evaluation.of(layers.max_pool2d, at.options, at.inputs, at.dy.abs(), "native").dx
+    return [Rounding(torch.zeros_like(at.y), 0, 0), Rounding(dx, _windows_per_pixel(at.options), 1)]
 
 
 def _winners(x: Tensor, y: Tensor, options: Options) -> Tensor:
@@ -210,19 +200,12 @@ def _winners(x: Tensor, y: Tensor, options: Options) -> Tensor:
     return (windows[:, :, : y.shape[2], : y.shape[3]] == y[..., None, None]).sum((-2, -1))
 
 
-def _pool_identities(
-    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
-) -> list[Identity]:
+def _pool_identities(at: Evaluation) -> list[Identity]:
     """Euler, every window counted once under "first", once for each of its winners under "all"; and what arrives is
     what was sent, counted alike."""
-    times = _winners(inputs[0], y, options) if options.get("ties") == "all" else 1
-    sent, dx = dy * times, gradients[0]
-    return [
-        Identity(
-            "Euler: <dx, x> = <dy, y>", (dx * inputs[0]).sum(), (sent * y).sum(), (sent * y).abs().sum()
-        ),
-        Identity("all of dy arrives", dx.sum(), sent.sum(), sent.abs().sum()),
-    ]
+    times = _winners(at.x, at.y, at.options) if at.options.get("ties") == "all" else 1
+    sent = at.dy * times
+    return [*homogeneous(at, times), Identity("all of dy arrives", at.dx.sum(), sent.sum(), sent.abs().sum())]
 
 
 def _pool_cases() -> list[Case]:
@@ -274,9 +257,8 @@ MAX_POOL2D = Operation(
 
 def _norm_magnitude(function: Callable[..., Tensor], options: Options, x: Tensor, dy: Tensor) -> Tensor:
     """|gain| + |competition|. On absolute values the gradient is gain - competition, and the gain is dy y/x."""
-    positive = x.abs().clamp(min=1e-30)
-    y, (dx,) = evaluate(function, options, [positive], dy.abs(), "native")
-    return 2 * dy.abs() * y / positive - dx
+    positive = Evaluation.of(function, options, [x.abs().clamp(min=1e-30)], dy.abs(), "native")
+    return 2 * dy.abs() * positive.y / positive.x - positive.dx
 
 
 def _norm_roundings(terms: int) -> int:
@@ -284,25 +266,30 @@ def _norm_roundings(terms: int) -> int:
     return 2 * terms + 2 * FUNCTION + 12
 
 
-def _norm_rounding(function: Callable[..., Tensor], power: int) -> Callable[..., list[Rounding]]:
-    def rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
-        y = function(inputs[0], **options, backend="native")
-        roundings = _norm_roundings(options["size"] ** power)
-        dx = _norm_magnitude(function, options, inputs[0], dy)
-        return [Rounding(y.abs(), roundings, 1), Rounding(dx, roundings, 1)]
+def _norm_rounding(function: Callable[..., Tensor], power: int) -> Callable[[Evaluation], list[Rounding]]:
+    def rounding(at: Evaluation) -> list[Rounding]:
+        roundings = _norm_roundings(at.options["size"] ** power)
+        dx = _norm_magnitude(function, at.options, at.x, at.dy)
+        return [Rounding(at.y.abs(), roundings, 1), Rounding(dx, roundings, 1)]
 
     return rounding
 
 
-def _norm_identities(
-    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
-) -> list[Identity]:
+def _norm_identity(at: Evaluation, s: Tensor, name: str) -> Identity:
     """Multiply the gradient by x and sum over a window: the double sum is s - k again."""
-    beta, k = options.get("beta", 0.75), options.get("k", 1.0)
-    s = torch.where(y == 0, 1.0, inputs[0] / torch.where(y == 0, 1.0, y)) ** (1 / beta)
-    right = (dy * y * (1 - 2 * beta + 2 * beta * k / s)).sum()
-    name = "sum x dx = (1-2b) sum dy y + 2bk sum dy y/s"
-    return [Identity(name, (inputs[0] * gradients[0]).sum(), right, (dy * y).abs().sum())]
+    beta, k = at.options.get("beta", 0.75), at.options.get("k", 1.0)
+    right = (at.dy * at.y * (1 - 2 * beta + 2 * beta * k / s)).sum()
+    return Identity(name, (at.x * at.dx).sum(), right, (at.dy * at.y).abs().sum())
+
+
+def _denominator(x: Tensor, y: Tensor, beta: float) -> Tensor:
+    """s of y = x s^-beta; 1 where y is 0."""
+    return torch.where(y == 0, 1.0, x / torch.where(y == 0, 1.0, y)) ** (1 / beta)
+
+
+def _norm_identities(at: Evaluation) -> list[Identity]:
+    s = _denominator(at.x, at.y, at.options.get("beta", 0.75))
+    return [_norm_identity(at, s, "sum x dx = (1-2b) sum dy y + 2bk sum dy y/s")]
 
 
 def _norm_case(name: str, kind: str, *shape: int, size: int, **options: Any) -> Case:
@@ -372,14 +359,14 @@ SAME_MAP_NORM = Operation(
 # ---- convolution ----------------------------------------------------------------------------------------------
 
 
-def _conv_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+def _conv_rounding(at: Evaluation) -> list[Rounding]:
     """Stored twice: columns of dx before they are folded, pieces of dw before they are summed, y before its bias."""
-    y, gradients = evaluate(layers.conv2d, options, [x.abs() for x in inputs], dy.abs(), "native")
-    outputs, *taps = inputs[1].shape
-    positions = dy.numel() // outputs
-    into_pixel = outputs // options.get("groups", 1) * taps[1] * taps[2]
+    outputs, *taps = at.inputs[1].shape
+    positions = at.dy.numel() // outputs
+    into_pixel = outputs // at.options.get("groups", 1) * taps[1] * taps[2]
     counts = [(taps[0] * taps[1] * taps[2] + 1, 2), (into_pixel, 2), (positions, 2), (positions, 1)]
-    return [Rounding(m, *count) for m, count in zip([y, *gradients], counts, strict=False)]
+    magnitudes = _magnitudes(layers.conv2d, at)
+    return [Rounding(m, *count) for m, count in zip(magnitudes, counts, strict=False)]
 
 
 def _conv_case(name: str, kind: str, x: tuple[int, ...], w: tuple[int, ...], **options: Any) -> Case:
@@ -423,28 +410,25 @@ CONV2D = Operation(
 # ---- cross-entropy --------------------------------------------------------------------------------------------
 
 
-def _cross_entropy_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+def _cross_entropy_rounding(at: Evaluation) -> list[Rounding]:
     """An error e in the exponent is a factor 1 + e of p, and the exponent x - lse is rounded in proportion to its
     size: so the largest |x - lse| counts like a number of roundings, as do K summands and two functions."""
-    x, target = inputs
-    loss = layers.cross_entropy(x, target, **options, backend="native")
+    (x, target), options = at.inputs, at.options
     lse = x.logsumexp(1, keepdim=True)
     roundings = x.shape[1] + 3 * FUNCTION + 4 * int((x - lse).abs().max()) + 2 * int(x.abs().max()) + 8
     smoothing = options.get("label_smoothing", 0.0)
     q = smoothing / x.shape[1] + (1 - smoothing) * F.one_hot(target, x.shape[1])
-    weight = dy.reshape(-1, 1).abs() / (len(x) if options.get("reduction", "mean") == "mean" else 1)
-    size = (x.abs().amax(1) + lse[:, 0].abs()).reshape(loss.shape or (-1,))
+    weight = at.dy.reshape(-1, 1).abs() / (len(x) if options.get("reduction", "mean") == "mean" else 1)
+    size = (x.abs().amax(1) + lse[:, 0].abs()).reshape(at.y.shape or (-1,))
     total = {"none": size, "sum": size.sum()}.get(options.get("reduction", "mean"), size.mean())
     # The loss of half types stays in float32, so nothing of it is stored in the half type.
     return [Rounding(total, roundings + len(x), 0), Rounding(weight * ((x - lse).exp() + q), roundings, 1)]
 
 
-def _rows_sum_to_zero(
-    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
-) -> list[Identity]:
+def _rows_sum_to_zero(at: Evaluation) -> list[Identity]:
     """p and q both sum to 1 over the classes."""
-    dx = gradients[0]
-    return [Identity("each row of dx sums to 0", dx.sum(1), torch.zeros_like(dx[:, 0]), dx.abs().sum(1))]
+    zeros = torch.zeros_like(at.dx[:, 0])
+    return [Identity("each row of dx sums to 0", at.dx.sum(1), zeros, at.dx.abs().sum(1))]
 
 
 def _logits_case(name: str, kind: str, images: int, classes: int, times: float = 1.0, **options: Any) -> Case:
@@ -481,40 +465,31 @@ CROSS_ENTROPY = Operation(
 
 def _stages(options: Options, x: Tensor) -> tuple[Tensor, Tensor, Options, Options]:
     """What enters the norm, what enters the pool, and their options; by native operations."""
-    norm = {key: options[key] for key in ("size", "alpha", "beta", "k")} | {
-        "groups": options.get("groups", 1)
-    }
+    norm = {key: options[key] for key in ("size", "alpha", "beta", "k", "groups") if key in options}
     pool = {"kernel_size": 3, "stride": 2, "ceil_mode": options.get("ceil_mode", True)}
     a = x.clamp(min=0) if options["order"] == "relu_lrn_pool" else x
     b = layers.local_response_norm(a, **norm, backend="native")
     return a, b, norm, pool | {"ties": options.get("ties", "first")}
 
 
-def _block_rounding(options: Options, inputs: Tensors, dy: Tensor) -> list[Rounding]:
+def _block_rounding(at: Evaluation) -> list[Rounding]:
     """The pool's and the norm's, one after the other; what lies between them may be stored twice more."""
-    x = inputs[0]
-    a, b, norm, pool = _stages(options, x)
-    y, (db,) = evaluate(layers.max_pool2d, pool, [b], dy.abs(), "native")
-    if options["order"] == "lrn_pool_relu":
-        _, (db,) = evaluate(layers.max_pool2d, pool, [b], dy.abs() * (y > 0), "native")
-    dx = _norm_magnitude(layers.local_response_norm, norm, a, db)
-    dx = dx * (x > 0) if options["order"] == "relu_lrn_pool" else dx
-    roundings = _norm_roundings(options["size"])
-    return [Rounding(y.abs(), roundings, 2), Rounding(dx, roundings + _windows_per_pixel(pool), 3)]
+    a, b, norm, pool = _stages(at.options, at.x)
+    paper = at.options["order"] == "relu_lrn_pool"
+    dm = at.dy.abs() * (1 if paper else at.y > 0)
+    db = Evaluation.of(layers.max_pool2d, pool, [b], dm, "native").dx
+    dx = _norm_magnitude(layers.local_response_norm, norm, a, db) * (at.x > 0 if paper else 1)
+    roundings = _norm_roundings(at.options["size"])
+    return [Rounding(at.y.abs(), roundings, 2), Rounding(dx, roundings + _windows_per_pixel(pool), 3)]
 
 
-def _block_identities(
-    options: Options, inputs: Tensors, dy: Tensor, y: Tensor, gradients: Tensors
-) -> list[Identity]:
-    """The norm's identity, where only the winners of the windows are paid."""
-    beta, k = options["beta"], options["k"]
-    a, b, _, pool = _stages(options, inputs[0])
-    s = torch.where(b == 0, 1.0, a / torch.where(b == 0, 1.0, b)) ** (1 / beta)
+def _block_identities(at: Evaluation) -> list[Identity]:
+    """The norm's identity, where only the winners of the windows receive a gradient."""
+    a, b, _, pool = _stages(at.options, at.x)
     (winner,) = _pool_pattern(pool, [b])
-    s_won = s.flatten(2).gather(2, winner.flatten(2)).reshape(y.shape)
-    right = (dy * y * (1 - 2 * beta + 2 * beta * k / s_won)).sum()
-    left = (inputs[0] * gradients[0]).sum()
-    return [Identity("sum x dx = sum over winners, as the norm", left, right, (dy * y).abs().sum())]
+    s = _denominator(a, b, at.options["beta"])
+    s_won = s.flatten(2).gather(2, winner.flatten(2)).reshape(at.y.shape)
+    return [_norm_identity(at, s_won, "sum x dx = sum over winners, as the norm")]
 
 
 def _block_pattern(options: Options, inputs: Tensors) -> Tensors:
@@ -532,7 +507,7 @@ def _block_case(name: str, kind: str, *shape: int, order: str, **options: Any) -
 
 
 def _two_maps_closed(*shape: int) -> Draw:
-    """All windows of the first two maps are closed: each pays a tie of zeros, which the ReLU must stop."""
+    """All windows of the first two maps are closed: zeros tie in each, and the ReLU must stop their gradient."""
 
     def draw(g: torch.Generator) -> Tensor:
         x = separated(*shape)(g)
@@ -571,3 +546,7 @@ RELU_LRN_POOL = Operation(
 ALL = (
     LINEAR, RELU, TANH, DROPOUT, MAX_POOL2D, LOCAL_RESPONSE_NORM, SAME_MAP_NORM, CONV2D, CROSS_ENTROPY, RELU_LRN_POOL
 )  # fmt: skip
+
+
+def by_name(name: str) -> Operation:
+    return next(operation for operation in ALL if operation.name == name)

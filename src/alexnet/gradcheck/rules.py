@@ -1,30 +1,37 @@
-"""The update rule and the data path: no backward, but mistakes there train a worse network without a word.
+"""Update rule, initialisation and data path: no backward, but a mistake there trains a worse network in silence.
 
 Each rule is held against the formula it came from, written out here in float64 or by plain slicing, or against an
 identity that only the right rule satisfies. Nothing is shared with the code under test but its name.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alexnet import optim
+from alexnet import model, optim
 from alexnet.data import augment
 from alexnet.data.augment import AugmentConfig, Colour, Draws, Flip, InputScale
 from alexnet.gradcheck.checks import Result, relative
+from alexnet.model import Init, ModelConfig
 
 Check = Callable[[], float]
 EXACT, ROUNDED = 1e-12, 1e-6  # float64 by another order of operations; images are float32
-UPDATE, DATA = "update rule", "data path"
+UPDATE, START, DATA = RULES = ("update rule", "initialisation", "data path")
 
 
 def rule_results(only: str = "") -> Iterator[Result]:
-    """Every check of this file (or of its update rule or data path), each one number and its bound."""
-    for what, (check, bound) in {**UPDATE_CHECKS, **DATA_CHECKS}.items():
-        operation, dtype = (UPDATE, "float64") if what in UPDATE_CHECKS else (DATA, "float32")
-        if only in ("", operation):
-            yield Result(operation, "-", "cpu", dtype, what, "ordinary", "rule", check(), bound)
+    """Every check of this file, or those of one rule: each one number and its bound."""
+    for rule, dtype, checks in (
+        (UPDATE, "float64", UPDATE_CHECKS),
+        (START, "float64", START_CHECKS),
+        (DATA, "float32", DATA_CHECKS),
+    ):
+        for what, (check, bound) in checks.items():
+            if only in ("", rule):
+                yield Result(rule, "-", "cpu", dtype, what, "ordinary", "rule", check(), bound)
 
 
 # ---- the update rule (section 5) ------------------------------------------------------------------------------
@@ -138,6 +145,89 @@ UPDATE_CHECKS: dict[str, tuple[Check, float]] = {
     "9 v still to come after a drop": (_residual_after_a_drop, EXACT),
     "8.1 v apart from torch.optim.SGD": (_unlike_sgd_after_a_drop, EXACT),
     "conv1 frozen, velocity included": (_frozen, 0.0),
+}
+
+
+# ---- the initialisation (section 5) ---------------------------------------------------------------------------
+
+SMALL_NET: dict[str, Any] = {"image_px": 32, "channels": [8] * 5, "hidden": [40, 30], "num_classes": 20,
+                             "kernel_size": [5, 3, 3, 3, 3], "stride": [1] * 5, "padding": [[1] * 4] * 5}  # fmt: skip
+
+
+def _variance_of_a_sum() -> float:
+    """fan-in var(w): that of the network of 2012 under `fan_in`, 2 under `he`; `normal` is what is configured."""
+    wrong = []
+    for i, paper_fan_in in enumerate(model.PAPER_FAN_IN):
+        config = ModelConfig(init_std=[0.01 * (j + 1) for j in range(8)])
+        expected = {Init.normal: config.init_std[i] ** 2 * 50, Init.fan_in: config.init_std[i] ** 2 * paper_fan_in,
+                    Init.he: 2.0}  # fmt: skip
+        for init, variance in expected.items():
+            std = model.initial_std(replace(config, init=init), i, 50)
+            wrong.append(abs(50 * std**2 - variance) / variance)
+    return max(wrong)
+
+
+def _signal_through_relus() -> float:
+    """Ten layers of He's weights and ReLUs, 512 wide: the mean square comes out as it went in, but for chance.
+
+    relu(z)^2 of a normal z has mean 1/2 and variance 5/4, so a layer's mean square has a relative deviation of
+    sqrt(5/512), and the logarithm after ten layers one of sqrt(50/512): the bound is three of them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 512, generator=generator, dtype=torch.float64)
+    std = model.initial_std(ModelConfig(init=Init.he), 0, 512)
+    for _ in range(10):
+        x = (x @ (std * torch.randn(512, 512, generator=generator, dtype=torch.float64))).clamp(min=0)
+    return abs(float(x.square().mean().log()))
+
+
+def _weights_as_asked() -> float:
+    """Deviation of the largest layers' weights within 5 %, 4 times its standard error; biases exactly."""
+    config = ModelConfig(**SMALL_NET, init=Init.he)
+    net = model.AlexNet(config, seed=0)
+    off = [
+        abs(float(w.detach().std()) * (w[0].numel() / 2) ** 0.5 - 1) for w in (net.fc6.weight, net.fc7.weight)
+    ]
+    biases = [getattr(net, name).bias for name in model.LAYERS]
+    exact = all(bool((b == value).all()) for b, value in zip(biases, config.init_bias, strict=True))
+    return max(off) if exact else float("inf")
+
+
+START_CHECKS: dict[str, tuple[Check, float]] = {
+    "variance of a unit's sum": (_variance_of_a_sum, EXACT),
+    "mean square kept by ten ReLU layers": (_signal_through_relus, 3 * (50 / 512) ** 0.5),
+    "weights and biases as asked": (_weights_as_asked, 0.05),
+}
+
+
+# ---- one call of a rule, for the diagnosis ----------------------------------------------------------------------
+
+
+def _update_call(decay: float) -> Callable[[Callable[..., Any]], dict[str, Tensor]]:
+    def call(update: Callable[..., Any]) -> dict[str, Tensor]:
+        w, v = (torch.tensor(values, dtype=torch.float64) for values in ([1.0, -2.0], [0.5, 0.25]))
+        for g in ([1.0, 2.0], [-1.0, 0.5]):
+            update([w], [torch.tensor(g, dtype=torch.float64)], [v], 0.1, 0.9, decay)
+        return {"w": w, "v": v}
+
+    call.__doc__ = (
+        f"two steps: lr=0.1, momentum=0.9, decay={decay}, w=[1, -2], v=[0.5, 0.25], g=[1, 2] then [-1, 0.5]"
+    )
+    return call
+
+
+def _std_call(init: Init) -> Callable[[Callable[..., Any]], dict[str, Tensor]]:
+    def call(initial_std: Callable[..., Any]) -> dict[str, Tensor]:
+        config = ModelConfig(init=init)
+        return {"std": torch.tensor([initial_std(config, i, 100) for i in range(8)], dtype=torch.float64)}
+
+    call.__doc__ = f"conv1 to fc8 with 100 inputs a unit, init={init}, init_std=0.01"
+    return call
+
+
+CALLS = {
+    "update_rule": [_update_call(0.0), _update_call(0.05)],
+    "initialisation": [_std_call(init) for init in (Init.normal, Init.he, Init.fan_in)],
 }
 
 

@@ -9,18 +9,13 @@ from typing import Any
 import torch
 
 from alexnet.errors import UserError
+from alexnet.gradcheck import exercises, reader
 from alexnet.gradcheck.cases import Case, Operation
 from alexnet.gradcheck.checks import Result, results_of
 from alexnet.gradcheck.config import CheckGradients
 from alexnet.gradcheck.mutants import Kill, Mutant, try_to_kill
 from alexnet.gradcheck.mutants_of_reference import MUTANTS
-from alexnet.gradcheck.network import (
-    NETWORKS,
-    STEPS_NET,
-    network_results,
-    step_results,
-    step_results_in_both_types,
-)
+from alexnet.gradcheck.network import NETWORKS, STEPS_NET, network_results, step_results
 from alexnet.gradcheck.operations import ALL
 from alexnet.gradcheck.rules import rule_results
 from alexnet.layers import Backend, Backends
@@ -63,6 +58,22 @@ class Proof:
             "skipped": self.skipped,
             "kills": [{**kill.__dict__, "killed": bool(kill.killed_by)} for kill in self.kills],
         }
+
+
+def check(config: CheckGradients, say: Say = print) -> bool:
+    """What was asked for: an exercise, the proof of the reader's file, or the proof of ours. False if it failed."""
+    if config.mine:
+        return reader.prove_mine(config.mine, config.output_dir, say)
+    if config.exercise is None:
+        return prove(config, say).passed
+    if config.exercise == "list":
+        say(exercises.listing(config.output_dir))
+    elif config.hint is not None:
+        say(exercises.hint(config.exercise, config.hint))
+    else:
+        path = exercises.write_skeleton(config.exercise, config.into)
+        say(f"{path}\nhints  exercise={config.exercise} hint=1\nproof  mine={path}")
+    return True
 
 
 def prove(config: CheckGradients, say: Say = print) -> Proof:
@@ -182,18 +193,14 @@ def network_backends(config: CheckGradients, device: str) -> list[dict[str, str]
 def _network_results(config: CheckGradients, backends: dict[str, str], device: str) -> Iterator[Result]:
     for name, model in NETWORKS.items():
         yield from network_results(name, model, backends, device)
-    yield from step_results_in_both_types("ten steps", STEPS_NET, backends, device)
+    yield from step_results("ten steps", STEPS_NET, backends, device, both_types=True)
     if config.full:
         yield from step_results("ten steps, code145", NETWORKS["code145, 224 px"], backends, device)
 
 
 def _worst_parameter(results: list[Result], like: Result) -> Result:
-    same = [
-        r
-        for r in results
-        if (r.operation, r.backend, r.device, r.check)
-        == (like.operation, like.backend, like.device, "parameters")
-    ]
+    where = (like.operation, like.backend, like.device, like.check)
+    same = [r for r in results if (r.operation, r.backend, r.device, r.check) == where]
     worst = max(same, key=lambda result: result.share)
     return replace(worst, what=f"{len(same)} gradients; {worst.what}")
 
@@ -201,7 +208,7 @@ def _worst_parameter(results: list[Result], like: Result) -> Result:
 def _mutants(config: CheckGradients, proof: Proof, say: Say) -> None:
     say(f"\n{KILL_HEAD}")
     for mutant in mutants(config):
-        proof.kills.append(try_to_kill(mutant))
+        proof.kills.append(try_to_kill(mutant, compiled=config.full))
         say(kill_row(proof.kills[-1]))
 
 
@@ -223,11 +230,11 @@ def mutants(config: CheckGradients) -> Iterator[Mutant]:
 # ---- what is printed ------------------------------------------------------------------------------------------
 
 OPERATION_HEAD = (
-    f"{'':20} {'':10} {'':5} {'':5} {'differences':>12} {'autograd':>9} {'identity':>9} {'share of bound':>15}\n"
+    f"{'':20} {'':10} {'':5} {'':5} {'differences':>12} {'autograd':>9} {'identity':>9} {'error / bound':>15}\n"
     f"{'operation':20} {'backend':10} {'on':5} {'cases':>5} {'slope|error':>12} {'float64':>9} {'float64':>9}"
     f" {'fp32':>7} {'bf16':>7}   {'s':>4}"
 )
-ROW_HEAD = f"{'checked':31} {'backend':10} {'on':5} {'':28} {'error':>8} {'bound':>6} {'used':>6}"
+ROW_HEAD = f"{'checked':31} {'backend':10} {'on':5} {'':28} {'error':>8} {'bound':>6} {'ratio':>6}"
 KILL_HEAD = f"{'mutant (a differences, b autograd, c identity)':61} {'':3} killed on"
 
 
@@ -293,4 +300,4 @@ def verdict(proof: Proof) -> str:
 def verdict_line(proof: Proof) -> str:
     line = f"{len(proof.results):,} checks in {proof.seconds:.0f} s, {len(proof.failures)} failed"
     most = max((r.share for r in proof.results if r.passed), default=None)
-    return line if most is None else f"{line}; the most that was used of a bound is {100 * most:.1f}%"
+    return line if most is None else f"{line}; the largest error is {100 * most:.1f} % of its bound"
