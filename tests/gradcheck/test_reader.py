@@ -41,9 +41,7 @@ def proven(path, text, tmp_path, exercise):
     path.write_text(text)
     said = []
     passed = reader.prove_mine(str(path), str(tmp_path), said.append)
-    assert len(said) == 1
-    assert said[0].startswith(exercise.name)
-    return passed, said[0]
+    return passed, next(text for text in said if text.startswith(f"{exercise.name} "))
 
 
 def with_backward(exercise, body):
@@ -76,7 +74,8 @@ def test_a_skeleton_does_not_hold_the_solution(exercise):
     wanted = getattr(exercise.module, exercise.functions[-1])
     body = [line.strip() for line in inspect.getsource(wanted).split('"""')[-1].splitlines()]
     text = skeleton(exercise)
-    assert [line for line in body if len(line) > 12 and line in text and not line.startswith("def ")] == []
+    formulas = [line for line in body if "backward(" in line or any(sign in line for sign in "*@/")]
+    assert [line for line in formulas if line in text] == []
     assert "Backward" not in text
 
 
@@ -144,7 +143,8 @@ def test_every_known_mistake_in_the_readers_file_is_named(exercise, tmp_path):
         ("tanh", "return dy * (1 - y * y * y)", "dx is wrong in"),
         ("relu", "return 0 * dy", "dx is zero"),
         ("tanh", "return (dy * (1 - y * y)).float().to(dy.dtype)", "dx is right to six digits only"),
-        ("linear", "dy2 = dy.flatten(0, -2); return dy @ w, 3 * dy2.T @ x.flatten(0, -2), dy2.sum(0)", "dw is 3 times"),
+        ("linear", "flat = dy.flatten(0, -2)\n    dw = 3 * flat.T @ x.flatten(0, -2)\n"
+         "    return dy @ w, dw, flat.sum(0) if needs[2] else None", "dw is 3 times"),
     ],
 )  # fmt: skip
 def test_a_mistake_that_is_not_known_gets_a_fact_and_no_name(name, body, fact, tmp_path):
@@ -172,8 +172,8 @@ def test_the_smallest_numbers_are_shown_as_a_table(tmp_path):
 @pytest.mark.parametrize(
     ("body", "line"),
     [
-        ("return dy[0]", r"dx has shape \(.*\), must be \("),
         ("return (dy * (y > 0)).half()", "dx has type torch.float16, must be torch.float64"),
+        ("return dy[:, :1]", r"dx has shape \(.*\), must be \("),
         ("return None", "dx must be a tensor, not NoneType"),
         (
             "return dy.mul_(y > 0)",
@@ -187,8 +187,7 @@ def test_what_breaks_the_contract_is_said_in_one_line(body, line, tmp_path):
     exercise = exercise_named("relu")
     passed, said = proven(tmp_path / "own.py", with_backward(exercise, body), tmp_path, exercise)
     assert not passed
-    (found,) = [row for row in said.splitlines() if row.endswith("more)")]
-    assert re.search(line, found), said
+    assert [row for row in said.splitlines() if re.search(line, row)], said
 
 
 def test_a_pair_that_remembers_the_call_before_is_found(tmp_path):

@@ -3,6 +3,7 @@
 Every picture is drawn from what the layers themselves computed, backward included.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from importlib import import_module
@@ -32,9 +33,11 @@ from alexnet.gradcheck.figures import (
     units_picture,
     update_picture,
 )
+from alexnet.gradcheck.mathematics import MAP, Idea, glossary, located
 from alexnet.gradcheck.mutants import Kill, mutate
 from alexnet.gradcheck.operations import ALL, LOCAL_RESPONSE_NORM
 from alexnet.gradcheck.rules import RULES
+from alexnet.gradcheck.walk import walk
 from alexnet.html import mathematics, picture, render
 from alexnet.layers.backend import PAIRS
 from alexnet.layers.local_response_norm import local_response_norm_backward
@@ -48,7 +51,7 @@ SECTIONS = {
     "tanh": "Tanh",
     "max_pool2d": "Overlapping max pooling",
     "local_response_norm": "Local response normalisation",
-    "same_map_norm": "The norm that the paper does not mention",
+    "same_map_norm": "Normalisation within a map",
     "relu_lrn_pool": "ReLU, norm and pool in one",
     "dropout": "Dropout",
     "cross_entropy": "Softmax and cross-entropy",
@@ -74,6 +77,9 @@ def write_lesson(
         kills=_by_place(kills),
         results=_results(results),
         pictures={name: picture(draw()) for name, draw in _pictures(results).items()},
+        ideas={branch: [_idea(idea) for idea in ideas] for branch, ideas in MAP.items()},
+        terms=glossary(),
+        **_walk(),
         command=made["command"],
         provenance=_provenance(made),
         skipped=made["skipped"],
@@ -84,6 +90,43 @@ def write_lesson(
 def _derived() -> dict[str, ModuleType]:
     """The modules whose docstrings are chapters."""
     return {name: import_module(f"alexnet.layers.{name}") for name in SECTIONS} | {"optim": optim}
+
+
+def _idea(idea: Idea) -> dict[str, str]:
+    return {**idea._asdict(), "number": idea.number(), "place": located(idea.place)}
+
+
+def _walk() -> dict[str, Any]:
+    """The steps with their numbers as LaTeX, and the comparison with autograd."""
+    steps, compared = walk()
+    rows = [
+        {
+            "name": re.sub(r"([wb])(\d)", r"\1_\2", name),
+            "ours": _listed(ours),
+            "theirs": _listed(theirs),
+            "difference": f"{float((ours - theirs).abs().max()):.0e}",
+        }
+        for name, ours, theirs in compared
+    ]
+    shown = [
+        {**step._asdict(), "numbers": [(n, _matrix(x)) for n, x in step.numbers.items()]} for step in steps
+    ]
+    return {"steps": shown, "compared": rows}
+
+
+def _four_digits(number: float) -> str:
+    return f"{number + 0.0:.4g}".replace("-0", "0") if number == 0 else f"{number:.4g}"
+
+
+def _matrix(x: Tensor) -> str:
+    if x.dim() == 0:
+        return _four_digits(float(x))
+    rows = [" & ".join(map(_four_digits, row)) for row in x.reshape(-1, x.shape[-1]).tolist()]
+    return r"\begin{pmatrix} " + r" \\ ".join(rows) + r" \end{pmatrix}"
+
+
+def _listed(x: Tensor) -> str:
+    return ", ".join(map(_four_digits, x.flatten().tolist()))
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Verdict:
 def prove_mine(path: str, output_dir: str, say: Callable[[str], None] = print) -> bool:
     """Proves every exercise that the file answers, says what was found, and whether all of it holds."""
     module = import_file(path)
-    answered = [e for e in EXERCISES if hasattr(module, e.functions[-1])]
+    answered = [e for e in EXERCISES if _is_defined(module, e.functions[-1])]
     if not answered:
         wanted = ", ".join(exercise.functions[-1] for exercise in EXERCISES)
         raise UserError(f"mine={path}: the file must define at least one of {wanted}")
@@ -79,6 +79,11 @@ def prove_mine(path: str, output_dir: str, say: Callable[[str], None] = print) -
         )
         passed = passed and verdict.passed
     return passed
+
+
+def _is_defined(module: ModuleType, name: str) -> bool:
+    """Whether the file defines the function itself; one that it only imports is not the reader's."""
+    return getattr(getattr(module, name, None), "__module__", None) == module.__name__
 
 
 def proven(exercise: Exercise, module: ModuleType) -> Verdict:
@@ -136,8 +141,10 @@ def guarded(operation: str, pair: Pair, path: str) -> Pair:
             raise Fault(f"{operation}_backward must return {wanted}")
         needs = arguments[-1] if len(names) > 1 else (True,)
         for name, operand, gradient, needed in zip(names, operands, gradients, needs, strict=True):
-            if needed and operand is not None:
+            if operand is not None and needed:
                 _check_like(f"d{name}", gradient, operand)
+            elif operand is None and gradient is not None:
+                raise Fault(f"d{name} must be None where there is no {name}: `needs` says so")
         return returned
 
     return pair._replace(forward=forward, backward=backward)
