@@ -13,9 +13,9 @@ class CheckGradients:
 
     # The backend to check, as in training: reference, fast, backend.conv2d=compiled, ...
     backend: Backends = field(default_factory=Backends)
-    # Every backend that can be had on every device, and the ten steps with the paper's network.
+    # Every backend on every device, the paper's network in the ten steps; mutants of compiled pairs compiled too.
     full: bool = False
-    # Run every mutant of the kill table and say which check kills it.
+    # Run every mutant and say which check kills it.
     mutants: bool = False
     # Only these operations (and no network); empty: all.
     operations: list[str] = field(default_factory=list)

@@ -235,13 +235,7 @@ def _box(
     corner = (x - 0.5 + inset, y - 0.5 + inset)
     axes.add_patch(
         Rectangle(
-            corner,
-            w - 2 * inset,
-            h - 2 * inset,
-            fill=False,
-            edgecolor=colour,
-            linewidth=width,
-            clip_on=False,
+            corner, w - 2 * inset, h - 2 * inset, fill=False, edgecolor=colour, linewidth=width, clip_on=False
         )
     )
 

@@ -2,12 +2,7 @@
 
 from alexnet.gradcheck.mutants import Table, mutants, mutate
 from alexnet.gradcheck.mutants_of_rules import MUTANTS_OF_RULES
-from alexnet.layers.conv2d import (
-    _weight_from_rows,
-    conv2d_backward,
-    fold,
-    images_at_once,
-)
+from alexnet.layers.conv2d import _weight_from_rows, conv2d_backward, fold, images_at_once
 from alexnet.layers.cross_entropy import cross_entropy_backward
 from alexnet.layers.dropout import dropout_backward, dropout_forward
 from alexnet.layers.linear import linear_backward

@@ -1,6 +1,6 @@
-"""The network as a whole: its gradients on real shapes, and ten steps of training beside torch's.
+"""The network as a whole: its gradients on real shapes, and ten steps of training compared with torch's.
 
-d) A network is right when its layers are and they are put together right. Its loss L is a number; along a random
+d) A network is right if its layers are right and in the right order. Its loss L is a number; along a random
    direction d in all parameters and the image at once, (L(w + h d) - L(w - h d)) / 2h must be <gradient, d>. It takes
    two forward passes, however many parameters there are. A direction crosses kinks (units that open, windows whose
    winner changes), each of which adds an error of order h times its share: few at h = 1e-7. And every parameter's

@@ -1,4 +1,4 @@
-"""Runs every check on everything that can be had here, prints one table, and knows whether all of it held."""
+"""Runs every check with every backend that was asked for, prints one table, and says whether all checks passed."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Proof:
-    """Everything that was measured, and what could not be."""
+    """All results, and what was skipped."""
 
     results: list[Result] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -77,7 +77,7 @@ def check(config: CheckGradients, say: Say = print) -> bool:
 
 
 def prove(config: CheckGradients, say: Say = print) -> Proof:
-    """Checks what `config` asks for, says each row when it is known, and writes results.json."""
+    """Checks what `config` asks for, prints each row as soon as it is known, and writes results.json."""
     started, proof = time.perf_counter(), Proof()
     say(OPERATION_HEAD)
     for device in devices():
@@ -130,16 +130,16 @@ def _operation(operation: Operation, config: CheckGradients, device: str, proof:
 
 
 def _dtypes(case: Case, backend: str, full: bool) -> tuple[torch.dtype, ...]:
-    """Every type; but each shape and type of a compiled pair is a graph of its own and costs seconds to make. Unless
-    everything is asked for, awkward cases are left to float64 there, and the paper's shapes to bfloat16, in which
-    `fast` trains: in float64 they stand in the networks."""
+    """Every type; but a compiled pair needs a graph for each shape and type, and each takes seconds to compile. So
+    without full=true its awkward cases are checked in float64 only, and the paper's shapes in bfloat16 only, in which
+    `fast` trains; the networks check them in float64."""
     if full or backend in (Backend.reference, Backend.triton):
         return DTYPES
     return {"ordinary": DTYPES, "awkward": DTYPES[:1]}.get(case.kind, DTYPES[2:])
 
 
 def backends_for(operation: str, config: CheckGradients, device: str, skipped: list[str]) -> list[str]:
-    """What the configuration resolves to here, and with full=true every other pair; what cannot be had is noted."""
+    """What the configuration resolves to here, with full=true every other pair; those not available go to `skipped`."""
     chosen = [getattr(config.backend, operation) or config.backend.default]
     chosen += [Backend.reference, Backend.compiled, Backend.triton] if config.full else []
     found: list[str] = []
@@ -151,7 +151,7 @@ def backends_for(operation: str, config: CheckGradients, device: str, skipped: l
             continue
         if backend == Backend.native:
             skipped.append(
-                f"skipped  {operation}, native: torch's own gradient is what the others are held to"
+                f"skipped  {operation}, native: torch's own gradient is what the others are compared with"
             )
         elif backend == Backend.triton and device != "cuda":
             skipped.append(f"skipped  {operation}, triton on {device}: its kernels need a CUDA device")
@@ -177,7 +177,7 @@ def _networks(config: CheckGradients, proof: Proof, say: Say) -> None:
 
 
 def network_backends(config: CheckGradients, device: str) -> list[dict[str, str]]:
-    """The mapping that training would use, and with full=true one for every other pair that can be had."""
+    """The mapping that training would use, and with full=true one for every other pair."""
     per_operation = {name: backends_for(name, config, device, []) or ["reference"] for name in OPERATIONS}
     found = [{name: choices[0] for name, choices in per_operation.items()}]
     for backend in (Backend.reference, Backend.compiled, Backend.triton) if config.full else ():
@@ -275,7 +275,7 @@ def result_row(result: Result) -> str:
 
 
 def percent(share: float) -> str:
-    """Six characters at most, also where a bound was missed by far."""
+    """Six characters at most."""
     return f"{100 * share:5.1f}%" if share < 10 else ">999%"  # a NaN too
 
 
