@@ -45,6 +45,7 @@ from alexnet.layers import (
     Tanh,
 )
 from alexnet.layers.backend import OPERATIONS, convolution_backend
+from alexnet.layers.from_file import is_file
 
 CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 LAYERS = (*CONVOLUTIONS, "fc6", "fc7", "fc8")
@@ -401,7 +402,9 @@ def _block(config: ModelConfig, block: int, backends: Mapping[str, str]) -> nn.M
     alpha = config.lrn_alpha if config.lrn_alpha_divided else config.lrn_alpha * config.lrn_size
     lrn = (config.lrn_size, alpha, config.lrn_beta, config.lrn_k)
     groups = config.towers if config.lrn_within_tower else 1
-    if norm and not same_map and config.activation == Activation.relu:
+    # A reader's own ReLU, norm or pool needs them one by one: the same numbers, in more passes over memory.
+    own = any(is_file(backends[part]) for part in ("relu", "local_response_norm", "max_pool2d"))
+    if norm and not same_map and not own and config.activation == Activation.relu:
         return ReluLrnPool(
             *lrn,
             config.pool_size,

@@ -11,8 +11,9 @@ import pytest
 from alexnet.errors import UserError
 from alexnet.gradcheck import diagnosis, exercises, reader
 from alexnet.gradcheck.exercises import EXERCISES, exercise_named, imports, skeleton
-from alexnet.layers.backend import OPERATIONS, PAIRS
-from alexnet.layers.from_file import import_file
+from alexnet.layers.backend import OPERATIONS
+from alexnet.layers.from_file import import_file, pair_from_file
+from alexnet.layers.pair import PAIRS
 
 OF_OPERATIONS = [exercise for exercise in EXERCISES if exercise.is_operation]
 
@@ -127,7 +128,7 @@ def test_every_known_mistake_in_the_readers_file_is_named(exercise, tmp_path):
         path.write_text(written(exercise, mutant.changes))
         module = import_file(str(path))
         if exercise.is_operation:
-            pair = reader.guarded(exercise.name, reader.reader_pair(exercise.name, module), str(path))
+            pair = reader.guarded(exercise.name, pair_from_file(str(path), exercise.name), str(path))
             with mock.patch.dict(PAIRS, {(exercise.name, "mine"): pair}):
                 said = "\n".join(diagnosis.diagnosis(exercise, "mine"))
         else:

@@ -13,8 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -30,8 +28,8 @@ from alexnet.gradcheck.checks import Result, results_of
 from alexnet.gradcheck.diagnosis import Fault, diagnosis, smallest_example
 from alexnet.gradcheck.exercises import EXERCISES, Exercise, record_path
 from alexnet.gradcheck.operations import by_name
-from alexnet.layers.backend import PAIRS, Pair
-from alexnet.layers.from_file import import_file
+from alexnet.layers.from_file import file_hash, import_file, pair_from_file
+from alexnet.layers.pair import PAIRS, Pair
 from alexnet.system import write_json
 
 MINE = "mine"  # the name under which the reader's pair stands in PAIRS
@@ -71,7 +69,7 @@ def prove_mine(path: str, output_dir: str, say: Callable[[str], None] = print) -
         record.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "file": path,
-            "sha256": sha256(Path(path).read_bytes()).hexdigest(),
+            "sha256": file_hash(path),
             "passed": verdict.passed,
         }
         write_json(
@@ -87,13 +85,13 @@ def _is_defined(module: ModuleType, name: str) -> bool:
 
 
 def proven(exercise: Exercise, module: ModuleType) -> Verdict:
-    """All three stages for one exercise of the reader's module."""
+    """Contract, checks and diagnosis of one exercise in the reader's module."""
     verdict = Verdict(exercise)
     if not exercise.is_operation:
         return _proven_rule(verdict, module)
-    pair = reader_pair(exercise.name, module)
-    operation = by_name(exercise.name)
-    with mock.patch.dict(PAIRS, {(exercise.name, MINE): guarded(exercise.name, pair, str(module.__file__))}):
+    operation, path = by_name(exercise.name), str(module.__file__)
+    pair = guarded(exercise.name, pair_from_file(path, exercise.name), path)
+    with mock.patch.dict(PAIRS, {(exercise.name, MINE): pair}):
         for case in (*operation.small_cases, *exercise.examples):
             try:
                 _remembers_nothing(operation, case)
@@ -104,16 +102,6 @@ def proven(exercise: Exercise, module: ModuleType) -> Verdict:
         if not verdict.passed:
             verdict.notes = [*smallest_example(exercise, MINE), *diagnosis(exercise, MINE)]
     return verdict
-
-
-def reader_pair(operation: str, module: ModuleType) -> Pair:
-    """Raises UserError for a file without the two functions."""
-    for name in (f"{operation}_forward", f"{operation}_backward"):
-        if not callable(getattr(module, name, None)):
-            raise UserError(
-                f"{module.__file__} must define {name}; exercise={operation} writes a file that does"
-            )
-    return Pair(getattr(module, f"{operation}_forward"), getattr(module, f"{operation}_backward"))
 
 
 # ---- the contract of a pair -----------------------------------------------------------------------------------

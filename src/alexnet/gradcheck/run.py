@@ -20,6 +20,7 @@ from alexnet.gradcheck.operations import ALL
 from alexnet.gradcheck.rules import rule_results
 from alexnet.layers import Backend, Backends
 from alexnet.layers.backend import OPERATIONS
+from alexnet.layers.from_file import is_file
 from alexnet.system import command_line, environment, write_json
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -133,7 +134,7 @@ def _dtypes(case: Case, backend: str, full: bool) -> tuple[torch.dtype, ...]:
     """Every type; but a compiled pair needs a graph for each shape and type, and each takes seconds to compile. So
     without full=true its awkward cases are checked in float64 only, and the paper's shapes in bfloat16 only, in which
     `fast` trains; the networks check them in float64."""
-    if full or backend in (Backend.reference, Backend.triton):
+    if full or backend in (Backend.reference, Backend.triton) or is_file(backend):
         return DTYPES
     return {"ordinary": DTYPES, "awkward": DTYPES[:1]}.get(case.kind, DTYPES[2:])
 

@@ -16,6 +16,7 @@ forward saved, so pairs are never mixed.
     fast        the fastest pairs known whose gradients are all ours: compiled
     fastest     the same, with the library's gradient kernel for each convolution in which ours is slower
     auto        fast on a GPU, reference elsewhere
+    <path>.py   the reader's own pair, from a file (from_file.py), for one operation
 
 `auto`, `fast` and `fastest` are resolved once, by `Backends.resolve`, when a network is built. Nothing here reads the
 environment, and nothing falls back in silence.
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from alexnet.errors import UserError
+from alexnet.layers.from_file import import_file, is_file
 
 
 class Backend(StrEnum):
@@ -61,29 +63,39 @@ class Pair(NamedTuple):
 
 @dataclass
 class Backends:
-    """One backend per operation; an operation left empty takes `default`."""
+    """One backend per operation: a name, or a path to a file; an operation left empty takes `default`."""
 
-    default: Backend = Backend.reference
-    linear: Backend | None = None
-    relu: Backend | None = None
-    tanh: Backend | None = None
-    dropout: Backend | None = None
-    max_pool2d: Backend | None = None
-    local_response_norm: Backend | None = None
-    same_map_norm: Backend | None = None
-    conv2d: Backend | None = None
-    cross_entropy: Backend | None = None
-    relu_lrn_pool: Backend | None = None
+    default: str = Backend.reference
+    linear: str | None = None
+    relu: str | None = None
+    tanh: str | None = None
+    dropout: str | None = None
+    max_pool2d: str | None = None
+    local_response_norm: str | None = None
+    same_map_norm: str | None = None
+    conv2d: str | None = None
+    cross_entropy: str | None = None
+    relu_lrn_pool: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("default", *OPERATIONS):
+            choice = getattr(self, name)
+            if choice not in (None, *Backend) and (name == "default" or not is_file(choice)):
+                file = "" if name == "default" else ", or a path to a .py file"
+                raise UserError(f"backend.{name}={choice} must be one of {', '.join(Backend)}{file}")
 
     def resolve(self, device_type: str) -> dict[str, str]:
         """{operation: concrete backend} for one kind of device, e.g. {"conv2d": "library", "relu": "compiled", ...}.
 
         A kind of convolution that differs from the others has an entry of its own: {"conv2d 5x5 groups": "compiled"}.
-        Raises UserError when a chosen backend cannot be had there; the message names the way out.
+        A path is kept, and its file is run: nothing else runs one, so a path out of a checkpoint never is. Raises
+        UserError when a chosen backend cannot be had there; the message names the way out.
         """
-        chosen = {name: Backend(getattr(self, name) or self.default) for name in OPERATIONS}
+        chosen = {name: str(getattr(self, name) or self.default) for name in OPERATIONS}
         concrete = {name: fastest_known(name, choice, device_type) for name, choice in chosen.items()}
         for operation, backend in concrete.items():
+            if is_file(backend):
+                PAIRS[operation, backend] = pair_from_file(backend, operation)
             pair_for(operation, backend)
         if chosen["conv2d"] == Backend.fastest:
             concrete |= {kind: str(Backend.compiled) for kind in OURS_WINS.get(device_type, ())}
@@ -107,7 +119,7 @@ OPERATIONS = tuple(field.name for field in fields(Backends) if field.name != "de
 OURS_WINS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ()}
 
 
-def fastest_known(operation: str, choice: Backend, device_type: str) -> str:
+def fastest_known(operation: str, choice: str, device_type: str) -> str:
     """The concrete backend of a choice. A triton kernel gets here with a measured row, not before."""
     if choice == Backend.auto:
         choice = AUTO.get(device_type, Backend.reference)
@@ -139,9 +151,25 @@ def pair_for(operation: str, backend: str) -> Pair | None:
     return pair if pair is not None else _load(operation, backend)
 
 
+def pair_from_file(path: str, operation: str) -> Pair:
+    """The pair of an operation that a file defines. Raises UserError, one line, for a file that has none."""
+    module, functions = import_file(path), []
+    for name in (f"{operation}_forward", f"{operation}_backward"):
+        if not callable(getattr(module, name, None)):
+            raise UserError(f"{path} must define {name}; exercise={operation} writes a file that does")
+        functions.append(getattr(module, name))
+    return PAIRS[operation, "reference"]._replace(forward=functions[0], backward=functions[1])
+
+
 def checked(operation: str, backend: str) -> str:
     """The name as a module stores it. Raises UserError for one that is no pair."""
-    if backend not in BY_NAME:
+    if is_file(backend):
+        if (operation, backend) not in PAIRS:
+            raise UserError(
+                f"{backend} is a file, and a file is run only where the command line names it: set "
+                f"backend.{operation}={backend}, or another backend"
+            )
+    elif backend not in BY_NAME:
         remedy = f"choose one of {', '.join(BY_NAME)}"
         if backend in list(Backend):
             remedy += (

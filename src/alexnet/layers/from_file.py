@@ -1,7 +1,7 @@
-"""The reader's own pair, from a Python file that defines x_forward and x_backward of an operation.
+"""The reader's own pair: a Python file that defines x_forward and x_backward of an operation.
 
-A file is code, so it runs only where a person named it on the command line: `import_file` is called for what a
-configuration says, never for what a checkpoint or a run's record says.
+A file is code, so it runs only where a person named it on the command line: Backends.resolve runs what a configuration
+says, and nobody what a checkpoint or a run's record says.
 """
 
 import importlib.util
@@ -18,6 +18,11 @@ def is_file(backend: str | None) -> bool:
     return backend is not None and str(backend).endswith(".py")
 
 
+def label(path: str) -> str:
+    """Name and hash of a file, for records: 'relu.py (sha256 0123456789abcdef)'."""
+    return f"{Path(path).name} (sha256 {file_hash(path)[:16]})"
+
+
 def file_hash(path: str) -> str:
     """SHA-256 of a file. Raises UserError where there is none."""
     if not Path(path).is_file():
@@ -28,7 +33,7 @@ def file_hash(path: str) -> str:
 
 
 def import_file(path: str) -> ModuleType:
-    """The module of a file, run once. Raises UserError, one line, for a file that cannot be imported."""
+    """The module of a file, run once for each of its versions. Raises UserError, one line, if it cannot be imported."""
     return _imported(str(Path(path).resolve()), file_hash(path))
 
 

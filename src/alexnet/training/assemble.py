@@ -20,6 +20,7 @@ from alexnet.data.module import ImageData, check_batch_size
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.layers.backend import AUTO, Backend
+from alexnet.layers.from_file import is_file, label
 from alexnet.optim import Schedule
 from alexnet.system import (
     MASTER_WEIGHTS,
@@ -184,6 +185,9 @@ def build_run(config: Train, signals: Signals | None = None, each_step: bool = F
         "float32_matmul_and_conv": float32_format(precision),
         "device": device_type,
     }
+    yours = {operation: label(path) for operation, path in backend.items() if is_file(path)}
+    if yours:
+        resolved["yours"] = yours
     same_run = identity(config, data)
     record = open_record(directory, same_run, resolved, fresh=config.overwrite)
     classifier = Classifier(
@@ -262,6 +266,8 @@ def identity(config: Train, data: ImageData | None) -> dict[str, Any]:
         if choice == Backend.auto:  # what it stands for decides, also against runs that named it
             device_type = device_type_of(config.trainer["accelerator"])
             content["backend"][operation] = str(AUTO.get(device_type, Backend.reference))
+        elif is_file(choice):  # another version of the file is another run
+            content["backend"][operation] = label(choice)
     return content
 
 

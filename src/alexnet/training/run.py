@@ -179,6 +179,10 @@ def _summary(record: RunRecord) -> str:
         errors = ", ".join(f"{r.split} {100 * r.top1_error.value:.2f} %" for r in results)
         protocol = "one centre view, the epoch with the lowest holdout error"
         lines += [table(results), "", f"top-1 error {errors}; {protocol}"]
+    yours = content["resolved"].get("yours", {})
+    if yours:
+        lines.append(f"gradients   yours: {', '.join(f'{name}, {file}' for name, file in yours.items())}")
+        lines.append(f"            this project's: all others ({', '.join(_named_backends(content))})")
     return "\n".join(
         [
             *lines,
@@ -188,3 +192,8 @@ def _summary(record: RunRecord) -> str:
             f"record      {record.directory / 'run.json'}",
         ]
     )
+
+
+def _named_backends(content: dict[str, Any]) -> list[str]:
+    resolved = content["resolved"]
+    return sorted({backend for name, backend in resolved["backend"].items() if name not in resolved["yours"]})

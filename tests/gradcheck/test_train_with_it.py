@@ -1,0 +1,148 @@
+"""A path is a backend: training, evaluation and the checks with the reader's own gradient."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.gradcheck.test_reader import written
+
+from alexnet.errors import UserError
+from alexnet.evaluate import Evaluate, evaluate
+from alexnet.gradcheck import run as gradcheck
+from alexnet.gradcheck.config import CheckGradients
+from alexnet.gradcheck.exercises import exercise_named
+from alexnet.layers import Backends
+from alexnet.layers.pair import PAIRS
+from alexnet.training import assemble
+from alexnet.training.checkpoint import load
+from alexnet.training.run import train
+
+RELU = """
+def relu_forward(x):
+    y = x.clamp(min=0)
+    return y, y
+
+
+def relu_backward(dy, y):
+    return dy.masked_fill(y <= 0, 0)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A right ReLU, in the reader's file."""
+    path = tmp_path / "own.py"
+    path.write_text(RELU)
+    return path
+
+
+def weights(directory: Path) -> dict[str, Any]:
+    content = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
+    return {"epoch": content["epoch"], **content["state_dict"]}
+
+
+def assert_equal_bits(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), name
+
+
+@pytest.mark.parametrize("operation", ["linear", "local_response_norm", "max_pool2d"])
+def test_a_run_with_a_copied_right_gradient_has_the_bits_of_the_ordinary_one(
+    operation: str, compose: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(written(exercise_named(operation)))
+    short = ("optim.epochs=1", "evaluate=false")
+    ordinary = compose("name=ordinary", *short)
+    mine = compose("name=mine", f"backend.{operation}={path}", *short)
+    for config in (ordinary, mine):
+        train(config)
+    assert_equal_bits(assemble.run_directory(mine), assemble.run_directory(ordinary))
+    assert f"gradients   yours: {operation}, own.py (sha256 " in capsys.readouterr().out
+    record = json.loads((assemble.run_directory(mine) / "run.json").read_text())
+    assert record["config"]["backend"][operation] == record["resolved"]["yours"][operation]
+    assert record["resolved"]["backend"][operation] == str(path)
+
+
+def test_resuming_with_a_changed_file_is_refused_with_the_difference(
+    own: Path, compose: Callable[..., Any]
+) -> None:
+    config = (f"backend.relu={own}", "optim.epochs=1", "evaluate=false")
+    train(compose(*config))
+    assemble.training(compose(*config))
+    own.write_text(RELU + "\n")
+    different = r"backend\.relu: own\.py \(sha256 \w{16}\) there, own\.py \(sha256 \w{16}\) now"
+    with pytest.raises(UserError, match=different):
+        assemble.training(compose(*config))
+
+
+def test_a_path_in_a_checkpoint_or_a_record_is_never_imported(
+    own: Path, compose: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose(f"backend.relu={own}", "optim.epochs=1", "evaluate=false")
+    train(config)
+    directory, marker = assemble.run_directory(config), tmp_path / "it ran"
+    own.write_text(f"open({str(marker)!r}, 'w').close()\n{RELU}")
+    monkeypatch.delitem(PAIRS, ("relu", str(own)))  # as in another process
+    record = json.loads((directory / "run.json").read_text())
+    for backend in (None, record["resolved"]["backend"]):
+        with pytest.raises(
+            UserError, match=r"own\.py is a file, and a file is run only where the command line names it"
+        ):
+            load(directory, backend)
+    evaluate(Evaluate(checkpoint=str(directory), data_dir=config.data_dir))
+    assert not marker.exists()
+    Backends(relu=str(own)).resolve("cpu")  # named by the person
+    assert marker.exists()
+
+
+def test_evaluate_takes_the_readers_pair(own: Path, compose: Callable[..., Any]) -> None:
+    config = compose("optim.epochs=1", "evaluate=false")
+    train(config)
+    asked = {"checkpoint": str(assemble.run_directory(config)), "data_dir": config.data_dir}
+    (ours,), (mine,) = (
+        evaluate(Evaluate(**asked, backend=backend)) for backend in (Backends(), Backends(relu=str(own)))
+    )
+    assert ours == mine
+
+
+def test_the_checks_take_the_readers_pair(own: Path, tmp_path: Path) -> None:
+    config = CheckGradients(
+        operations=["relu"], backend=Backends(relu=str(own)), output_dir=str(tmp_path), mutants=True
+    )
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "alexnet.gradcheck.lesson", None)
+        proof = gradcheck.prove(config, lines.append)
+    assert proof.passed
+    assert {result.backend for result in proof.results} == {str(own)}
+    own.write_text(RELU.replace("<= 0", "<= 1"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "alexnet.gradcheck.lesson", None)
+        assert not gradcheck.prove(config, lines.append).passed
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"relu": "foo"}, r"backend\.relu=foo must be one of reference, .*, auto, or a path to a \.py file"),
+        ({"default": "own.py"}, r"backend\.default=own\.py must be one of reference, .*, auto$"),
+    ],
+)
+def test_what_is_neither_a_name_nor_a_path_is_refused(choice: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Backends(**choice)
+
+
+def test_a_file_without_the_pair_is_refused(own: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"own\.py must define tanh_forward; exercise=tanh writes a file that does"
+    ):
+        Backends(tanh=str(own)).resolve("cpu")
+    with pytest.raises(UserError, match=r"gone\.py does not exist"):
+        Backends(tanh="gone.py").resolve("cpu")
