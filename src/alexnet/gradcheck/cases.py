@@ -32,7 +32,6 @@ FUNCTION = 8
 Options = dict[str, Any]
 Tensors = list[Tensor]
 Draw = Callable[[torch.Generator], Tensor]
-Make = Callable[[torch.Generator], Tensors]
 
 
 class Rounding(NamedTuple):
@@ -99,18 +98,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Case:
-    """One input of one operation. `make` draws the float64 arguments, `options` are the keywords."""
+    """One input of one operation. `draws` make the float64 arguments, `options` are the keywords."""
 
     name: str
     kind: str  # ordinary, awkward, paper; large: paper-sized, and left to full=true
-    make: Make
+    draws: tuple[Draw, ...]
     options: Options = field(default_factory=dict)
     layout: str = "contiguous"  # gapped, channels_last: how the first argument lies in memory
     smooth: bool = True  # False: the point lies on a kink or a tie
 
     def inputs(self) -> Tensors:
         """The same numbers every time, drawn from the case's name."""
-        return self.make(torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        return [draw(generator) for draw in self.draws]
+
+
+def case(
+    name: str, kind: str, *draws: Draw, layout: str = "contiguous", smooth: bool = True, **options: Any
+) -> Case:
+    return Case(name, kind, draws, options, layout, smooth)
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,6 @@ def gapped(x: Tensor) -> Tensor:
 
 def normals(*shape: int, times: float = 1.0) -> Draw:
     return lambda g: times * torch.randn(shape, generator=g, dtype=torch.float64)
-
-
-def drawn(*parts: Draw) -> Make:
-    return lambda g: [part(g) for part in parts]
 
 
 def off_zero(*shape: int) -> Draw:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from alexnet import model, optim
 from alexnet.errors import UserError
-from alexnet.gradcheck.cases import Case, Draw, Options, drawn
+from alexnet.gradcheck.cases import Case, Draw, Options, case
 from alexnet.gradcheck.derivation import title
 from alexnet.gradcheck.operations import by_name
 from alexnet.layers.from_file import file_hash
@@ -55,8 +55,8 @@ def labels(*targets: int) -> Draw:
     return lambda g: torch.tensor(targets)
 
 
-def example(name: str, *parts: Draw, **options: Any) -> Case:
-    return Case(name, "ordinary", drawn(*parts), options)
+def example(name: str, *draws: Draw, **options: Any) -> Case:
+    return case(name, "ordinary", *draws, **options)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ RELU: Table = {
     ),
     "only positive gradients pass": mutate(relu_backward, "dy.masked_fill", "dy.clamp(min=0).masked_fill"),
     "a leak in the backward only": mutate(
-        relu_backward, "dy.masked_fill(y <= 0, 0)", "torch.where(y > 0, dy, 0.01 * dy)"
+        relu_backward, "dy.masked_fill(y <= 0, 0)", "dy.where(y > 0, 0.01 * dy)"
     ),
 }
 
@@ -122,7 +122,7 @@ SAME_MAP_NORM: Table = {
         "window_sum(t * x_wide / s, -1, size // 2, size // 2)",
     ),
     "border divided by what is there": mutate(
-        same_map_norm_forward, "size**2", "square_sum(torch.ones_like(x_wide), size)"
+        same_map_norm_forward, "size**2", "square_sum(0 * x_wide + 1, size)"
     ),
 }
 

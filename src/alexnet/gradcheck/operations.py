@@ -14,12 +14,11 @@ from alexnet.gradcheck.cases import (
     Draw,
     Evaluation,
     Identity,
-    Make,
     Operation,
     Options,
     Rounding,
     Tensors,
-    drawn,
+    case,
     few_integers,
     normals,
     off_zero,
@@ -30,8 +29,8 @@ from alexnet.layers.max_pool2d import two
 # ---- linear ---------------------------------------------------------------------------------------------------
 
 
-def _affine(x: tuple[int, ...], outputs: int, bias: bool = True) -> Make:
-    return drawn(normals(*x), normals(outputs, x[-1]), *[normals(outputs)] * bias)
+def _affine(x: tuple[int, ...], outputs: int, bias: bool = True) -> list[Draw]:
+    return [normals(*x), normals(outputs, x[-1]), *[normals(outputs)] * bias]
 
 
 def _magnitudes(function: Callable[..., Tensor], at: Evaluation) -> Tensors:
@@ -62,14 +61,14 @@ LINEAR = Operation(
     layers.linear,
     curved=False,
     cases=[
-        Case("batch of 6", "ordinary", _affine((6, 5), 4)),
-        Case("as many outputs as inputs", "ordinary", _affine((3, 5), 5)),
-        Case("one image", "awkward", _affine((1, 5), 4)),
-        Case("no bias", "awkward", _affine((6, 5), 4, bias=False)),
-        Case("two leading dimensions", "awkward", _affine((3, 2, 5), 4)),
-        Case("not contiguous", "awkward", _affine((6, 5), 4), layout="gapped"),
-        Case("fc7", "large", _affine((2, 4096), 4096)),
-        Case("fc8", "paper", _affine((4, 4096), 1000)),
+        case("batch of 6", "ordinary", *_affine((6, 5), 4)),
+        case("as many outputs as inputs", "ordinary", *_affine((3, 5), 5)),
+        case("one image", "awkward", *_affine((1, 5), 4)),
+        case("no bias", "awkward", *_affine((6, 5), 4, bias=False)),
+        case("two leading dimensions", "awkward", *_affine((3, 2, 5), 4)),
+        case("not contiguous", "awkward", *_affine((6, 5), 4), layout="gapped"),
+        case("fc7", "large", *_affine((2, 4096), 4096)),
+        case("fc8", "paper", *_affine((4, 4096), 1000)),
     ],
     rounding=_linear_rounding,
     identities=adjoint,
@@ -99,12 +98,12 @@ RELU = Operation(
     layers.relu,
     curved=False,
     cases=[
-        Case("maps", "ordinary", drawn(off_zero(2, 3, 5, 4))),
-        Case("exact zeros", "awkward", drawn(few_integers(3, 7)), smooth=False),
-        Case("all closed", "awkward", drawn(lambda g: -off_zero(2, 3, 4)(g).abs())),
-        Case("not contiguous", "awkward", drawn(off_zero(2, 3, 5, 4)), layout="gapped"),
-        Case("channels last", "awkward", drawn(off_zero(2, 3, 5, 4)), layout="channels_last"),
-        Case("conv1", "paper", drawn(off_zero(1, 96, 55, 55))),
+        case("maps", "ordinary", off_zero(2, 3, 5, 4)),
+        case("exact zeros", "awkward", few_integers(3, 7), smooth=False),
+        case("all closed", "awkward", lambda g: -off_zero(2, 3, 4)(g).abs()),
+        case("not contiguous", "awkward", off_zero(2, 3, 5, 4), layout="gapped"),
+        case("channels last", "awkward", off_zero(2, 3, 5, 4), layout="channels_last"),
+        case("conv1", "paper", off_zero(1, 96, 55, 55)),
     ],
     rounding=_exact,
     identities=homogeneous,
@@ -129,11 +128,11 @@ TANH = Operation(
     layers.tanh,
     curved=True,
     cases=[
-        Case("maps", "ordinary", drawn(normals(2, 3, 5, 4))),
-        Case("saturated", "awkward", drawn(normals(2, 30, times=4.0))),
-        Case("not contiguous", "awkward", drawn(normals(2, 3, 5, 4)), layout="gapped"),
-        Case("channels last", "awkward", drawn(normals(2, 3, 5, 4)), layout="channels_last"),
-        Case("conv1", "paper", drawn(normals(1, 96, 55, 55))),
+        case("maps", "ordinary", normals(2, 3, 5, 4)),
+        case("saturated", "awkward", normals(2, 30, times=4.0)),
+        case("not contiguous", "awkward", normals(2, 3, 5, 4), layout="gapped"),
+        case("channels last", "awkward", normals(2, 3, 5, 4), layout="channels_last"),
+        case("conv1", "paper", normals(1, 96, 55, 55)),
     ],
     rounding=_tanh_rounding,
     identities=_tanh_identities,
@@ -145,28 +144,25 @@ def _dropout_rounding(at: Evaluation) -> list[Rounding]:
     return [Rounding(at.y.abs(), 2, 1), Rounding(at.dx.abs(), 2, 1)]
 
 
-def _dropout_cases() -> list[Case]:
-    def case(name: str, kind: str, *shape: int, layout: str = "contiguous", **options: Any) -> Case:
-        return Case(name, kind, drawn(normals(*shape)), {"p": 0.5, "key": 7, **options}, layout)
-
-    return [
-        case("inverted", "ordinary", 6, 8),
-        case("mask only, as in 2012", "ordinary", 6, 8, mode="mask_only"),
-        case("30 % dropped", "ordinary", 6, 8, p=0.3),
-        case("one image", "awkward", 1, 40),
-        case("second half of a batch", "awkward", 4, 8, first_row=4),
-        case("nothing dropped", "awkward", 3, 8, p=0.0),
-        case("whole maps", "awkward", 2, 3, 4, 5),
-        case("not contiguous", "awkward", 6, 8, layout="gapped"),
-        case("fc6", "paper", 32, 4096, mode="mask_only"),
-    ]
+def _dropout_case(name: str, kind: str, *shape: int, **options: Any) -> Case:
+    return case(name, kind, normals(*shape), **{"p": 0.5, "key": 7, **options})
 
 
 DROPOUT = Operation(
     "dropout",
     layers.dropout,
     curved=False,
-    cases=_dropout_cases(),
+    cases=[
+        _dropout_case("inverted", "ordinary", 6, 8),
+        _dropout_case("mask only, as in 2012", "ordinary", 6, 8, mode="mask_only"),
+        _dropout_case("30 % dropped", "ordinary", 6, 8, p=0.3),
+        _dropout_case("one image", "awkward", 1, 40),
+        _dropout_case("second half of a batch", "awkward", 4, 8, first_row=4),
+        _dropout_case("nothing dropped", "awkward", 3, 8, p=0.0),
+        _dropout_case("whole maps", "awkward", 2, 3, 4, 5),
+        _dropout_case("not contiguous", "awkward", 6, 8, layout="gapped"),
+        _dropout_case("fc6", "paper", 32, 4096, mode="mask_only"),
+    ],
     rounding=_dropout_rounding,
     identities=adjoint,
 )
@@ -208,31 +204,11 @@ def _pool_identities(at: Evaluation) -> list[Identity]:
     return [*homogeneous(at, times), Identity("all of dy arrives", at.dx.sum(), sent.sum(), sent.abs().sum())]
 
 
-def _pool_cases() -> list[Case]:
-    def case(name: str, kind: str, draw: Draw, **options: Any) -> Case:
-        layout, smooth = options.pop("layout", "contiguous"), options.pop("smooth", True)
-        return Case(name, kind, drawn(draw), {"kernel_size": 3, "stride": 2, **options}, layout, smooth)
+def _pool_case(name: str, kind: str, draw: Draw, **options: Any) -> Case:
+    return case(name, kind, draw, **{"kernel_size": 3, "stride": 2, **options})
 
-    maps = separated(2, 16, 7, 9)
-    return [
-        case("overlapping windows", "ordinary", maps),
-        case("windows side by side", "ordinary", separated(2, 16, 6, 8, window=2), kernel_size=2),
-        case("windows cut at the border", "awkward", separated(2, 16, 8, 6), ceil_mode=True),
-        case("ragged, rounded down", "awkward", separated(2, 16, 8, 6)),
-        case("padding, all negative", "awkward", separated(2, 16, 6, 7, sign=-1.0), padding=1),
-        case("stride 1", "awkward", separated(2, 16, 5, 6), stride=1),
-        case("stride larger than window", "awkward", separated(2, 16, 9, 8), kernel_size=2, stride=3),
-        case("unequal sides", "awkward", separated(2, 2, 8, 9), kernel_size=(3, 2), stride=(1, 2), padding=(1, 0)),
-        case("ties, first wins", "awkward", few_integers(2, 16, 7, 9), smooth=False),
-        case("ties, all win", "awkward", few_integers(2, 16, 7, 9), ties="all", smooth=False),
-        case("constant, all win", "awkward", lambda g: torch.ones(2, 16, 7, 9).double(), ties="all", smooth=False),
-        case("no ties, all win", "awkward", maps, ties="all"),
-        case("one image", "awkward", separated(1, 1, 7, 9)),
-        case("not contiguous", "awkward", maps, layout="gapped"),
-        case("channels last", "awkward", maps, layout="channels_last", ceil_mode=True),
-        case("pool1", "paper", separated(1, 96, 55, 55), ceil_mode=True, ties="all"),
-        case("pool5", "paper", separated(2, 256, 13, 13), ceil_mode=True),
-    ]  # fmt: skip
+
+_MAPS = separated(2, 16, 7, 9)
 
 
 def _pool_pattern(options: Options, inputs: Tensors) -> Tensors:
@@ -245,11 +221,31 @@ MAX_POOL2D = Operation(
     "max_pool2d",
     layers.max_pool2d,
     curved=False,
-    cases=_pool_cases(),
+    cases=[
+        _pool_case("overlapping windows", "ordinary", _MAPS),
+        _pool_case("windows side by side", "ordinary", separated(2, 16, 6, 8, window=2), kernel_size=2),
+        _pool_case("windows cut at the border", "awkward", separated(2, 16, 8, 6), ceil_mode=True),
+        _pool_case("ragged, rounded down", "awkward", separated(2, 16, 8, 6)),
+        _pool_case("padding, all negative", "awkward", separated(2, 16, 6, 7, sign=-1.0), padding=1),
+        _pool_case("stride 1", "awkward", separated(2, 16, 5, 6), stride=1),
+        _pool_case("stride larger than window", "awkward", separated(2, 16, 9, 8), kernel_size=2, stride=3),
+        _pool_case("unequal sides", "awkward", separated(2, 2, 8, 9), kernel_size=(3, 2), stride=(1, 2),
+                   padding=(1, 0)),
+        _pool_case("ties, first wins", "awkward", few_integers(2, 16, 7, 9), smooth=False),
+        _pool_case("ties, all win", "awkward", few_integers(2, 16, 7, 9), ties="all", smooth=False),
+        _pool_case("constant, all win", "awkward", lambda g: torch.ones(2, 16, 7, 9).double(), ties="all",
+                   smooth=False),
+        _pool_case("no ties, all win", "awkward", _MAPS, ties="all"),
+        _pool_case("one image", "awkward", separated(1, 1, 7, 9)),
+        _pool_case("not contiguous", "awkward", _MAPS, layout="gapped"),
+        _pool_case("channels last", "awkward", _MAPS, layout="channels_last", ceil_mode=True),
+        _pool_case("pool1", "paper", separated(1, 96, 55, 55), ceil_mode=True, ties="all"),
+        _pool_case("pool5", "paper", separated(2, 256, 13, 13), ceil_mode=True),
+    ],
     rounding=_pool_rounding,
     identities=_pool_identities,
     pattern=_pool_pattern,
-)
+)  # fmt: skip
 
 
 # ---- response norms -------------------------------------------------------------------------------------------
@@ -292,12 +288,18 @@ def _norm_identities(at: Evaluation) -> list[Identity]:
     return [_norm_identity(at, s, "sum x dx = (1-2b) sum dy y + 2bk sum dy y/s")]
 
 
-def _norm_case(name: str, kind: str, *shape: int, size: int, **options: Any) -> Case:
+def _norm_case(
+    name: str,
+    kind: str,
+    *shape: int,
+    size: int,
+    power: int = 1,
+    draw: Callable[..., Draw] = normals,
+    **options: Any,
+) -> Case:
     """alpha is 0.3 per term, so that competition is as strong as gain, unless the paper's constants are given."""
-    layout = options.pop("layout", "contiguous")
-    draw = options.pop("draw", normals)(*shape)
-    defaults = {"size": size, "alpha": 0.3 * size ** options.pop("power", 1), "beta": 0.75, "k": 2.0}
-    return Case(name, kind, drawn(draw), {**defaults, **options}, layout)
+    defaults = {"size": size, "alpha": 0.3 * size**power, "beta": 0.75, "k": 2.0}
+    return case(name, kind, draw(*shape), **{**defaults, **options})
 
 
 def _after_relu(*shape: int) -> Draw:
@@ -369,9 +371,10 @@ def _conv_rounding(at: Evaluation) -> list[Rounding]:
     return [Rounding(m, *count) for m, count in zip(magnitudes, counts, strict=False)]
 
 
-def _conv_case(name: str, kind: str, x: tuple[int, ...], w: tuple[int, ...], **options: Any) -> Case:
-    layout, bias = options.pop("layout", "contiguous"), options.pop("bias", True)
-    return Case(name, kind, drawn(normals(*x), normals(*w), *[normals(w[0])] * bias), options, layout)
+def _conv_case(
+    name: str, kind: str, x: tuple[int, ...], w: tuple[int, ...], bias: bool = True, **options: Any
+) -> Case:
+    return case(name, kind, normals(*x), normals(*w), *[normals(w[0])] * bias, **options)
 
 
 _TOWERS: Options = {"stride": (1, 2), "padding": (0, 2, 1, 3), "groups": 2}
@@ -432,12 +435,10 @@ def _rows_sum_to_zero(at: Evaluation) -> list[Identity]:
 
 
 def _logits_case(name: str, kind: str, images: int, classes: int, times: float = 1.0, **options: Any) -> Case:
-    smooth, layout = options.pop("smooth", True), options.pop("layout", "contiguous")
-
     def labels(g: torch.Generator) -> Tensor:
         return torch.randint(classes, (images,), generator=g)
 
-    return Case(name, kind, drawn(normals(images, classes, times=times), labels), options, layout, smooth)
+    return case(name, kind, normals(images, classes, times=times), labels, **options)
 
 
 CROSS_ENTROPY = Operation(
@@ -498,12 +499,12 @@ def _block_pattern(options: Options, inputs: Tensors) -> Tensors:
     return [inputs[0] > 0, y > 0, *_pool_pattern(pool, [b])]
 
 
-def _block_case(name: str, kind: str, *shape: int, order: str, **options: Any) -> Case:
+def _block_case(
+    name: str, kind: str, *shape: int, size: int = 5, draw: Callable[..., Draw] = separated, **options: Any
+) -> Case:
     """0.03 per term: the strongest units are damped by a third, and none loses its window to a weaker one."""
-    layout, size = options.pop("layout", "contiguous"), options.pop("size", 5)
-    draw = options.pop("draw", separated)(*shape)
-    constants = {"size": size, "alpha": 0.03 * size, "beta": 0.75, "k": 2.0, "order": order}
-    return Case(name, kind, drawn(draw), {**constants, **options}, layout)
+    constants = {"size": size, "alpha": 0.03 * size, "beta": 0.75, "k": 2.0}
+    return case(name, kind, draw(*shape), **{**constants, **options})
 
 
 def _two_maps_closed(*shape: int) -> Draw:
