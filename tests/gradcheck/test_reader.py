@@ -11,9 +11,8 @@ import pytest
 from alexnet.errors import UserError
 from alexnet.gradcheck import diagnosis, exercises, reader
 from alexnet.gradcheck.exercises import EXERCISES, exercise_named, imports, skeleton
-from alexnet.layers.backend import OPERATIONS
-from alexnet.layers.from_file import import_file, pair_from_file
-from alexnet.layers.pair import PAIRS
+from alexnet.layers.backend import OPERATIONS, PAIRS, pair_from_file
+from alexnet.layers.from_file import import_file
 
 OF_OPERATIONS = [exercise for exercise in EXERCISES if exercise.is_operation]
 

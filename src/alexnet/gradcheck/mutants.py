@@ -20,7 +20,7 @@ compiled pairs runs uncompiled here. `try_to_kill(mutant, compiled=True)` also c
 
 import inspect
 import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from textwrap import dedent
@@ -33,7 +33,7 @@ import torch
 from alexnet.gradcheck import rules
 from alexnet.gradcheck.checks import Result, results_of
 from alexnet.gradcheck.operations import by_name
-from alexnet.layers.pair import PAIRS, Pair
+from alexnet.layers.backend import PAIRS, Pair
 
 
 @dataclass(frozen=True)
@@ -138,21 +138,28 @@ def try_to_kill(mutant: Mutant, compiled: bool = False) -> Kill:
     return kill
 
 
-def _kill(mutant: Mutant, checks: Iterator[tuple[str, list[Result]]]) -> Kill:
-    for case, results in checks:
-        failed = sorted({result.check for result in results if not result.passed})
+def _kill(mutant: Mutant, checks: Iterator[tuple[str, list[str]]]) -> Kill:
+    for case, failed in checks:
         if failed:
             return Kill(mutant.where, mutant.name, failed, case)
     return Kill(mutant.where, mutant.name, [], "")
 
 
-def _small_checks(mutant: Mutant, only: str = "") -> Iterator[tuple[str, list[Result]]]:
-    """Case by case, everything that checks this operation or rule at a small size in one type."""
+def _failed(results: Iterable[Result]) -> list[str]:
+    """The checks that failed; "exception" where torch refuses a gradient, for its shape say."""
+    try:
+        return sorted({result.check for result in results if not result.passed})
+    except RuntimeError:
+        return ["exception"]
+
+
+def _small_checks(mutant: Mutant, only: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Case by case, which checks of this operation or rule fail at a small size in one type."""
     if mutant.where in rules.RULES:
         for result in rules.rule_results(mutant.where):
-            yield result.case, [result]
+            yield result.case, _failed([result])
         return
     operation = by_name(mutant.where)
     for case in operation.small_cases:
         if only in ("", case.name):
-            yield case.name, list(results_of(operation, case, mutant.backend, "cpu", (mutant.dtype,)))
+            yield case.name, _failed(results_of(operation, case, mutant.backend, "cpu", (mutant.dtype,)))

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from alexnet.cli import CONF
+from alexnet.cli import compose_group
 from alexnet.gradcheck.checks import Result, relative
 from alexnet.layers import cross_entropy, dropout_key
 from alexnet.layers.backend import OPERATIONS
@@ -42,16 +41,9 @@ TRAINING_STEPS, DROP_AFTER = 10, 5
 
 
 def from_conf(name: str, **changes: Any) -> ModelConfig:
-    """conf/model/<name>.yaml on top of the files it names in its defaults, with `changes`."""
-    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), _model_file(name), changes)
-    config: ModelConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    """conf/model/<name>.yaml with changes."""
+    config: ModelConfig = compose_group("model", name, ModelConfig, changes)
     return config
-
-
-def _model_file(name: str) -> DictConfig:
-    content = OmegaConf.load(CONF / "model" / f"{name}.yaml")
-    below = [_model_file(base) for base in content.pop("defaults", []) if base != "_self_"]
-    return OmegaConf.merge(*below, content)  # type: ignore[return-value]
 
 
 # Every operation, both orders of block 1, both norms, towers, overlapping pools and ties of 2012, small enough for
