@@ -7,7 +7,7 @@ none gets facts instead: a constant factor, a sign, a transposition, or which el
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,10 +37,10 @@ def outcomes(exercise: Exercise, subject: Any = "reference") -> list[Outcome]:
     """Output and gradients on every small case and example. `subject`: a backend, for a rule the function itself."""
     if not exercise.is_operation:
         function = getattr(exercise.module, exercise.functions[-1]) if subject == "reference" else subject
-        return [_guarded(lambda case=case: case(function)) for case in rules.CALLS[exercise.name]]
+        return [_guarded(partial(call, function)) for call in rules.CALLS[exercise.name]]
     operation = by_name(exercise.name)
     cases = (*operation.small_cases, *exercise.examples)
-    return [_guarded(lambda case=case: _outcome(exercise, case, subject)) for case in cases]
+    return [_guarded(partial(_outcome, exercise, case, subject)) for case in cases]
 
 
 def _guarded(run: Callable[[], dict[str, Tensor]]) -> Outcome:
@@ -209,7 +209,7 @@ def numbers(x: Tensor) -> str:
 def table(name: str, mine: Tensor, right: Tensor) -> list[str]:
     """Yours, right and difference for every element, or for the worst where there are many."""
     difference = (mine - right).reshape(-1)
-    order = range(len(difference))
+    order = list(range(len(difference)))
     if len(difference) > ROWS:
         order = sorted(difference.abs().nan_to_num(math.inf).topk(ROWS).indices.tolist())
     lines = [f"{name:16} {'yours':>10} {'right':>10} {'difference':>11}"]

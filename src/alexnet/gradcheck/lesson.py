@@ -311,8 +311,8 @@ def _conv1_responses() -> Tensor:
 
 def _response_norm() -> str:
     responses = _conv1_responses()
-    at = int(responses.square().sum(1).flatten().argmax())
-    x = responses.flatten(2)[:, :, at]
+    pixel = int(responses.square().sum(1).flatten().argmax())
+    x = responses.flatten(2)[:, :, pixel]
     constants = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
     # The strongest s = k + alpha/n sum x^2 is brought to 3 k.
     sums = x.square()[:, None].unfold(2, 5, 1).sum(-1)

@@ -466,7 +466,7 @@ CROSS_ENTROPY = Operation(
 
 def _stages(options: Options, x: Tensor) -> tuple[Tensor, Tensor, Options, Options]:
     """What enters the norm, what enters the pool, and their options; by native operations."""
-    norm = {key: options[key] for key in ("size", "alpha", "beta", "k", "groups") if key in options}
+    norm: Options = {key: options[key] for key in ("size", "alpha", "beta", "k", "groups") if key in options}
     pool = {"kernel_size": 3, "stride": 2, "ceil_mode": options.get("ceil_mode", True)}
     a = x.clamp(min=0) if options["order"] == "relu_lrn_pool" else x
     b = layers.local_response_norm(a, **norm, backend="native")

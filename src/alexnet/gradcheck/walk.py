@@ -60,8 +60,8 @@ def walk() -> tuple[list[Step], list[tuple[str, Tensor, Tensor]]]:
     gradients = {"w1": dw1, "b1": db1, "w2": dw2, "b2": db2}
 
     moved, velocity = {n: x.clone() for n, x in w.items()}, {n: torch.zeros_like(x) for n, x in w.items()}
-    lists = [list(each.values()) for each in (moved, gradients, velocity)]
-    krizhevsky_update(*lists, RATE, MOMENTUM, DECAY)
+    w_list, g_list, v_list = (list(each.values()) for each in (moved, gradients, velocity))
+    krizhevsky_update(w_list, g_list, v_list, RATE, MOMENTUM, DECAY)
     steps = [
         Step("The image, and the weights to begin with; the true class is 1.", r"x, w_1, b_1, W_2, b_2",
              {"x": IMAGE[0, 0], "w_1": w["w1"][0, 0], "b_1": w["b1"], "W_2": w["w2"], "b_2": w["b2"]}),

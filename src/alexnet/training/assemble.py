@@ -279,7 +279,7 @@ LAUNCHES = {Backend.reference: 1601, Backend.fast: 138}
 SMALL_CROP = 0.3  # of an image's area
 
 
-def backend_notes(default: Backend, device_type: str, speedups: Speedups) -> list[str]:
+def backend_notes(default: str, device_type: str, speedups: Speedups) -> list[str]:
     """What a choice of backend means on this device, a line each."""
     on_gpu, notes = device_type == "cuda", []
     reference, fast = (f"{LAUNCHES[backend]:,}" for backend in (Backend.reference, Backend.fast))
