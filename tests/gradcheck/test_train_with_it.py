@@ -74,11 +74,11 @@ def test_resuming_with_a_changed_file_is_refused_with_the_difference(
 ) -> None:
     config = (f"backend.relu={own}", "optim.epochs=1", "evaluate=false")
     train(compose(*config))
-    assemble.training(compose(*config))
+    assemble.build_run(compose(*config))
     own.write_text(RELU + "\n")
     different = r"backend\.relu: own\.py \(sha256 \w{16}\) there, own\.py \(sha256 \w{16}\) now"
     with pytest.raises(UserError, match=different):
-        assemble.training(compose(*config))
+        assemble.build_run(compose(*config))
 
 
 def test_a_path_in_a_checkpoint_or_a_record_is_never_imported(
