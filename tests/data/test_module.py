@@ -426,7 +426,7 @@ def test_splits_are_train_holdout_and_val(data: ImageData) -> None:
     assert len(rows("holdout")) == 8
     assert sorted(rows("train") + rows("holdout")) == list(range(80))
     assert rows("val") == list(range(30))
-    with pytest.raises(UserError, match="split=test is no split: use train, holdout or val"):
+    with pytest.raises(UserError, match="split=test must be one of train, holdout, val"):
         data.eval_loader("test")
 
 

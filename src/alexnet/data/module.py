@@ -318,7 +318,7 @@ class EvalLoader:
         self, pixels: Pixels, rows: Tensor, batch_size: int, world_size: int = 1, rank: int = 0
     ) -> None:
         if batch_size < 1:
-            raise UserError(f"data.eval_batch_size={batch_size} is no number of images: use 1 or more")
+            raise UserError(f"data.eval_batch_size={batch_size} must be a positive integer")
         n = len(rows)
         self.pixels, self.batch_size = pixels, batch_size
         self.rows = rows[n * rank // world_size : n * (rank + 1) // world_size]
@@ -419,7 +419,7 @@ class ImageData(LightningDataModule):
         elif split in ("train", "holdout"):
             pixels, rows = self.pixels("train", device), self.split[split == "holdout"]
         else:
-            raise UserError(f"split={split} is no split: use train, holdout or val")
+            raise UserError(f"split={split} must be one of train, holdout, val")
         return EvalLoader(pixels, rows, self.config.eval_batch_size, world_size, rank)
 
     def pixels(self, store: str, device: torch.device) -> Pixels:

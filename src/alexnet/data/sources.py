@@ -15,7 +15,6 @@ Classes are numbered in the sorted order of their wnids (for `folder`: directory
 A folder without val/ gives no val store unless `val_fraction` is set.
 """
 
-import difflib
 import hashlib
 import os
 import re
@@ -33,7 +32,7 @@ import numpy as np
 
 from alexnet.data import synthetic
 from alexnet.data.store import draw_order, holdout_split
-from alexnet.errors import UserError
+from alexnet.errors import UserError, did_you_mean
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 VAL_NAMES = ("val", "valid", "validation")
@@ -473,9 +472,7 @@ def with_classes(source: Source, wanted: Sequence[str]) -> Source:
     known = [entry["wnid"] for entry in source.classes]
     for wnid in wanted:
         if wnid not in known:
-            near = difflib.get_close_matches(wnid, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            raise UserError(f"classes: {wnid!r} is not in {source.description}{hint}")
+            raise UserError(f"classes: {wnid!r} is not in {source.description}: {did_you_mean(wnid, known)}")
     kept = sorted(set(wanted))
     number = {known.index(wnid): label for label, wnid in enumerate(kept)}
     splits = {
