@@ -98,7 +98,10 @@ def test_a_checkpoint_of_another_run_is_refused_also_without_run_json(
         assemble.build_run(compose(*SHORT, "optim.lr=0.02")).start()
     path = crashed / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
-    del content["identity"]  # as checkpoints were until November 2026
+    del (
+        content["identity"],
+        content["hyper_parameters"]["resample"],
+    )  # as checkpoints were until November 2026
     torch.save(content, path)
     with pytest.raises(UserError, match=refusal):
         assemble.build_run(compose(*SHORT, "optim.lr=0.02")).start()
