@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import SMALL_NET
 from tests.training.test_resume import Crash, assert_same_bits, crash_at, ended
 
 from alexnet import evaluate as evaluation
@@ -18,19 +20,31 @@ from alexnet.errors import UserError
 from alexnet.evaluate import Evaluate, evaluate
 from alexnet.system import full_precision_name, replaced, write_json, write_whole
 from alexnet.training import assemble
-from alexnet.training.checkpoint import read
+from alexnet.training.checkpoint import AtomicCheckpointIO, read
+from alexnet.training.config import compose_train
 from alexnet.training.run import train
 
-SHORT = ["optim.epochs=1", "evaluate=false"]
+SHORT = ["optim.epochs=1", "evaluate=false", "checkpoint_every=2"]
 
 
-def crashed(config: Any, monkeypatch: pytest.MonkeyPatch, step: int = 5) -> Path:
-    """The directory of a run that ended there; with checkpoint_every=2 after steps 2 (previous) and 4 (last)."""
-    with monkeypatch.context() as patch:
-        crash_at(patch, step)
+@pytest.fixture(scope="module")
+def runs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The directories of a run that went to its end, and of one that crashed after step 5."""
+    where = [f"data_dir={data_dir}", f"output_dir={tmp_path_factory.mktemp('runs')}", *SMALL_NET, *SHORT]
+    straight, broken = (compose_train([*where, "experiment=none", f"name={name}"]) for name in ("a", "b"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("alexnet.training.run._picture", lambda *_: "not drawn")
+        train(straight)
+        crash_at(patch, 5)
         with pytest.raises(Crash):
-            train(config)
-    return assemble.run_directory(config)
+            train(broken)
+    return assemble.run_directory(straight), assemble.run_directory(broken)
+
+
+@pytest.fixture
+def crashed(runs: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the second, where `compose` expects it: last.ckpt of step 4, previous.ckpt of step 2."""
+    return shutil.copytree(runs[1], tmp_path / "train" / "test" / "seed0")
 
 
 def flip(path: Path, share: float) -> None:
@@ -41,29 +55,22 @@ def flip(path: Path, share: float) -> None:
 
 
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
-    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compose: Callable[..., Any], runs: tuple[Path, Path], crashed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    straight, broken = (compose(*SHORT, "checkpoint_every=2", f"name={name}") for name in ("a", "b"))
-    train(straight)
-    directory = crashed(broken, monkeypatch)
-    flip(directory / "checkpoints" / "last.ckpt", 0.5)
-    train(broken)
+    flip(crashed / "checkpoints" / "last.ckpt", 0.5)
+    train(compose(*SHORT))
     said = capsys.readouterr().out
     assert "last.ckpt is damaged" in said
     assert "Going on from previous.ckpt" in said
-    assert_same_bits(ended(assemble.run_directory(straight))[0], ended(directory)[0])
-    assert not (directory / "checkpoints" / "previous.ckpt").exists()  # the run is finished
+    assert_same_bits(ended(runs[0])[0], ended(crashed)[0])
+    assert not (crashed / "checkpoints" / "previous.ckpt").exists()  # the run is finished
 
 
-def test_two_damaged_checkpoints_are_one_line(
-    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = compose(*SHORT, "checkpoint_every=2")
-    directory = crashed(config, monkeypatch)
+def test_two_damaged_checkpoints_are_one_line(compose: Callable[..., Any], crashed: Path) -> None:
     for name in ("last.ckpt", "previous.ckpt"):
-        flip(directory / "checkpoints" / name, 0.5)
+        flip(crashed / "checkpoints" / name, 0.5)
     with pytest.raises(UserError, match=r"previous.ckpt is damaged") as caught:
-        train(config)
+        train(compose(*SHORT))
     assert "\n" not in str(caught.value)
 
 
@@ -83,24 +90,23 @@ def test_no_bit_of_the_weights_can_change_unnoticed(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_run_is_refused_also_without_run_json(
-    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    compose: Callable[..., Any], crashed: Path
 ) -> None:
-    directory = crashed(compose(*SHORT), monkeypatch)
-    (directory / "run.json").unlink()
-    other = compose(*SHORT, "optim.lr=0.02")
-    with pytest.raises(
-        UserError, match=r"last.ckpt is of a run with another .*optim.lr: 0.01 there, 0.02 now"
-    ):
-        train(other)
-    path = directory / "checkpoints" / "last.ckpt"
+    (crashed / "run.json").unlink()
+    refusal = r"last.ckpt is of a run with another .*optim.lr: 0.01 there, 0.02 now"
+    with pytest.raises(UserError, match=refusal):
+        assemble.build_run(compose(*SHORT, "optim.lr=0.02")).start()
+    path = crashed / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
-    del content["identity"]  # as checkpoints were until November 2026
+    del (
+        content["identity"],
+        content["hyper_parameters"]["resample"],
+    )  # as checkpoints were until November 2026
     torch.save(content, path)
-    with pytest.raises(
-        UserError, match=r"last.ckpt is of a run with another .*optim.lr: 0.01 there, 0.02 now"
-    ):
-        train(other)
-    train(compose(*SHORT))
+    with pytest.raises(UserError, match=refusal):
+        assemble.build_run(compose(*SHORT, "optim.lr=0.02")).start()
+    assert not (crashed / "run.json").exists()  # nothing was written
+    assemble.build_run(compose(*SHORT)).start()
 
 
 @pytest.mark.parametrize(
@@ -138,36 +144,31 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_checkpoints_do_not_travel_through_tmpdir(
-    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_do_not_travel_through_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "mkstemp", None)
-    train(compose(*SHORT, "overwrite=true"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", None)
+    AtomicCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "new" / "last.ckpt")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["last.ckpt"]
 
 
 def test_a_full_disk_leaves_what_was_there_and_the_next_run_goes_on(
-    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    compose: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    runs: tuple[Path, Path],
+    crashed: Path,
 ) -> None:
-    straight, broken = (compose(*SHORT, "checkpoint_every=2", f"name={name}") for name in ("a", "b"))
-    train(straight)
-    save, saved = torch.save, []
-
     def full(content: Any, file: Any) -> None:
-        saved.append(content)
-        if len(saved) == 3:
-            file.write(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(content, file)
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(OSError, match=r"last\.ckpt"):
-            train(broken)
-    directory = assemble.run_directory(broken)
-    assert {p.name for p in (directory / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
-    assert torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
-    train(broken)
-    assert_same_bits(ended(assemble.run_directory(straight))[0], ended(directory)[0])
+            train(compose(*SHORT))
+    assert {p.name for p in (crashed / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
+    assert torch.load(crashed / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    train(compose(*SHORT))
+    assert_same_bits(ended(runs[0])[0], ended(crashed)[0])
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "a/../../b", ""])
@@ -186,34 +187,28 @@ def test_overwriting_deletes_only_a_run(compose: Callable[..., Any]) -> None:
     directory.mkdir(parents=True)
     (directory / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"overwrite=true would delete .*holds no run but thesis.tex"):
-        train(config)
+        assemble.build_run(config).start()
     assert (directory / "thesis.tex").exists()
-    (directory / "thesis.tex").unlink()
-    train(config)
 
 
 def test_overwriting_never_looks_at_the_checkpoint_that_it_deletes(
-    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, crashed: Path
 ) -> None:
     """Another process of the same run may be at any point of deleting it."""
-    directory = crashed(compose(*SHORT), monkeypatch)
     monkeypatch.setattr(assemble, "resume_point", None)
     rank_1 = assemble.build_run(compose(*SHORT, "overwrite=true"))
-    assert (directory / "checkpoints" / "last.ckpt").exists()
-    rank_1.fit()
-    assert rank_1.trainer.global_step == 7
+    assert (crashed / "checkpoints" / "last.ckpt").exists()
+    assert rank_1.resume_point is None
 
 
 def test_a_run_that_may_only_be_read_is_evaluated(
-    compose: Callable[..., Any],
+    runs: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
     data_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = compose(*SHORT)
-    train(config)
-    directory = assemble.run_directory(config)
+    directory = runs[0]
 
     def write(path: Path, content: Any) -> None:
         if path.is_relative_to(directory) or path.name == "mine.json":

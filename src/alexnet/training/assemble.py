@@ -126,9 +126,8 @@ class TrainingRun:
             refuse_other(f"{path} is of a run", content["identity"], self.same_run)
             return
         # Until November 2026 a checkpoint knew its network alone. It may be trained under another backend.
-        there, here = dict(content["hyper_parameters"]), dict(self.classifier.hparams)
-        there["backend"] = here["backend"]
-        refuse_other(f"{path} is of a run", there, here)
+        there = {**content["hyper_parameters"], "backend": {}}
+        refuse_other(f"{path} is of a run", there, _shared(there, dict(self.classifier.hparams)))
 
     def start(self) -> None:
         """Writes run.json; with `overwrite` all else in the directory goes. For the process that has its lock."""
@@ -145,6 +144,13 @@ class TrainingRun:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*exists and is not empty.*")
             self.trainer.fit(self.classifier, self.data, ckpt_path=self.resume_point, weights_only=True)
+
+
+def _shared(there: Any, here: Any) -> Any:
+    """`here` without the keys that `there` does not have: they are newer."""
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return here
+    return {key: _shared(value, here.get(key)) for key, value in there.items()}
 
 
 def run_directory(config: Train) -> Path:

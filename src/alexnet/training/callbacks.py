@@ -263,9 +263,10 @@ class FirstKernels(Callback):
 
         assert isinstance(pl_module, Classifier)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
+            add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
+            if add_image is not None:
                 picture = scaled_kernels(pl_module.net.conv1.weight)
-                logger.experiment.add_image("conv1", picture, trainer.global_step, dataformats="HWC")
+                add_image("conv1", picture, trainer.global_step, dataformats="HWC")
 
 
 class Pace:

@@ -264,9 +264,8 @@ class MetricsFile(Callback):
             file.write(_line(cells))
         self.text += _line(cells)
         self.latest = Row.of({column: str(cell) for column, cell in cells.items()})
-        numbers = (
-            row if kind == Kind.steps else more
-        )  # an epoch's means would mix with those of its last steps
+        # An epoch's means would mix with those of its last steps.
+        numbers: Mapping[str, Any] = row if kind == Kind.steps else more
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in numbers.items()}, trainer.global_step)
 

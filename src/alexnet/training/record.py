@@ -61,8 +61,8 @@ def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any
     path = directory / "run.json"
     text = _content(path)
     if text is None or fresh:
-        content = {"state": "running", "command": command_line(), "config": config, "resolved": resolved}
-        return RunRecord(directory, {**content, **environment()}, text)
+        new = {"state": "running", "command": command_line(), "config": config, "resolved": resolved}
+        return RunRecord(directory, {**new, **environment()}, text)
     content = read_record(directory)
     refuse_other(f"{directory} holds a run", content["config"], config)
     return RunRecord(directory, content, text)
