@@ -14,11 +14,7 @@ def main(config: PrepareData) -> None:
             print(f"{store.path}: {len(store):,} images, every hash as written")
         return
     for split in prepare(config):
-        store, rate = split.store, f"{split.images_per_second:,.0f} images/s, {split.seconds:.1f} s"
-        state = rate if split.written else "already there, nothing done"
-        print(
-            f"{store.path}: {len(store):,} images of {store.px} pixels, {len(store.classes)} classes ({state})"
-        )
+        print(split.summary())
 
 
 if __name__ == "__main__":

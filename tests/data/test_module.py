@@ -375,7 +375,7 @@ def test_a_failing_read_reaches_the_training_loop(threads: int) -> None:
 def test_the_number_of_readers_is_the_users_or_one_per_core() -> None:
     assert num_workers_of(7) == 7
     assert 1 <= num_workers_of(0) <= MAX_WORKERS
-    with pytest.raises(UserError, match=r"data\.num_workers=-1 must not be negative: use 1 or more, or 0"):
+    with pytest.raises(UserError, match=r"data\.num_workers=-1 must be a positive integer, or 0"):
         num_workers_of(-1)
 
 
@@ -426,7 +426,7 @@ def test_splits_are_train_holdout_and_val(data: ImageData) -> None:
     assert len(rows("holdout")) == 8
     assert sorted(rows("train") + rows("holdout")) == list(range(80))
     assert rows("val") == list(range(30))
-    with pytest.raises(UserError, match="split=test is no split: use train, holdout or val"):
+    with pytest.raises(UserError, match="split=test must be one of train, holdout, val"):
         data.eval_loader("test")
 
 

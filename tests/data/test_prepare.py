@@ -1,50 +1,31 @@
-"""From files to stores: every kind of picture as decided, nothing lost by a kill, nothing done twice."""
+"""From files to stores: nothing lost by a kill, nothing done twice, nothing left out without a word."""
 
-import io
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
-from test_sources import write_folder, write_tar
+from test_sources import encoded, picture, write_folder, write_tar
 
 from alexnet.data import prepare as module
-from alexnet.data.prepare import (
-    Crew,
-    OnCorrupt,
-    PrepareConfig,
-    Resample,
-    decode,
-    fit,
-    prepare,
-    to_rgb,
-    verify,
-)
-from alexnet.data.sources import SourceKind
-from alexnet.data.store import Store, open_store, partial_directory
+from alexnet.data import store as store_module
+from alexnet.data.config import DataConfig, SourceKind
+from alexnet.data.pictures import Resample, decode, fit
+from alexnet.data.prepare import Crew, OnCorrupt, PrepareConfig, prepare, verify, wanted_classes
+from alexnet.data.store import Store, open_store, partial_directory, write_rows
 from alexnet.errors import UserError
-
-
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A smooth colour picture, so that JPEG keeps it."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, form: str = "JPEG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def image_set(n: int = 6, classes: tuple[str, ...] = ("cat", "dog"), val: int = 2) -> dict[str, bytes]:
@@ -80,115 +61,6 @@ def stores(config: PrepareConfig) -> list[Store]:
 
 def pixels(store: Store) -> np.ndarray:
     return np.array(store.images)
-
-
-# Pictures -------------------------------------------------------------------------------------------------
-
-
-def centre(data: bytes) -> list[int]:
-    image = decode(data)
-    assert image.mode == "RGB"
-    return list(image.getpixel((image.width // 2, image.height // 2)))
-
-
-FLAT: dict[str, tuple[Callable[[], bytes], list[int]]] = {
-    "rgb": (lambda: encoded(Image.new("RGB", (9, 9), (200, 30, 90)), "PNG"), [200, 30, 90]),
-    "grayscale": (lambda: encoded(Image.new("L", (9, 9), 77), "PNG"), [77] * 3),
-    "bilevel": (lambda: encoded(Image.new("1", (9, 9), 1), "PNG"), [255] * 3),
-    "16-bit": (lambda: encoded(Image.fromarray(np.full((9, 9), 77 * 257 + 3, np.uint16)), "PNG"), [77] * 3),
-    "32-bit": (lambda: encoded(Image.fromarray(np.full((9, 9), 30_000, np.int32)), "TIFF"), [117] * 3),
-    "palette": (lambda: encoded(Image.new("RGB", (9, 9), (200, 30, 90)).quantize(4), "PNG"), [200, 30, 90]),
-    "alpha": (lambda: encoded(Image.new("RGBA", (9, 9), (0, 100, 200, 0)), "PNG"), [255] * 3),
-    "half alpha": (lambda: encoded(Image.new("LA", (9, 9), (0, 128)), "PNG"), [127] * 3),
-    "transparent": (lambda: encoded(Image.new("L", (9, 9), 77), "PNG", transparency=77), [255] * 3),
-    "cmyk": (lambda: encoded(Image.new("CMYK", (9, 9), (255, 0, 0, 0)), "TIFF"), [0, 255, 255]),
-    "lab": (lambda: encoded(Image.new("LAB", (9, 9), (255, 128, 128)), "TIFF"), [255, 255, 255]),
-}
-
-
-@pytest.mark.parametrize("kind", FLAT)
-def test_every_kind_of_picture_becomes_the_colour_decided(kind: str) -> None:
-    data, expected = FLAT[kind]
-    np.testing.assert_allclose(centre(data()), expected, atol=2)
-
-
-def test_a_cmyk_jpeg_has_its_colours() -> None:
-    data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
-    np.testing.assert_allclose(centre(data), [254, 0, 0], atol=3)
-
-
-def test_a_rotated_photograph_is_put_upright() -> None:
-    image = Image.new("RGB", (40, 20))
-    ImageDraw.Draw(image).rectangle([0, 0, 19, 19], fill=(255, 0, 0))  # red on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise: left becomes top
-    upright = decode(encoded(image, "PNG", exif=exif))
-    assert upright.size == (20, 40)
-    assert upright.getpixel((10, 5)) == (255, 0, 0)
-    assert upright.getpixel((10, 35)) == (0, 0, 0)
-
-
-def test_only_the_first_frame_counts() -> None:
-    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
-    assert centre(encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])) == [255, 0, 0]
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"<html>not found</html>", encoded(picture(0))[:-300], encoded(Image.new("F", (9, 9)), "TIFF"),
-     encoded(Image.fromarray(np.full((9, 9), 70_000, np.int32)), "TIFF")],
-    ids=["empty", "text", "truncated", "float", "wide"],
-)  # fmt: skip
-def test_what_is_no_whole_picture_raises(data: bytes) -> None:
-    with pytest.raises((OSError, ValueError)):
-        decode(data)
-
-
-def test_a_picture_below_the_least_side_raises() -> None:
-    data = encoded(picture(0, (40, 7)))
-    with pytest.raises(ValueError, match="40x7 pixels, below min_side=8"):
-        decode(data, min_side=8)
-    assert decode(data, min_side=7).size == (40, 7)
-
-
-@pytest.mark.parametrize("resample", Resample)
-@pytest.mark.parametrize("size", [(80, 48), (48, 80), (64, 64), (20, 12)])
-def test_fit_is_short_side_then_central_crop(resample: Resample, size: tuple[int, int]) -> None:
-    # against the two steps, with sizes where the scaled long side and the crop's offset are whole numbers
-    image, px = picture(5, size), 32 if max(size) == 64 else 24
-    scale = px / min(size)
-    whole = (round(size[0] * scale), round(size[1] * scale))
-    kernel = module.FILTERS.get(resample, Image.Resampling.BOX if scale <= 1 else Image.Resampling.BICUBIC)
-    left, top = (whole[0] - px) // 2, (whole[1] - px) // 2
-    expected = image.resize(whole, kernel).crop((left, top, left + px, top + px))
-    difference = np.abs(np.asarray(fit(image, px, resample), int) - np.asarray(expected, int))
-    assert difference.max() <= 2
-
-
-def test_a_panorama_costs_no_memory() -> None:
-    assert fit(Image.new("RGB", (60_000, 2)), 256, Resample.area).size == (256, 256)
-
-
-def test_every_mode_of_pillow_is_converted_or_refused() -> None:
-    for mode in (
-        "1",
-        "L",
-        "P",
-        "RGB",
-        "RGBA",
-        "CMYK",
-        "YCbCr",
-        "LAB",
-        "HSV",
-        "LA",
-        "PA",
-        "RGBX",
-        "RGBa",
-        "I;16",
-    ):
-        assert to_rgb(Image.new(mode, (4, 4))).mode == "RGB", mode
-    with pytest.raises(ValueError, match="floating"):
-        to_rgb(Image.new("F", (4, 4)))
 
 
 # Stores ---------------------------------------------------------------------------------------------------
@@ -242,17 +114,21 @@ def test_a_second_run_does_nothing_even_without_the_source(folder: Path, tmp_pat
     assert {file: file.stat().st_mtime_ns for file in Path(config.root).glob("*/*")} == before
 
 
-def test_another_folder_under_the_same_name_is_refused(folder: Path, tmp_path: Path) -> None:
-    """Nothing else in the configuration differs, and a folder that was moved is the same folder: its name decides."""
+def test_a_finished_store_is_compared_with_the_source_given(folder: Path, tmp_path: Path, caplog) -> None:
     config = config_for(folder, tmp_path)
     prepare(config)
-    moved = shutil.copytree(folder, tmp_path / "elsewhere" / folder.name)
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
     assert not any(split.written for split in prepare(replace(config, path=str(moved))))
-    other = shutil.copytree(folder, tmp_path / "others")
+    assert f"was prepared from {folder}, which held the same files" in caplog.text
+    (moved / "set/train/cat/0.jpg").write_bytes(b"x" * (moved / "set/train/cat/0.jpg").stat().st_size)
     with pytest.raises(
-        UserError, match=r"was prepared from another place \(folder: .*, not folder: others\)"
+        UserError, match=r"another source .*source, 16 files; not .*, 16 files; different: contents"
     ):
-        prepare(replace(config, path=str(other)))
+        prepare(replace(config, path=str(moved)))
+    (folder / "set/train/cat/more.jpg").write_bytes(encoded(picture(3)))
+    with pytest.raises(UserError, match=r"17 files; different: files, names, sizes.*leave path out"):
+        prepare(config)
+    assert not any(split.written for split in prepare(replace(config, path=None)))
 
 
 @pytest.mark.parametrize(("key", "value"), [("px", 24), ("images_per_class", 3), ("holdout_fraction", 0.2)])
@@ -330,7 +206,7 @@ def test_mended_files_are_read_and_only_they(folder: Path, tmp_path: Path, monke
         file.write_bytes(data)
     read = []
     monkeypatch.setattr(
-        module, "decode", lambda payload, side: (read.append(payload.name), decode(payload, side))[1]
+        module, "decode", lambda payload, *rest: (read.append(payload.name), decode(payload, *rest))[1]
     )
     prepare(config)
     assert read[:4] == ["1.jpg", "3.jpg", "4.jpg", "5.jpg"]
@@ -355,6 +231,7 @@ KILLED = """
 import time
 from pathlib import Path
 from alexnet.data import prepare as module
+from alexnet.data import store as store_module
 from alexnet.data.prepare import PrepareConfig, prepare
 
 slow = module.decode_chunk
@@ -378,7 +255,7 @@ def test_a_killed_job_continues_and_gives_the_same_arrays(tmp_path: Path, monkey
     done = np.load(partial_directory(Path(config.root) / "train") / "done.npy")
     assert 20 <= np.count_nonzero(done) < 160
     decoded = []
-    monkeypatch.setattr(module, "decode", lambda payload, side: (decoded.append(1), decode(payload, side))[1])
+    monkeypatch.setattr(module, "decode", lambda *given: (decoded.append(1), decode(*given))[1])
     continued = stores(config)
     assert len(decoded) == 160 - np.count_nonzero(done) + 4
     untouched = stores(config_for(path, tmp_path / "again"))
@@ -462,6 +339,142 @@ def test_no_space_left_leaves_nothing_half_written(folder: Path, tmp_path: Path,
     assert not list((tmp_path / "stores/pets").glob("**/*.npy"))
 
 
+def test_few_bytes_of_an_archive_are_in_memory_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    files = image_set(20)
+    largest = max(map(len, files.values()))
+    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * largest)
+    sizes = []
+    real = module.decode_chunk
+    monkeypatch.setattr(
+        module,
+        "decode_chunk",
+        lambda *given: (sizes.append(sum(len(p) for _, _, p in given[2])), real(*given))[1],
+    )
+    train, _ = stores(config_for(write_tar(tmp_path / "x.tgz", files), tmp_path))
+    assert len(train) == 40
+    assert max(sizes) <= 4 * largest
+    assert len(sizes) > 5
+
+
+def full_disk(*_) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["allocating", "images", "publish"])
+def test_a_disk_that_fills_up_is_one_line_and_the_next_run_continues(
+    folder: Path, tmp_path: Path, monkeypatch, where: str
+) -> None:
+    first = config_for(folder, tmp_path, name="first", root=str(tmp_path / "stores" / "first"))
+    expected = [store.manifest["sha256"] for store in stores(first)]
+    before = {file: file.read_bytes() for file in Path(first.root).glob("*/*")}
+    config = config_for(folder, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "CHUNK", 4)
+        writes = iter([write_rows, write_rows, full_disk])
+        if where == "allocating":
+            patch.setattr("os.posix_fallocate", full_disk)
+        elif where == "images":
+            patch.setattr(module, "write_rows", lambda *given: next(writes)(*given))
+        else:
+            patch.setattr(store_module.StoreBuilder, "publish", full_disk)
+        with pytest.raises(UserError, match=r"no space left for .*run again"):
+            prepare(config)
+    assert {file: file.read_bytes() for file in Path(first.root).glob("*/*")} == before
+    decoded = []
+    monkeypatch.setattr(module, "decode", lambda *given: (decoded.append(1), decode(*given))[1])
+    assert [store.manifest["sha256"] for store in stores(config)] == expected
+    assert len(decoded) == {"allocating": 16, "images": 8, "publish": 4}[where]
+
+
+def test_the_disk_space_is_taken_before_the_first_image(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*_) -> None:
+        raise Stop
+
+    monkeypatch.setattr(module, "decode_chunk", stop)
+    with pytest.raises(Stop):
+        prepare(config_for(folder, tmp_path, px=256))
+    status = os.stat(partial_directory(tmp_path / "stores/pets/train") / "images.npy")
+    assert status.st_blocks * 512 >= status.st_size > 12 * 256 * 256 * 3
+
+
+@pytest.mark.parametrize("when", ["_move", "_statistics", "publish"])
+def test_a_kill_while_bad_rows_are_left_out_loses_nothing(
+    folder: Path, tmp_path: Path, monkeypatch, when: str
+) -> None:
+    config = config_for(spoiled(folder), tmp_path, on_corrupt=OnCorrupt.skip)
+    expected = [store.manifest["sha256"] for store in stores(replace(config, root=str(tmp_path / "whole")))]
+    holder = {"_move": store_module, "_statistics": module, "publish": store_module.StoreBuilder}[when]
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, when, interrupted)
+        with pytest.raises(InterruptedError):
+            prepare(config)
+    decoded = []
+    monkeypatch.setattr(module, "decode", lambda *given: (decoded.append(given[0]), decode(*given))[1])
+    train, val = stores(config)
+    assert not [path for path in decoded if "train" in path.parts]
+    assert [train.manifest["sha256"], val.manifest["sha256"]] == expected
+    assert train.manifest["corrupt"] == [f"set/train/cat/{k}.jpg" for k in (1, 3, 4, 5)]
+
+
+def interrupted(*_) -> None:
+    raise InterruptedError
+
+
+def test_a_summary_counts_what_was_taken_and_what_was_not(folder: Path, tmp_path: Path) -> None:
+    write_folder(folder, {"set/train/cat/a.txt": b"x", "set/train/cat/b.txt": b"x", "set/train/cat/.c": b"x"})
+    config = config_for(spoiled(folder), tmp_path, on_corrupt=OnCorrupt.skip)
+    for state in (r"[0-9,]+ images/s, [0-9.]+ s", "already there, nothing done"):
+        assert re.fullmatch(
+            rf".*pets/train: 8 images of 16 pixels; {state}; 2 classes: cat, dog; "
+            r"left out: 2 \.txt, 4 bad, 1 hidden",
+            prepare(config)[0].summary(),
+        )
+    names = tuple(f"c{k:02d}" for k in range(12))
+    many = config_for(write_folder(tmp_path / "many", image_set(1, names)), tmp_path / "b")
+    assert prepare(many)[0].summary().endswith(f"12 classes: {', '.join(names[:10])}, ...")
+
+
+def test_a_second_process_waits_and_says_so(folder: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    waits = []
+
+    @contextlib.contextmanager
+    def locked(directory: Path, name: str, wait: float) -> Iterator[bool]:
+        waits.append(wait)
+        yield wait != 0
+
+    monkeypatch.setattr("alexnet.system.locked", locked)
+    assert len(stores(config_for(folder, tmp_path))) == 2
+    assert waits == [0, -1]
+    assert "another process prepares" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"cat\ndog\n", b"cat\r\ndog\r\n", b"\xef\xbb\xbfcat\ndog", "cat\r\ndog".encode("utf-16"),
+     b"\xfe\xff" + "cat\ndog".encode("utf-16-be"), b"\n dog \n\ncat\ncat\n"],
+)  # fmt: skip
+def test_a_list_of_classes_is_read_in_any_encoding(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "list").write_bytes(content)
+    assert wanted_classes(PrepareConfig(class_file=str(tmp_path / "list"))) == ["cat", "dog"]
+
+
+def test_a_line_of_a_list_is_one_name(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("tabby cat\ngolden retriever\nn01440764 tench, Tinca tinca\n")
+    names = ["golden retriever", "n01440764", "tabby cat"]
+    assert wanted_classes(PrepareConfig(class_file=str(tmp_path / "list"))) == names
+    for content, words in (
+        (b"", "holds no name"),
+        (b" \n", "holds no name"),
+        (b"caf\xe9", "save it as UTF-8"),
+    ):
+        (tmp_path / "list").write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            wanted_classes(PrepareConfig(class_file=str(tmp_path / "list")))
+
+
 class _Usage:
     free = 100
 
@@ -518,10 +531,11 @@ def test_synthetic_is_prepared_like_any_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"px": 0}, "px=0 is too small"),
+        ({"px": 0}, "px=0 must be an integer of at least 1"),
         ({"workers": -1}, "workers=-1"),
-        ({"holdout_fraction": 1.0}, "holdout_fraction=1.0"),
+        ({"holdout_fraction": 1.0}, r"holdout_fraction=1.0 must be in \[0, 1\)"),
         ({"n_classes": 3, "classes": ["cat"]}, "classes and n_classes both"),
+        ({"name": "../pets"}, "name=../pets must be a name inside data_dir"),
         ({"class_file": "/nowhere"}, "class_file=/nowhere does not exist"),
         ({"path": "/nowhere"}, "path=/nowhere does not exist"),
     ],
@@ -529,6 +543,14 @@ def test_synthetic_is_prepared_like_any_other(tmp_path: Path) -> None:
 def test_bad_settings_are_named(folder: Path, tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepare(config_for(folder, tmp_path, **changes))
+
+
+def test_the_home_directory_may_be_written_short(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = PrepareConfig(root="~/stores/pets", path="~/pets.zip", class_file="~/list", words="~/words")
+    assert (config.root, config.path) == ("/home/me/stores/pets", "/home/me/pets.zip")
+    assert (config.class_file, config.words) == ("/home/me/list", "/home/me/words")
+    assert DataConfig(root="~/stores/pets").root == "/home/me/stores/pets"
 
 
 def test_a_directory_that_cannot_be_made_is_named(folder: Path, tmp_path: Path) -> None:

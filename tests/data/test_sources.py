@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from alexnet.data import sources
+from alexnet.data.config import SourceKind
+from alexnet.data.pictures import read
 from alexnet.data.sources import (
     Item,
     Official,
     Source,
-    SourceKind,
     draw_classes,
     open_source,
     with_classes,
@@ -23,6 +25,18 @@ from alexnet.data.sources import (
 from alexnet.errors import UserError
 
 WNIDS = ("n02000001", "n01000002", "n03000003")  # not in sorted order
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A smooth colour picture, so that JPEG keeps it."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, form: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
 
 
 def tiny_files() -> dict[str, bytes]:
@@ -76,17 +90,13 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def opened(kind: str, path: Path, official: bool = False, **options) -> Source:
-    return open_source(SourceKind(kind), path, px=64, downloads=path.parent, official=official, **options)
+    return open_source(SourceKind(kind), path, official=official, **options)
 
 
 def contents(source: Source, split: str) -> list[tuple[bytes, int]]:
     """What the items of a split really are, in order."""
     found = dict(source.files.stream({item.name for item in source.splits[split]}))
-    read = {
-        name: payload.read_bytes() if isinstance(payload, Path) else payload
-        for name, payload in found.items()
-    }
-    return [(read[item.name], item.label) for item in source.splits[split]]
+    return [(read(found[item.name]), item.label) for item in source.splits[split]]
 
 
 WRITERS = {
@@ -123,7 +133,7 @@ def test_the_root_itself_or_the_folder_around_it_may_be_given(tmp_path: Path) ->
     assert contents(outer, "val") == contents(inner, "val")
 
 
-def refused(kind: str, path: Path | None, *words: str, **options) -> None:
+def refused(kind: str, path: Path, *words: str, **options) -> None:
     with pytest.raises(UserError) as error:
         opened(kind, path, **options)
     assert "\n" not in str(error.value)
@@ -184,7 +194,7 @@ def test_a_cut_off_archive_is_refused(tmp_path: Path) -> None:
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
     refused("folder", tmp_path / "nowhere", "nowhere", "does not exist")
     with pytest.raises(UserError, match="source=imagenet needs the archive or folder"):
-        open_source(SourceKind.imagenet, None, px=64, downloads=tmp_path)
+        sources.download(SourceKind.imagenet, 64, tmp_path)
 
 
 def test_imagenet_with_a_flat_val_is_refused_with_an_explanation(tmp_path: Path) -> None:
@@ -256,6 +266,12 @@ def test_chosen_classes_are_numbered_anew_in_every_split(source: Source) -> None
 def test_an_unknown_class_is_named_with_its_nearest(source: Source) -> None:
     with pytest.raises(UserError, match=r"'n05000001' is not in .*did you mean n05000000"):
         with_classes(source, ["n05000001"])
+
+
+def test_fewer_than_two_classes_are_refused(source: Source) -> None:
+    for chosen in ([], ["n05000000"]):
+        with pytest.raises(UserError, match="must be two or more"):
+            with_classes(source, chosen)
 
 
 def test_a_number_of_classes_is_drawn_by_seed(source: Source) -> None:

@@ -1,5 +1,6 @@
 """What a store promises: whole or absent, checked when opened, split the same way for ever."""
 
+import contextlib
 import json
 import shutil
 from collections import namedtuple
@@ -8,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet.data.sources import SourceKind
+from alexnet.data import store as store_module
+from alexnet.data.config import DataConfig
 from alexnet.data.store import (
-    KNOWN,
-    Partial,
+    StoreBuilder,
     holdout_split,
     open_store,
     partial_directory,
     require_space,
     write_manifest,
+    write_rows,
 )
 from alexnet.errors import UserError
 
@@ -25,7 +27,7 @@ PX = 8
 
 def publish(path: Path, n: int = 12, mean: bool = True):
     random = np.random.default_rng(0)
-    building = Partial(path, n, PX, "plan")
+    building = StoreBuilder(path, n, PX, "plan")
     images = np.load(building.images_path, mmap_mode="r+")
     images[:] = random.integers(0, 256, images.shape)
     labels = np.arange(n) % 3
@@ -71,67 +73,29 @@ def refused(path: Path, *words: str, **options) -> None:
         assert word in str(error.value)
 
 
+def test_a_missing_store_says_what_makes_it(tmp_path: Path) -> None:
+    refused(tmp_path / "pets" / "train", "does not exist: make it with scripts/prepare_data.py")
+    refused(tmp_path / "pets" / "train", "does not exist: do this", remedy="do this")
+
+
 @pytest.mark.parametrize(
-    ("name", "command"),
+    ("name", "words"),
     [
         ("tiny_imagenet", "data=tiny_imagenet"),
         ("imagenette_few", "data=imagenette name=imagenette_few"),
+        ("imagenet100", "data=imagenet path=<folder or archive> name=imagenet100"),
         ("pets", "data=folder path=<folder or archive> name=pets"),
-        ("2012", "data=folder path=<folder or archive> name=2012"),
     ],
 )
-def test_a_missing_store_names_the_command_that_makes_it(
-    name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refused(
-        tmp_path / name / "train",
-        "does not exist",
-        f"`python scripts/prepare_data.py {command} data_dir={tmp_path}`",
-    )
-    monkeypatch.chdir(tmp_path)
-    refused(Path("data") / name / "train", f"`python scripts/prepare_data.py {command}`")
-
-
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [
-        ("imagenet100", "data=imagenet path=<folder or archive> name=imagenet100 n_classes=100"),
-        ("tiny_imagenet_20", "data=tiny_imagenet name=tiny_imagenet_20 n_classes=20"),
-        ("synthetic_500", "data=synthetic name=synthetic_500 n_train=500"),
-    ],
-)
-def test_a_missing_subset_names_the_command_that_makes_it(
-    name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    refused(Path("data") / name / "train", f"`python scripts/prepare_data.py {command}`")
-
-
-def test_every_source_is_known_by_its_name() -> None:
-    assert {*KNOWN, SourceKind.folder} == set(SourceKind)
-
-
-def test_a_lost_split_is_made_again_as_the_other_one_was(tmp_path: Path) -> None:
-    request = {
-        "source": "folder",
-        "px": 32,
-        "n_classes": None,
-        "classes": ["cats", "dogs"],
-        "images_per_class": 7,
-    }
-    path = publish(tmp_path / "pets" / "val", mean=False).path
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["self"]
-    write_manifest(path, {**manifest, "request": request})
-    refused(path.with_name("train"), "name=pets", "px=32 images_per_class=7 'classes=[cats,dogs]'`")
-    request["classes"] = [f"n{i}" for i in range(11)]
-    write_manifest(path, {**manifest, "request": request})
-    refused(path.with_name("train"), "class_file=<file with its 11 wnids>`")
+def test_the_command_that_makes_a_store_follows_from_its_name(name: str, words: str) -> None:
+    command = f"python scripts/prepare_data.py {words}"
+    assert DataConfig(name, f"data/{name}").prepare_command() == command
+    assert DataConfig(name, f"/else/{name}").prepare_command() == f"{command} data_dir=/else"
 
 
 def test_an_unfinished_store_says_so(tmp_path: Path) -> None:
     partial_directory(tmp_path / "pets" / "train").mkdir(parents=True)
-    refused(tmp_path / "pets" / "train", "unfinished", "name=pets")
+    refused(tmp_path / "pets" / "train", "unfinished", "prepare_data")
 
 
 def test_a_store_of_another_size_is_refused(path: Path) -> None:
@@ -142,7 +106,7 @@ def test_changed_labels_are_found_at_once(path: Path) -> None:
     labels = np.load(path / "labels.npy")
     labels[0] = 2
     np.save(path / "labels.npy", labels)
-    refused(path, "labels.npy", "sha256", "delete", "name=pets")
+    refused(path, "labels.npy", "sha256", "delete", "prepare_data")
 
 
 def test_a_changed_pixel_is_found_by_the_full_check_only(path: Path) -> None:
@@ -164,13 +128,44 @@ def test_an_array_of_another_shape_is_found_at_once(path: Path) -> None:
     refused(path, "mean.npy", "float32(8, 8)")
 
 
+def test_a_changed_mean_image_is_found_at_once(path: Path) -> None:
+    mean = np.load(path / "mean.npy")
+    mean[0, 0, 0] += 1
+    np.save(path / "mean.npy", mean)
+    refused(path, "mean.npy", "sha256")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "manifest.json is empty"),
+        (b"[]", "no JSON object"),
+        (b"null", "no JSON object"),
+        (b"{\xff", "no JSON object in UTF-8"),
+        (b"[" * 100_000, "no JSON object"),
+        (b"{}", "format None"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_one_line(path: Path, content: bytes, words: str) -> None:
+    (path / "manifest.json").write_bytes(content)
+    refused(path, words, str(path / "manifest.json"))
+
+
+@pytest.mark.parametrize("key", ["n", "px", "classes", "sha256"])
+def test_a_manifest_that_lacks_a_key_is_one_line(path: Path, key: str) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["self"], manifest[key]
+    write_manifest(path, manifest)
+    refused(path, f"has no {key}")
+
+
 def test_an_edited_manifest_is_found_at_once(path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["holdout"]["fraction"] = 0.0
     (path / "manifest.json").write_text(json.dumps(manifest))
     refused(path, "manifest.json", "changed")
     (path / "manifest.json").write_text("{")
-    refused(path, "not JSON")
+    refused(path, "manifest.json is no JSON object")
 
 
 def test_a_store_of_another_format_is_refused(path: Path) -> None:
@@ -208,20 +203,70 @@ def test_the_store_splits_by_its_manifest(path: Path) -> None:
 
 def test_an_unfinished_store_is_continued_only_under_the_same_plan(tmp_path: Path) -> None:
     path = tmp_path / "train"
-    Partial(path, 5, PX, "a").done[2] = 1
-    assert Partial(path, 5, PX, "a").done.tolist() == [0, 0, 1, 0, 0]
-    assert Partial(path, 5, PX, "b").done.tolist() == [0] * 5
+    StoreBuilder(path, 5, PX, "a").done[2] = 1
+    assert StoreBuilder(path, 5, PX, "a").done.tolist() == [0, 0, 1, 0, 0]
+    assert StoreBuilder(path, 5, PX, "b").done.tolist() == [0] * 5
 
 
-def test_closing_up_keeps_the_good_rows_in_order(tmp_path: Path) -> None:
-    building = Partial(tmp_path / "train", 5, PX, "plan")
-    np.load(building.images_path, mmap_mode="r+")[:] = np.arange(5, dtype=np.uint8)[:, None, None, None]
-    building.done[:] = 1
-    building.close_up(np.array([True, False, True, True, False]))
+GOOD = np.array([True, False, True, True, True, False, True, True, True, True])  # runs longer than their way
+
+
+def numbered_builder(path: Path) -> StoreBuilder:
+    """Rows filled with their own number; those that are not GOOD stay to be done."""
+    building = StoreBuilder(path, len(GOOD), PX, "plan")
+    images = [np.full((PX, PX, 3), row, dtype=np.uint8) for row in np.flatnonzero(GOOD)]
+    write_rows(building.images_path, PX, np.flatnonzero(GOOD), images)
+    building.done[GOOD] = 1
+    return building
+
+
+def test_compacting_keeps_the_good_rows_in_order_and_makes_no_copy(tmp_path: Path) -> None:
+    building = numbered_builder(tmp_path / "train")
+    building.compact(GOOD)
     images = np.load(building.images_path)
-    assert images.shape == (3, PX, PX, 3)
-    assert images[:, 0, 0, 0].tolist() == [0, 2, 3]
-    assert Partial(tmp_path / "train", 5, PX, "plan").done.tolist() == [0] * 5  # begun anew: rows have moved
+    assert images.shape == (8, PX, PX, 3)
+    assert (images == np.flatnonzero(GOOD)[:, None, None, None]).all()
+    expected = tmp_path / "expected.npy"
+    np.save(expected, images)
+    assert building.images_path.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_compacting_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch, moves: int) -> None:
+    class Killed(Exception):
+        pass
+
+    def move(*arguments) -> None:
+        real(*arguments)  # the block is in its place, but this is not on record yet
+        calls.append(arguments)
+        if len(calls) > moves:
+            raise Killed
+
+    real, calls = store_module._move, []
+    building = numbered_builder(tmp_path / "train")
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(store_module, "_move", move)
+        building.compact(GOOD)
+    again = StoreBuilder(tmp_path / "train", len(GOOD), PX, "plan")
+    assert again.compacting
+    assert again.done.astype(bool).tolist() == GOOD.tolist()
+    again.compact(GOOD)
+    assert np.load(again.images_path)[:, 0, 0, 0].tolist() == np.flatnonzero(GOOD).tolist()
+
+
+@pytest.mark.parametrize(
+    "left", [("plan", "done.npy", "moved.npy"), ("done.npy", "moved.npy"), ("moved.npy",)]
+)
+def test_a_store_whose_scratch_files_a_kill_left_behind_is_whole(tmp_path: Path, monkeypatch, left) -> None:
+    def killed(path: Path) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, contextlib.suppress(InterruptedError):
+        patch.setattr(store_module, "remove_scratch", killed)
+        publish(tmp_path / "train")
+    for name in {*store_module.SCRATCH} - {*left}:
+        (tmp_path / "train" / name).unlink(missing_ok=True)
+    assert len(open_store(tmp_path / "train", verify=True)) == 12
 
 
 def test_no_space_left_is_said_before_anything_is_written(tmp_path: Path, monkeypatch) -> None:
@@ -230,5 +275,5 @@ def test_no_space_left_is_said_before_anything_is_written(tmp_path: Path, monkey
     with pytest.raises(UserError, match=r"no space left.*data_dir"):
         require_space(tmp_path, 2000)
     with pytest.raises(UserError, match="no space left"):
-        Partial(tmp_path / "train", 100, PX, "plan")
+        StoreBuilder(tmp_path / "train", 100, PX, "plan")
     assert not (partial_directory(tmp_path / "train") / "images.npy").exists()

@@ -1,7 +1,19 @@
-"""The group `data` of a run's configuration."""
+"""The group `data` of a run's configuration, and the names of the known data sets."""
 
+import os
+import shlex
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
+
+
+class SourceKind(StrEnum):
+    synthetic = "synthetic"
+    tiny_imagenet = "tiny_imagenet"
+    imagenette = "imagenette"
+    imagewoof = "imagewoof"
+    imagenet = "imagenet"
+    folder = "folder"
 
 
 class Resident(StrEnum):
@@ -23,3 +35,19 @@ class DataConfig:
     drop_last: bool = False  # drop the epoch's last batch if it is smaller than the others
     resident: Resident = Resident.auto
     num_workers: int = 0  # threads that read a streamed store; 0: one per core, at most MAX_WORKERS
+
+    def __post_init__(self) -> None:
+        self.root = os.path.expanduser(self.root)
+
+    def prepare_command(self) -> str:
+        """The command that makes the stores; imagenet100 and imagenet_100 are taken for subsets of imagenet."""
+        known = [kind for kind in SourceKind if self.name.startswith(kind)]
+        kind = max(known, key=len, default=SourceKind.folder)
+        words = ["python scripts/prepare_data.py", f"data={kind}"]
+        if kind in (SourceKind.imagenet, SourceKind.folder):  # the others are downloaded
+            words.append("path=<folder or archive>")
+        if self.name != kind:
+            words.append(shlex.quote(f"name={self.name}"))
+        if (data_dir := str(Path(self.root).parent)) != "data":
+            words.append(shlex.quote(f"data_dir={data_dir}"))
+        return " ".join(words)

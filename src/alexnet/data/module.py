@@ -153,7 +153,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def num_workers_of(num_workers: int) -> int:
     """The number of reader threads; 0 is one per core of this process, at most MAX_WORKERS."""
     if num_workers < 0:
-        raise UserError(f"data.num_workers={num_workers} must not be negative: use 1 or more, or 0 to choose")
+        raise UserError(
+            f"data.num_workers={num_workers} must be a positive integer, or 0 for one thread per core"
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return num_workers or min(cores, MAX_WORKERS)
 
@@ -318,7 +320,7 @@ class EvalLoader:
         self, pixels: Pixels, rows: Tensor, batch_size: int, world_size: int = 1, rank: int = 0
     ) -> None:
         if batch_size < 1:
-            raise UserError(f"data.eval_batch_size={batch_size} is no number of images: use 1 or more")
+            raise UserError(f"data.eval_batch_size={batch_size} must be a positive integer")
         n = len(rows)
         self.pixels, self.batch_size = pixels, batch_size
         self.rows = rows[n * rank // world_size : n * (rank + 1) // world_size]
@@ -352,11 +354,15 @@ class ImageData(LightningDataModule):
 
     @cached_property
     def train_store(self) -> Store:
-        return open_store(Path(self.config.root) / "train")
+        return self._open("train")
 
     @cached_property
     def val_store(self) -> Store:
-        return open_store(Path(self.config.root) / "val")
+        return self._open("val")
+
+    def _open(self, split: str) -> Store:
+        remedy = f"make it with `{self.config.prepare_command()}`"
+        return open_store(Path(self.config.root) / split, remedy=remedy)
 
     @cached_property
     def split(self) -> tuple[Tensor, Tensor]:
@@ -419,7 +425,7 @@ class ImageData(LightningDataModule):
         elif split in ("train", "holdout"):
             pixels, rows = self.pixels("train", device), self.split[split == "holdout"]
         else:
-            raise UserError(f"split={split} is no split: use train, holdout or val")
+            raise UserError(f"split={split} must be one of train, holdout, val")
         return EvalLoader(pixels, rows, self.config.eval_batch_size, world_size, rank)
 
     def pixels(self, store: str, device: torch.device) -> Pixels:

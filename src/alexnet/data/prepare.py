@@ -1,44 +1,26 @@
 """From a source to stores: decode once, in parallel, and never lose a finished row.
 
-The rule of 2012 (section 2): scale so that the short side is `px`, keep the central px x px. Both happen in one
-antialiased resampling of the central square, so that a panorama costs no more memory than a portrait. The paper
-names no filter; the default is that of the author's later code (area average down, cubic up).
+Bad files (see pictures.py) are all named, each with its reason. on_corrupt=fail then stops: the good rows are kept, so
+mend the files or say skip, and run again. on_corrupt=skip leaves them out and lists them in the manifest.
 
-What each kind of picture becomes (8-bit RGB, always):
-
-    RGB, YCbCr, LAB, HSV   converted
-    grayscale, bilevel     three equal channels
-    16-bit grayscale       divided by 257 and rounded (Pillow by itself would clip it to white)
-    16-bit RGB             the high byte (Pillow's reading)
-    CMYK                   Pillow's conversion, no colour profile; Adobe's inverted files are inverted back
-    palette                its colours
-    alpha of any kind      laid over white
-    several frames         the first
-    EXIF orientation       applied
-    other colour profiles  ignored, as everybody does with ImageNet
-    short side < px        enlarged (counted in the manifest)
-    short side < min_side  a bad file
-    floating point, truncated, empty, not a picture: a bad file
-
-Bad files are all named, each with its reason. on_corrupt=fail then stops (the good rows are kept: mend the files or
-say skip, and run again); on_corrupt=skip leaves them out and lists them in the manifest.
+A store that is finished is left alone, if it was made from the source that is given: number, names and sizes of the
+files and a sample of their contents are compared.
 
 The mean image and the colour covariance are those of train without holdout. Their sums are sums of integers below
 2^53 in float64, hence exact, and the same whatever the number of workers.
 """
 
-import io
+import errno
 import logging
 import multiprocessing
 import os
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import partial
@@ -48,40 +30,37 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from alexnet.data import sources, synthetic
-from alexnet.data.config import DataConfig
-from alexnet.data.sources import Payload, Source, SourceKind
-from alexnet.data.store import Partial, Store, holdout_split, open_store, plan_hash
+from alexnet.data.config import DataConfig, SourceKind
+from alexnet.data.files import DAMAGE, fingerprint, listing, shown
+from alexnet.data.layouts import WNID, Splits, counts, decoded_text
+from alexnet.data.pictures import MAX_PIXELS, Payload, Resample, decode, fit, reason
+from alexnet.data.sources import Source
+from alexnet.data.store import (
+    Store,
+    StoreBuilder,
+    holdout_split,
+    open_store,
+    plan_hash,
+    remove_scratch,
+    write_rows,
+)
 from alexnet.errors import UserError
-from alexnet.system import locked
 
 log = logging.getLogger(__name__)
 
-CHUNK = 64  # images handed to a process at a time
+CHUNK = 64  # images handed to a process at a time,
+CHUNK_BYTES = 1 << 24  # or fewer, if their files together are larger than this
 STATISTICS_CHUNK = 256  # images summed at a time
 FEW = 512  # below this many images, starting processes takes longer than decoding
+FEW_CLASSES = 10  # that a summary names
 
 
 class OnCorrupt(StrEnum):
     fail = "fail"
     skip = "skip"
-
-
-class Resample(StrEnum):
-    area = "area"  # area average down, cubic up
-    bilinear = "bilinear"
-    bicubic = "bicubic"
-    lanczos = "lanczos"
-
-
-FILTERS = {
-    Resample.bilinear: Image.Resampling.BILINEAR,
-    Resample.bicubic: Image.Resampling.BICUBIC,
-    Resample.lanczos: Image.Resampling.LANCZOS,
-}
 
 
 @dataclass
@@ -94,9 +73,11 @@ class PrepareConfig:
     path: str | None = None  # archive or folder; null downloads tiny_imagenet, imagenette, imagewoof
     official: bool = True  # insist on the published checksum and counts
     words: str | None = None  # file of "wnid words" lines, when the source carries none
+    splits: Splits = Splits.auto  # are folders named train, val, test splits (top) or classes (none)?
     px: int = 64  # short side, and side of the stored square
     resample: Resample = Resample.area
     min_side: int = 8  # an image with a shorter side is a bad file
+    max_pixels: int = MAX_PIXELS  # so is one with more pixels; decoding takes up to 16 bytes for each
     on_corrupt: OnCorrupt = OnCorrupt.fail
     classes: list[str] | None = None  # only these wnids
     class_file: str | None = None  # only the wnids in this file, one per line
@@ -113,41 +94,37 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         self.source, self.resample = SourceKind(self.source), Resample(self.resample)
-        self.on_corrupt = OnCorrupt(self.on_corrupt)
-        for key, least in (("px", 1), ("min_side", 1), ("n_train", 10), ("n_val", 1), ("workers", 0),
-                           ("n_classes", 2), ("images_per_class", 1)):  # fmt: skip
+        self.on_corrupt, self.splits = OnCorrupt(self.on_corrupt), Splits(self.splits)
+        for key in ("root", "path", "words", "class_file"):
+            place = getattr(self, key)
+            setattr(self, key, place and os.path.expanduser(place))
+        if os.path.isabs(self.name) or ".." in Path(self.name).parts:
+            raise UserError(f"name={self.name} must be a name inside data_dir: set data_dir to another place")
+        for key, least in (("px", 1), ("min_side", 1), ("max_pixels", 1), ("n_train", 10), ("n_val", 1),
+                           ("workers", 0), ("n_classes", 2), ("images_per_class", 1)):  # fmt: skip
             value = getattr(self, key)
             if value is not None and value < least:
-                raise UserError(f"{key}={value} is too small: give {least} or more")
+                raise UserError(f"{key}={value} must be an integer of at least {least}")
         for key in ("val_fraction", "holdout_fraction"):
             if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)} is no share: give 0 or more, and less than 1")
+                raise UserError(f"{key}={getattr(self, key)} must be in [0, 1)")
         chosen = [key for key in ("classes", "class_file", "n_classes") if getattr(self, key) is not None]
         if len(chosen) > 1:
             raise UserError(f"{chosen[0]} and {chosen[1]} both choose the classes: set one of them to null")
 
     def request(self) -> dict[str, Any]:
         """The fields that decide what a store holds; two stores with equal requests are the same store."""
-        left_out = {
-            "name",
-            "root",
-            "path",
-            "official",
-            "words",
-            "workers",
-            "verify",
-            "class_file",
-            "n_train",
-            "n_val",
-        }
+        elsewhere = {"name", "root", "path", "official", "words", "workers", "verify", "class_file"}
+        if self.source != SourceKind.synthetic:
+            elsewhere |= {"n_train", "n_val"}
         names = [entry.name for entry in fields(PrepareConfig)]  # a script's own fields decide nothing
-        values = {name: getattr(self, name) for name in names if name not in left_out}
-        drawn = {"n_train": self.n_train, "n_val": self.n_val, "synthetic.VERSION": synthetic.VERSION}
-        return (
-            values
-            | {"classes": wanted_classes(self)}
-            | (drawn if self.source == SourceKind.synthetic else {})
-        )
+        values = {name: getattr(self, name) for name in names if name not in elsewhere}
+        drawn = {"synthetic.VERSION": synthetic.VERSION} if self.source == SourceKind.synthetic else {}
+        return values | {"classes": wanted_classes(self)} | drawn
+
+
+# What stores of before a field was added were made with.
+BEFORE = {"splits": Splits.auto, "max_pixels": MAX_PIXELS}
 
 
 @dataclass
@@ -165,6 +142,29 @@ class Prepared(NamedTuple):
     written: bool
     seconds: float
     images_per_second: float
+
+    def summary(self) -> str:
+        """The store in one line, with what its source held."""
+        store, found = self.store, self.store.manifest.get("found", {})
+        names = [entry["words"] for entry in store.classes[:FEW_CLASSES]]
+        state = (
+            f"{self.images_per_second:,.0f} images/s, {self.seconds:.1f} s"
+            if self.written
+            else "already there, nothing done"
+        )
+        parts = [f"{len(store):,} images of {store.px} pixels", state]
+        if len(names) < len(store.classes):
+            names.append("...")
+        parts.append(f"{len(store.classes)} classes: {', '.join(names)}")
+        if found.get("read", 0) < found.get("bytes", 0):
+            parts.append(
+                f"from {found['read'] / 1e6:,.2f} of the source's {found['bytes'] / 1e6:,.2f} MB of pictures"
+            )
+        bad = len(store.manifest.get("corrupt", []))
+        left_out = found.get("left_out", {}) | ({"bad": bad} if bad else {})
+        if left_out:
+            parts.append(counts(left_out))
+        return f"{store.path}: {'; '.join(parts)}"
 
 
 class BadFile(NamedTuple):
@@ -189,15 +189,17 @@ def prepare(config: PrepareConfig) -> list[Prepared]:
 
     Raises:
         UserError: a source that is missing, damaged or of another layout; bad files with on_corrupt=fail; a store
-            of another configuration in the same place; no space left.
+            of another configuration or source in the same place; no space left.
     """
     root = Path(config.root)
-    with _locked(root):
+    with _locked(root), _full_disk(root):
         finished = _finished(config, root)
         if finished is not None:
             log.info("%s is already prepared: nothing to do", root)
             return [Prepared(store, False, 0.0, 0.0) for store in finished]
         source = choose(config)
+        if source.left_out:
+            log.warning("not taken from %s: %s", source.description, counts(source.left_out))
         splits = [split for split, items in source.splits.items() if items]
         with Crew(_workers(config, source)) as crew:
             return [_prepare_split(config, source, split, splits, crew) for split in splits]
@@ -205,15 +207,21 @@ def prepare(config: PrepareConfig) -> list[Prepared]:
 
 def verify(config: PrepareConfig) -> list[Store]:
     """Open the stores and compare every hash; UserError says which file is damaged, or that there is none."""
-    root = Path(config.root)
-    train = open_store(root / "train", verify=True, px=config.px)
-    others = [split for split in train.manifest["splits"] if split != "train"]
-    return [train, *(open_store(root / split, verify=True, px=config.px) for split in others)]
+    root, remedy = Path(config.root), _remedy(config)
+    train = open_store(root / "train", verify=True, px=config.px, remedy=remedy)
+    others = [split for split in train.manifest.get("splits", []) if split != "train"]
+    return [train, *(open_store(root / split, verify=True, px=config.px, remedy=remedy) for split in others)]
+
+
+def _remedy(config: PrepareConfig) -> str:
+    return f"make it with `{DataConfig(config.name, config.root).prepare_command()}`"
 
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """One process at a time per data set: others wait."""
+    from alexnet.system import locked  # not above: every decoding process would load torch
+
     try:
         root.mkdir(parents=True, exist_ok=True)
         (root / ".lock").touch()
@@ -221,29 +229,41 @@ def _locked(root: Path) -> Iterator[None]:
         raise UserError(
             f"root={root} cannot be written ({error.strerror}): set data_dir to a place that can"
         ) from error
-    with locked(root, ".lock", wait=-1):
+    with ExitStack() as stack:
+        if not stack.enter_context(locked(root, ".lock", wait=0)):
+            log.warning("another process prepares %s: waiting for it", root)
+            stack.enter_context(locked(root, ".lock", wait=-1))
         yield
+
+
+@contextmanager
+def _full_disk(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space left for {root}: make room and run again (finished images are kept), "
+            "or set data_dir to another disk"
+        ) from error
 
 
 def _finished(config: PrepareConfig, root: Path) -> list[Store] | None:
     """The stores, when all are there; None when there is work to do; UserError when they are others."""
     if not (root / "train").is_dir():
         return None
-    train = open_store(root / "train")
+    train = open_store(root / "train", remedy=_remedy(config))
     _refuse_other_request(config, train)
-    paths = [root / split for split in train.manifest["splits"]]
+    _refuse_other_source(config, train)
+    paths = [root / split for split in train.manifest.get("splits", ["train"])]
+    for path in paths:
+        remove_scratch(path)
     return [open_store(path) for path in paths] if all(path.is_dir() for path in paths) else None
 
 
 def _refuse_other_request(config: PrepareConfig, store: Store) -> None:
-    there, asked = store.manifest["request"], config.request()
-    if config.source == SourceKind.folder and config.path is not None:
-        before, now = store.manifest["source"], sources.described(config.source, Path(config.path))
-        if before != now:
-            raise UserError(
-                f"{store.path} was prepared from another place ({before}, not {now}): choose another name, or "
-                f"delete {store.path.parent}"
-            )
+    there, asked = BEFORE | store.manifest.get("request", {}), config.request()
     for key in asked:
         if there.get(key) != asked[key]:
             raise UserError(
@@ -252,30 +272,61 @@ def _refuse_other_request(config: PrepareConfig, store: Store) -> None:
             )
 
 
+def _refuse_other_source(config: PrepareConfig, store: Store) -> None:
+    """Compare the source that is given with the one the store was made from. One that is gone cannot be compared."""
+    path = Path(config.path) if config.path else None
+    if path is None or config.source == SourceKind.synthetic:
+        return
+    before, now = store.manifest.get("source"), sources.described(config.source, path)
+    origin = store.manifest.get("origin")
+    if origin is not None and path.exists():
+        given = fingerprint(listing(path))
+        differ = [key for key in ("files", "names", "sizes", "contents") if given[key] != origin[key]]
+        before = f"{origin['place']}, {origin['files']} files"
+        now = f"{given['place']}, {given['files']} files; different: {', '.join(differ)}"
+        if not differ:
+            if given["place"] != origin["place"]:
+                log.warning("%s was prepared from %s, which held the same files", store.path, origin["place"])
+            return
+    elif before == now or config.source != SourceKind.folder:
+        return
+    raise UserError(
+        f"{store.path} was prepared from another source ({before}; not {now}): choose another name, delete "
+        f"{store.path.parent} to prepare it anew, or leave path out to keep it"
+    )
+
+
 def wanted_classes(config: PrepareConfig) -> list[str] | None:
-    """The wnids that `classes` or `class_file` names, sorted; None means all, or `n_classes` of them."""
+    """The names of `classes` or of the lines of `class_file`, sorted; None means all, or `n_classes` of them."""
     if config.class_file is None:
         return None if config.classes is None else sorted(config.classes)
     file = Path(config.class_file)
     if not file.is_file():
-        raise UserError(f"class_file={file} does not exist: give a file with one wnid per line")
-    return sorted(line.split()[0] for line in file.read_text().splitlines() if line.strip())
+        raise UserError(f"class_file={file} does not exist: give a file with one class per line")
+    lines = decoded_text(file.read_bytes(), f"class_file={file}").splitlines()
+    # What follows a wnid is taken for its words.
+    names = [line.split()[0] if WNID.match(line) else line.strip() for line in lines if line.strip()]
+    if not names:
+        raise UserError(f"class_file={file} holds no name of a class: give one per line")
+    return sorted(set(names))
 
 
 def choose(config: PrepareConfig) -> Source:
     """The source with the subset that `config` asks for."""
+    wanted = wanted_classes(config)
     if config.source == SourceKind.synthetic:
         source = sources.synthetic_source(config.n_train, config.n_val, config.px, config.seed)
     else:
+        downloads = Path(config.root).parent / "downloads"
+        given = Path(config.path) if config.path else None
         source = sources.open_source(
             config.source,
-            Path(config.path) if config.path else None,
-            px=config.px,
-            downloads=Path(config.root).parent / "downloads",
+            given or sources.download(config.source, config.px, downloads),
             official=config.official,
             words=Path(config.words) if config.words else None,
+            splits=config.splits,
+            wanted=wanted,
         )
-    wanted = wanted_classes(config)
     if config.n_classes is not None:
         wanted = sources.draw_classes(source, config.n_classes, config.seed)
     if wanted is not None:
@@ -359,13 +410,21 @@ def _prepare_split(
         return Prepared(open_store(path), False, 0.0, 0.0)
     items = source.splits[split]
     names, labels = [item.name for item in items], np.array([item.label for item in items])
-    plan = plan_hash(_rule(config), config.min_side, source.description, names=names, labels=labels)
-    building = Partial(path, len(items), config.px, plan)
+    made_by = (
+        _rule(config),
+        config.min_side,
+        config.max_pixels,
+        source.description,
+        source.origin.get("place"),
+    )
+    building = StoreBuilder(path, len(items), config.px, plan_hash(*made_by, names=names, labels=labels))
     started, already = time.perf_counter(), int(np.count_nonzero(building.done))
-    bad = _decode_all(config, source, names, building, crew)
+    if building.compacting:
+        bad = [names[row] for row in np.flatnonzero(building.done == 0)]
+    else:
+        bad = _decode_all(config, source, names, building, crew)
     seconds = time.perf_counter() - started
-    _report_bad(config, bad, path)
-    store = _publish(config, source, split, splits, building, bad, crew)
+    store = _publish(config, source, split, splits, building, labels, bad, crew)
     return Prepared(store, True, seconds, (len(items) - already) / max(seconds, 1e-9))
 
 
@@ -374,15 +433,22 @@ def _publish(
     source: Source,
     split: str,
     splits: list[str],
-    building: Partial,
-    bad: list[BadFile],
+    building: StoreBuilder,
+    labels: np.ndarray,
+    bad: list[str],
     crew: Crew,
 ) -> Store:
     """Leave the bad rows out, add labels, statistics and manifest, and give the store its name."""
     keep = building.done > 0
-    labels = _kept_labels(source, split, keep, building.path)
-    building.close_up(keep)
-    mean, statistics = _statistics(config, building, labels, crew) if split == "train" else (None, {})
+    lost = np.setdiff1d(labels, labels[keep])
+    if len(lost):
+        wnid = source.classes[lost[0]]["wnid"]
+        raise UserError(f"{building.path}: class {wnid} has no good image left; leave it out with classes")
+    building.compact(keep)
+    labels = labels[keep]
+    mean, statistics = (
+        _statistics(config, building.images_path, labels, crew) if split == "train" else (None, {})
+    )
     manifest = {
         "name": config.name,
         "split": split,
@@ -392,10 +458,16 @@ def _publish(
         "classes": source.classes,
         "counts": np.bincount(labels, minlength=len(source.classes)).tolist(),
         "source": source.description,
+        "origin": source.origin or None,
+        "found": {
+            "bytes": sum(source.sizes.values()),
+            "read": source.read(),
+            "left_out": dict(source.left_out),
+        },
         "rule": _rule(config),
         "request": config.request(),
         "enlarged": int((building.done == 2).sum()),
-        "corrupt": [file.name for file in bad],
+        "corrupt": [shown(name) for name in bad],
     }
     return building.publish(labels, manifest | statistics, mean)
 
@@ -413,20 +485,20 @@ def _workers(config: PrepareConfig, source: Source) -> int:
 
 
 def _decode_all(
-    config: PrepareConfig, source: Source, names: list[str], building: Partial, crew: Crew
-) -> list[BadFile]:
-    """Fill the rows that are not done; returns the bad files in store order."""
-    row_of = {names[row]: row for row in np.flatnonzero(building.done == 0)}
-    job = partial(decode_chunk, building.images_path, config.px, config.resample, config.min_side)
-    chunks = _chunks((row_of[name], name, payload) for name, payload in source.files.stream(set(row_of)))
+    config: PrepareConfig, source: Source, names: list[str], building: StoreBuilder, crew: Crew
+) -> list[str]:
+    """Fill the rows that are not done; returns the names of the bad files in store order."""
+    row_of = {names[row]: int(row) for row in np.flatnonzero(building.done == 0)}
+    job = partial(decode_chunk, config, building.images_path)
     bad: list[BadFile] = []
     with _bar(building.path.name, len(names), len(names) - len(row_of)) as bar:
-        for decoded in crew.map(job, chunks):
+        for decoded in crew.map(job, _chunks(source, row_of)):
             building.done[decoded.rows] = 1
             building.done[decoded.enlarged] = 2
             bad += decoded.bad
             bar.update(len(decoded.rows) + len(decoded.bad))
-    return sorted(bad)
+    _report_bad(config, sorted(bad), building.path)
+    return [file.name for file in sorted(bad)]
 
 
 def _bar(split: str, total: int, initial: int) -> tqdm:
@@ -435,111 +507,62 @@ def _bar(split: str, total: int, initial: int) -> tqdm:
     return tqdm(total=total, initial=initial, unit=" images", desc=split, mininterval=interval)
 
 
-def _chunks(rows: Iterator[Any]) -> Iterator[list[Any]]:
-    while chunk := list(islice(rows, CHUNK)):
+def _chunks(source: Source, row_of: dict[str, int]) -> Iterator[list[tuple[int, str, Payload]]]:
+    """(row, name, payload) of every file, in lists that stay small in memory."""
+    chunk: list[tuple[int, str, Payload]] = []
+    size = 0
+    try:
+        for name, payload in source.files.stream(set(row_of)):
+            chunk.append((row_of[name], name, payload))
+            size += len(payload) if isinstance(payload, bytes) else 0
+            if len(chunk) == CHUNK or size > CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+    except DAMAGE as error:
+        raise UserError(
+            f"{source.description} cannot be read to its end ({error}): fetch it again"
+        ) from error
+    if chunk:
         yield chunk
 
 
 def _report_bad(config: PrepareConfig, bad: list[BadFile], path: Path) -> None:
-    for file in bad:
-        log.warning("bad file %s: %s", file.name, file.reason)
+    lines = [f"{shown(file.name)}: {shown(file.reason)}" for file in bad]
+    for line in lines:
+        log.warning("bad file %s", line)
     if bad and config.on_corrupt == OnCorrupt.fail:
-        named = "; ".join(f"{file.name}: {file.reason}" for file in bad[:5])
         more = f"; and {len(bad) - 5} more, see above" if len(bad) > 5 else ""
         raise UserError(
-            f"{len(bad)} bad file(s) for {path} ({named}{more}): mend them, or leave them out with on_corrupt=skip, "
-            "and run again; finished images are kept"
+            f"{len(bad)} bad file(s) for {path} ({'; '.join(lines[:5])}{more}): mend them, or leave them out with "
+            "on_corrupt=skip, and run again; finished images are kept"
         )
 
 
-def _kept_labels(source: Source, split: str, keep: np.ndarray, path: Path) -> np.ndarray:
-    labels = np.array([item.label for item in source.splits[split]], dtype=np.int64)
-    lost = np.setdiff1d(labels, labels[keep])
-    if len(lost):
-        wnid = source.classes[lost[0]]["wnid"]
-        raise UserError(f"{path}: class {wnid} has no good image left; leave it out with classes")
-    return labels[keep]
-
-
-# One image ------------------------------------------------------------------------------------------------
-
-
-def decode_chunk(
-    images_path: Path, px: int, resample: Resample, min_side: int, chunk: list[tuple[int, str, Payload]]
-) -> Decoded:
+def decode_chunk(config: PrepareConfig, images_path: Path, chunk: list[tuple[int, str, Payload]]) -> Decoded:
     """Decode some (row, name, payload) and write them into their rows of the array file."""
-    images = np.load(images_path, mmap_mode="r+")
-    decoded = Decoded([], [], [])
+    decoded, images = Decoded([], [], []), []
     for row, name, payload in chunk:
         try:
-            picture = payload if isinstance(payload, np.ndarray) else decode(payload, min_side)
+            if isinstance(payload, np.ndarray):
+                images.append(payload)
+            else:
+                picture = decode(payload, config.min_side, config.max_pixels)
+                if min(picture.size) < config.px:
+                    decoded.enlarged.append(row)
+                images.append(np.asarray(fit(picture, config.px, config.resample)))
         except Exception as error:  # Pillow's plugins raise almost anything at damaged files
-            decoded.bad.append(BadFile(row, name, _reason(error, payload)))
-            continue
-        if not isinstance(picture, np.ndarray):
-            if min(picture.size) < px:
-                decoded.enlarged.append(row)
-            picture = np.asarray(fit(picture, px, resample))
-        images[row] = picture
-        decoded.rows.append(row)
+            decoded.bad.append(BadFile(row, name, reason(error)))
+        else:
+            decoded.rows.append(row)
+    write_rows(images_path, config.px, decoded.rows, images)
     return decoded
-
-
-def _reason(error: Exception, payload: Any) -> str:
-    size = payload.stat().st_size if isinstance(payload, Path) and payload.exists() else len(payload or b"")
-    if size == 0:
-        return "empty file"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def decode(payload: bytes | Path, min_side: int = 1) -> Image.Image:
-    """An encoded picture -> 8-bit RGB, by the table above. Raises what Pillow raises, and ValueError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ImageNet has files with odd EXIF blocks; their pixels are fine
-        with Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload) as picture:
-            if min(picture.size) < min_side:
-                raise ValueError(f"{picture.size[0]}x{picture.size[1]} pixels, below min_side={min_side}")
-            picture.load()
-            return to_rgb(ImageOps.exif_transpose(picture))
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode of Pillow -> RGB. Raises ValueError for floating point and for integers above 16 bits."""
-    if picture.mode.startswith(
-        "I"
-    ):  # I;16 and its byte orders, and I, in which older Pillow opens 16-bit PNG
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("integers of more than 16 bits")
-        picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if picture.mode == "F":
-        raise ValueError("floating-point picture")
-    if picture.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
-def fit(picture: Image.Image, px: int, resample: Resample) -> Image.Image:
-    """Short side to `px`, central square: the two steps of 2012 in one resampling."""
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    if resample == Resample.area:
-        kernel = Image.Resampling.BOX if side >= px else Image.Resampling.BICUBIC
-    else:
-        kernel = FILTERS[resample]
-    return picture.resize((px, px), kernel, box=(left, top, left + side, top + side))
 
 
 # Statistics of train --------------------------------------------------------------------------------------
 
 
 def _statistics(
-    config: PrepareConfig, building: Partial, labels: np.ndarray, crew: Crew
+    config: PrepareConfig, images_path: Path, labels: np.ndarray, crew: Crew
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Mean image (px, px, 3), and the manifest's channel mean and covariance in units of 0..255.
 
@@ -548,7 +571,7 @@ def _statistics(
     train, _ = holdout_split(labels, config.holdout_fraction, config.holdout_seed)
     starts = (train[at : at + STATISTICS_CHUNK] for at in range(0, len(train), STATISTICS_CHUNK))
     total, products = np.zeros((config.px, config.px, 3)), np.zeros((3, 3))
-    for sums, moments in crew.map(partial(_sums, building.images_path), starts):
+    for sums, moments in crew.map(partial(_sums, images_path), starts):
         total, products = total + sums, products + moments
     mean = total / len(train)
     channel = mean.mean((0, 1))

@@ -7,31 +7,31 @@
         manifest.json classes, counts, source, rule, hashes, channel mean, covariance
 
 `train` and `holdout` are two index sets of the train store (`holdout_split`); `val` is the other store.
-A store appears under its name only when it is whole: it is built in `<split>.partial`, where a killed job
-leaves its finished rows for the next one (`Partial`), and renamed at the end.
+A store appears under its name only when it is complete: it is built in `<split>.partial` (`StoreBuilder`), where the
+rows that a killed job has finished wait for the next one, and renamed at the end.
 """
 
+import errno
 import hashlib
+import io
 import json
 import os
-import re
-import shlex
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from alexnet.errors import UserError
 
 FORMAT = 1
-KNOWN = ("synthetic", "tiny_imagenet", "imagenette", "imagewoof", "imagenet")  # sources.py, but for `folder`
-# What decides which images of its source a store holds (prepare.py has the rest, where the defaults serve).
-REQUESTED = ("px", "n_classes", "images_per_class", "classes", "val_fraction", "n_train", "n_val")
-FEW = 10  # classes that fit into a message
-COPY_ROWS = 256  # rows moved at a time when bad rows are closed up
+MANIFEST = {"n": int, "px": int, "classes": list, "sha256": dict}  # what no store can be read without
+SCRATCH = ("plan", "done.npy", "moved.npy")  # of a store under construction
+COPY_ROWS = 256  # rows moved at a time, at most
+MAKE = "make it with scripts/prepare_data.py"
 
 
 @dataclass(frozen=True)
@@ -84,26 +84,34 @@ def draw_order(n: int, *seed: int) -> np.ndarray:
 # Reading ------------------------------------------------------------------------------------------------
 
 
-def open_store(path: str | os.PathLike[str], verify: bool = False, px: int | None = None) -> Store:
-    """Open and check one store: sizes, headers, hash of the manifest and of labels; with `verify` all hashes.
+def open_store(
+    path: str | os.PathLike[str], verify: bool = False, px: int | None = None, remedy: str = MAKE
+) -> Store:
+    """Open and check one store: sizes, headers, the hashes of the manifest and of the small arrays.
 
     Args:
         path: the directory of one split, `<data_dir>/<name>/<split>`.
-        verify: read everything once and compare the hash of every array.
+        verify: also read all images and compare their hash.
         px: the side the caller needs; a store of another size is refused.
+        remedy: how the store is made, for messages.
 
     Raises:
         UserError: missing, unfinished, damaged, or of another size; the message names the remedy.
     """
     path = Path(path)
-    manifest = _manifest(path)
-    images = _array(path, "images.npy", (manifest["n"], manifest["px"], manifest["px"], 3), "uint8")
-    labels = np.array(_array(path, "labels.npy", (manifest["n"],), "int64"))
-    with_mean = "mean.npy" in manifest["sha256"]
-    mean = np.array(_array(path, "mean.npy", images.shape[1:], "float32")) if with_mean else None
-    for name in manifest["sha256"] if verify else ["labels.npy"]:
-        if sha256(path / name) != manifest["sha256"][name]:
-            raise _damaged(path, f"{name} has another sha256 than its manifest")
+    manifest = _manifest(path, remedy)
+    try:
+        images = _array(path, "images.npy", (manifest["n"], manifest["px"], manifest["px"], 3), "uint8")
+        labels = np.array(_array(path, "labels.npy", (manifest["n"],), "int64"))
+        with_mean = "mean.npy" in manifest["sha256"]
+        mean = np.array(_array(path, "mean.npy", images.shape[1:], "float32")) if with_mean else None
+        for name, expected in manifest["sha256"].items():
+            if (verify or name != "images.npy") and sha256(path / name) != expected:
+                raise ValueError(f"{name} has another sha256 than its manifest")
+    except ValueError as error:
+        raise UserError(
+            f"the store {path} is damaged: {error}; delete that directory and {remedy}"
+        ) from error
     if px is not None and px != manifest["px"]:
         raise UserError(
             f"{path} holds {manifest['px']}-pixel images, not px={px}: prepare it under another name"
@@ -111,77 +119,36 @@ def open_store(path: str | os.PathLike[str], verify: bool = False, px: int | Non
     return Store(path, images, labels, manifest, mean)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path, remedy: str) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.is_file():
-        unfinished = partial_directory(path).is_dir()
-        state = "is unfinished" if unfinished else "does not exist"
-        todo = "continue with" if unfinished else "make it with"
-        raise UserError(f"the store {path} {state}: {todo} `{command(path)}`")
+        state = "is unfinished" if partial_directory(path).is_dir() else "does not exist"
+        raise UserError(f"the store {path} {state}: {remedy}")
     try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise _damaged(path, "manifest.json is not JSON") from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has format {manifest.get('format')}, not {FORMAT}: {_again(path)}")
-    if manifest.get("self") != _self_hash(manifest):
-        raise _damaged(path, "manifest.json was changed after it was written")
-    return manifest
+        manifest = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict):
+        wrong = "is empty" if not file.stat().st_size else "is no JSON object in UTF-8"
+    elif manifest.get("format") != FORMAT:
+        wrong = f"has format {manifest.get('format')}, not {FORMAT}"
+    elif manifest.get("self") != _self_hash(manifest):
+        wrong = "was changed after it was written"
+    elif missing := [key for key, kind in MANIFEST.items() if not isinstance(manifest.get(key), kind)]:
+        wrong = f"has no {missing[0]}"
+    else:
+        return manifest
+    raise UserError(f"the store {path} is damaged: {file} {wrong}; delete that directory and {remedy}")
 
 
 def _array(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     try:
         array = np.load(path / name, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"{name} cannot be read ({error})") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{name} cannot be read ({error})") from error
     if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise _damaged(path, f"{name} holds {array.dtype}{array.shape}, not {dtype}{shape}")
+        raise ValueError(f"{name} holds {array.dtype}{array.shape}, not {dtype}{shape}")
     return array
-
-
-def command(path: Path) -> str:
-    """The command that makes the store at `<data_dir>/<name>/<split>`.
-
-    A manifest there says what it was made of. Where there is none, the name does: imagenet100 and imagenet_100 are a
-    hundred classes of imagenet, synthetic_500 has so many images, and what is named like no known set is a folder.
-    """
-    name, data_dir, request = path.parent.name, str(path.parents[1]), _request(path)
-    kind = request.get("source") or max((k for k in KNOWN if name.startswith(k)), key=len, default="folder")
-    if not request and kind in KNOWN and (number := re.fullmatch(r"_?(\d+)", name.removeprefix(kind))):
-        request = {"n_train" if kind == "synthetic" else "n_classes": number[1]}
-    path_word = ["path=<folder or archive>"] if kind in ("imagenet", "folder") else []  # the others download
-    name_word = [shlex.quote(f"name={name}")] if name != kind else []
-    place = [shlex.quote(f"data_dir={data_dir}")] if data_dir != "data" else []
-    chosen = [_word(key, request[key]) for key in REQUESTED if request.get(key)]
-    return " ".join(
-        ["python scripts/prepare_data.py", f"data={kind}", *path_word, *name_word, *place, *chosen]
-    )
-
-
-def _word(key: str, value: Any) -> str:
-    if isinstance(value, list):
-        if len(value) > FEW:
-            return f"class_file=<file with its {len(value)} wnids>"
-        value = f"[{','.join(value)}]"
-    return shlex.quote(f"{key}={value}")
-
-
-def _request(path: Path) -> dict[str, Any]:
-    """What the split at `path`, or else another one beside it, was prepared from; {} where nothing says so."""
-    for file in (path / "manifest.json", *sorted(path.parent.glob("*/manifest.json"))):
-        try:
-            return dict(json.loads(file.read_text())["request"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return {}
-
-
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"the store {path} is damaged: {what}; {_again(path)}")
-
-
-def _again(path: Path) -> str:
-    return f"delete that directory and run `{command(path)}`"
 
 
 # Writing ------------------------------------------------------------------------------------------------
@@ -192,12 +159,20 @@ def partial_directory(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-class Partial:
+def remove_scratch(path: Path) -> None:
+    """Delete what the construction of the store at `path` needed; a kill may have left some of it."""
+    for name in SCRATCH:
+        (path / name).unlink(missing_ok=True)
+
+
+class StoreBuilder:
     """A store under construction: rows are written in any order, by any process, and survive a kill.
 
     `plan` says what every row will be. A directory left by a job with the same plan is continued: its
     `done.npy` (n,) uint8 says which rows are there: 0 to do, 1 done, 2 done and enlarged; a row is marked after
-    its pixels are written. Anything else left there is deleted.
+    its pixels are written. A directory with another plan is deleted.
+
+    The whole file is allocated before the first row is written, so that a full disk is an error at the start.
     """
 
     def __init__(self, path: Path, n: int, px: int, plan: str) -> None:
@@ -211,37 +186,30 @@ class Partial:
     def images_path(self) -> Path:
         return self.directory / "images.npy"
 
+    @property
+    def compacting(self) -> bool:
+        """Whether rows have begun to move: nothing can be decoded any more, only `publish` is left."""
+        return (self.directory / "moved.npy").exists()
+
     def _continues(self) -> bool:
-        try:
-            images = np.load(self.images_path, mmap_mode="r")
-            return (self.directory / "plan").read_text() == self.plan and len(images) == self.n
-        except (OSError, ValueError):
-            return False
+        with suppress(OSError, ValueError, EOFError):
+            marks, rows = (
+                len(np.load(self.directory / name, mmap_mode="r")) for name in ("done.npy", "images.npy")
+            )
+            complete = marks == self.n and (rows == self.n or self.compacting)
+            return complete and (self.directory / "plan").read_text() == self.plan
+        return False
 
     def _start(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
-        size = self.n * self.px**2 * 3
+        size = len(_header(self.n, self.px)) + self.n * self.px**2 * 3
         require_space(self.directory, size)
         np.save(self.directory / "done.npy", np.zeros(self.n, dtype=np.uint8))
-        np.lib.format.open_memmap(self.images_path, "w+", np.uint8, (self.n, self.px, self.px, 3))
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no bus error at a later write
-            with open(self.images_path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(self.images_path))
+        with open(self.images_path, "wb") as file:
+            _allocate(file, size)
+            file.write(_header(self.n, self.px))
         (self.directory / "plan").write_text(self.plan)
-
-    def close_up(self, keep: np.ndarray) -> None:
-        """Drop the rows that are not in `keep`, a bool array (n,)."""
-        if keep.all():
-            return
-        rows, source = np.flatnonzero(keep), np.load(self.images_path, mmap_mode="r")
-        target_path = self.directory / "kept.npy"
-        shape = (len(rows), *source.shape[1:])
-        target = np.lib.format.open_memmap(target_path, "w+", np.uint8, shape)
-        for start in range(0, len(rows), COPY_ROWS):
-            target[start : start + COPY_ROWS] = source[rows[start : start + COPY_ROWS]]
-        target.flush()
-        os.replace(target_path, self.images_path)
 
     def publish(self, labels: np.ndarray, manifest: dict[str, Any], mean: np.ndarray | None = None) -> Store:
         """Write what belongs beside the images, hash it all, rename; the store then exists."""
@@ -253,12 +221,72 @@ class Partial:
         manifest["bytes"] = sum(os.path.getsize(self.directory / name) for name in names)
         manifest["sha256"] = {name: sha256(self.directory / name) for name in names}
         write_manifest(self.directory, manifest)
-        for name in ("done.npy", "plan"):
-            (self.directory / name).unlink()
         for name in [*names, "manifest.json"]:
             _sync(self.directory / name)
         os.rename(self.directory, self.path)
+        remove_scratch(
+            self.path
+        )  # after the rename: a store that lacks only some of this could not be continued
         return open_store(self.path)
+
+    def compact(self, keep: np.ndarray) -> None:
+        """Drop the rows that are not in `keep`, a bool array (n,): the others move forward inside the file.
+
+        No second copy of the images is made. `moved.npy` counts the rows that are in their new place, so a killed job
+        goes on; a block is never longer than the way it moves, so that moving it twice does no harm.
+        """
+        if keep.all():
+            return
+        rows = np.flatnonzero(keep)
+        shifts = rows - np.arange(len(rows))  # never decreasing
+        if not self.compacting:
+            np.save(self.directory / "new.npy", np.searchsorted(shifts, [0], side="right"))
+            os.replace(self.directory / "new.npy", self.directory / "moved.npy")
+        moved = np.load(self.directory / "moved.npy", mmap_mode="r+")
+        start, size = len(_header(self.n, self.px)), self.px**2 * 3
+        with open(self.images_path, "r+b") as file:
+            while (at := int(moved[0])) < len(rows):
+                same_shift = int(np.searchsorted(shifts, shifts[at], side="right"))
+                stop = min(same_shift, at + min(int(shifts[at]), COPY_ROWS))
+                _move(file, start + int(rows[at]) * size, start + at * size, (stop - at) * size)
+                moved[0] = stop
+            file.seek(0)
+            file.write(_header(len(rows), self.px))
+            file.truncate(start + len(rows) * size)
+
+
+def _allocate(file: IO[bytes], size: int) -> None:
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # macOS, and file systems that cannot
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        file.truncate(size)
+
+
+def _move(file: IO[bytes], source: int, target: int, size: int) -> None:
+    file.seek(source)
+    block = file.read(size)
+    file.seek(target)
+    file.write(block)
+    file.flush()
+
+
+def _header(n: int, px: int) -> bytes:
+    """The head of an .npy file of n images; numpy leaves room in it, so that its length does not depend on n."""
+    buffer = io.BytesIO()
+    shape = {"descr": "|u1", "fortran_order": False, "shape": (n, px, px, 3)}
+    np.lib.format.write_array_header_1_0(buffer, shape)
+    return buffer.getvalue()
+
+
+def write_rows(images_path: Path, px: int, rows: Sequence[int], images: Sequence[np.ndarray]) -> None:
+    """Write images (px, px, 3) uint8 to their rows; by `write`, not through a map, where a full disk kills."""
+    start, size = len(_header(1, px)), px**2 * 3
+    with open(images_path, "r+b") as file:
+        for row, image in zip(rows, images, strict=True):
+            file.seek(start + row * size)
+            file.write(image.tobytes())
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
@@ -280,7 +308,7 @@ def require_space(directory: Path, size: int) -> None:
 def plan_hash(*parts: Any, names: Sequence[str], labels: np.ndarray) -> str:
     """One line that differs whenever any row of a store would."""
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    digest.update("\n".join(names).encode())
+    digest.update("\0".join(names).encode(errors="surrogatepass"))
     digest.update(np.ascontiguousarray(labels).tobytes())
     return digest.hexdigest()
 

@@ -1,0 +1,291 @@
+"""Which picture belongs to which split and class: the layouts in which people keep their images.
+
+    folder                 train/<class>/**, val/<class>/**; or <class>/** alone, which is all train
+    imagenette, imagewoof  train/<wnid>/*.JPEG, val/<wnid>/*.JPEG
+    tiny_imagenet          train/<wnid>/images/*.JPEG; val/images/*.JPEG, flat, with val/val_annotations.txt
+    imagenet               train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or val/*.JPEG with a list of its classes:
+                           LOC_val_solution.csv (Kaggle), or ground truth and meta.mat of the development kit.
+                           As folders, or as published: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
+                           ILSVRC2012_devkit_t12.tar.gz in one folder
+    any of them            shards of webdataset (<key>.jpg, <key>.cls) or parquet files, where a number is the class
+
+Folders around the whole set do not matter. `splits=auto` takes train/, training/, val/, valid/, validation/, test/ and
+testing/ (in any case) for splits if no other folder stands beside them, and refuses a mixture. test/ is not used, which
+is said.
+"""
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+
+from alexnet.data.config import SourceKind
+from alexnet.data.files import SPLIT_NAMES, Files, is_hidden, shown, stem
+from alexnet.errors import UserError
+
+WNID = re.compile(r"n\d{8}")
+Labelled = dict[str, dict[str, str]]  # {split: {name of a picture: its class}}
+
+
+class Splits(StrEnum):
+    auto = "auto"  # folders named train, val, ... are splits if nothing else stands beside them
+    top = "top"  # they are splits, and other folders beside them are left out
+    none = "none"  # they are classes like any other folder
+
+
+def by_class(files: Files, splits: Splits, kind: SourceKind, wanted: Sequence[str] | None) -> Labelled:
+    """<split>/<class>/**, or <class>/** alone."""
+    prefix = _shared_folder(files, splits)
+    tops = {below[0] for below in _folders_below(files, prefix) if below}
+    named = _splits_among(tops, splits, files)
+    labelled: Labelled = {"train": {}, "val": {}}
+    flat: dict[str, list[str]] = defaultdict(list)  # pictures that lie in no folder of their class
+    unused: dict[str, list[str]] = defaultdict(list)
+    for name in files.pictures:
+        *folders, _ = name.removeprefix(prefix).split("/")
+        top, *classes = (folders or [""]) if named else ["train", *folders]
+        split = named.get(top, "") if named else top
+        if not name.startswith(prefix) or not split or not (named or classes):
+            unused["beside the splits" if named else "beside the classes"].append(name)
+        elif split == "test":
+            unused["of a test split"].append(name)
+        elif classes:
+            labelled[split][name] = classes[0]
+        else:
+            flat[top].append(name)
+    for top, names in flat.items():
+        labelled[named[top]] |= _from_list(top, names, files, kind)
+    for where, names in unused.items():
+        files.left_out[f"{where} ({some(names, 3)})"] += len(names)
+    train = next((f"{prefix}{top}/" for top, split in named.items() if split == "train"), prefix)
+    _check_class_folders(files, train, splits if wanted is None else None, bool(named))
+    return labelled
+
+
+def _folders_below(files: Files, prefix: str) -> list[list[str]]:
+    """Below `prefix`, the path of each folder that directly holds pictures: [] is the folder `prefix` itself."""
+    folders = {f"{name.rpartition('/')[0]}/" for name in files.pictures}
+    paths = sorted(folder.removeprefix(prefix) for folder in folders if folder.startswith(prefix))
+    return [[part for part in path.split("/") if part] for path in paths]
+
+
+def _shared_folder(files: Files, splits: Splits) -> str:
+    """The folder of the splits or classes: down while one folder alone holds pictures, in splits or in classes."""
+    prefix = ""
+    while True:
+        below = [path for path in _folders_below(files, prefix) if path]
+        tops, seconds = {path[0] for path in below}, {path[1] for path in below if len(path) > 1}
+        is_class = any(len(path) == 1 for path in below) and not _any_split(seconds, splits)
+        if len(tops) != 1 or is_class or _any_split(tops, splits):
+            return prefix
+        prefix += f"{tops.pop()}/"
+
+
+def _any_split(names: Iterable[str], splits: Splits) -> bool:
+    return splits != Splits.none and any(name.lower() in SPLIT_NAMES for name in names)
+
+
+def _splits_among(tops: set[str], splits: Splits, files: Files) -> dict[str, str]:
+    """{top folder: its split}; {} where every top folder is a class. UserError where that is not clear."""
+    named = {top: SPLIT_NAMES[top.lower()] for top in sorted(tops) if top.lower() in SPLIT_NAMES}
+    if not named or splits == Splits.none:
+        return {}
+    here, others = f"path={files.path} holds {some(named)}", sorted(tops - named.keys())
+    if others and splits == Splits.auto:
+        raise UserError(
+            f"{here} beside {some(others)}: set splits=none if all of them are classes, or splits=top to take "
+            f"{some(named)} for the splits and leave the others out"
+        )
+    if len(set(named.values())) < len(named):
+        raise UserError(f"{here}, of which two are the same split: rename or remove one of them")
+    if "train" not in named.values():
+        raise UserError(
+            f"{here} but no train/: give the folder that holds both, or set splits=none for classes"
+        )
+    return named
+
+
+def _from_list(top: str, names: list[str], files: Files, kind: SourceKind) -> dict[str, str]:
+    """{picture: class} of a flat folder: there are lists of ImageNet's validation images."""
+    listed = _val_labels(files) if kind == SourceKind.imagenet else {}
+    unknown = [name for name in names if key_of(name) not in listed]
+    if unknown and listed:
+        raise UserError(f"path={files.path}: {shown(unknown[0])} is not in the list of validation images")
+    if unknown:
+        remedy = "put LOC_val_solution.csv or ILSVRC2012_devkit_t12.tar.gz beside it, or " * (
+            kind == SourceKind.imagenet
+        )
+        raise UserError(
+            f"path={files.path} keeps {shown(top)}/ flat, so nothing says the class of an image: {remedy}"
+            f"sort the images into {shown(top)}/<class>/<image>, or move that folder elsewhere"
+        )
+    return {name: listed[key_of(name)] for name in names}
+
+
+def _check_class_folders(files: Files, prefix: str, splits: Splits | None, named: bool) -> None:
+    """UserError for class folders without a picture and for classes that look like splits; None: all are accepted."""
+    folders: dict[str, set[str]] = defaultdict(set)  # {class: its folders; "" for pictures directly in it}
+    for path in _folders_below(files, prefix):
+        if path:
+            folders[path[0]].add("".join(path[1:2]))
+    kinds = {frozenset(inside) for inside in folders.values()}
+    inside = next(iter(kinds), frozenset())
+    alike = len(folders) > 1 and len(kinds) == 1 and len(inside) > 1 and "" not in inside
+    if alike and splits == Splits.auto:
+        raise UserError(
+            f"path={files.path}: {some(folders)} all hold the same folders {some(inside)}, so which of them are the "
+            f"classes? Give the folder of the classes, or set splits={'top' if named else 'none'} for {some(folders)}"
+        )
+    visible = (folder for folder in files.folders if not is_hidden(folder))
+    below = (folder.removeprefix(prefix) for folder in visible if folder.startswith(prefix))
+    empty = {folder.partition("/")[0] for folder in below} - folders.keys() - {""}
+    if splits is not None and empty and folders:
+        raise UserError(
+            f"path={files.path}: {some(empty)} hold(s) no picture ({counts(files.left_out)}): remove the folder, "
+            "or name the classes with classes=[...]"
+        )
+
+
+def _val_labels(files: Files) -> dict[str, str]:
+    """{key of a validation image of ImageNet: wnid}, from the development kit or from Kaggle's list."""
+    truth = _text(files, "ILSVRC2012_validation_ground_truth.txt").split()
+    rows = csv.reader(io.StringIO(_text(files, "LOC_val_solution.csv")))
+    try:
+        if truth:
+            wnids = {number: wnid for number, wnid, _ in _devkit_classes(files)}
+            return {f"ILSVRC2012_val_{i:08d}": wnids[int(number)] for i, number in enumerate(truth, 1)}
+        return {image: boxes.split()[0] for image, boxes in rows if image != "ImageId"}
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"path={files.path}: the list of validation images cannot be read ({error!r}): fetch it again"
+        ) from error
+
+
+def _devkit_classes(files: Files) -> list[tuple[int, str, str]]:
+    """(number in the ground truth, wnid, words) of the 1000 classes; further rows of meta.mat are their ancestors."""
+    name = _named(files, "meta.mat")
+    if name is None:
+        return []
+    from scipy.io import loadmat
+
+    try:
+        rows = loadmat(io.BytesIO(files.texts[name]), squeeze_me=True)["synsets"]
+        return [(int(row[0]), str(row[1]), str(row[2])) for row in np.atleast_1d(rows) if row[4] == 0]
+    except Exception as error:  # scipy raises almost anything at a damaged file
+        raise UserError(
+            f"path={files.path}: {shown(name)} cannot be read ({error!r}): fetch it again"
+        ) from error
+
+
+def tiny_imagenet(files: Files) -> Labelled:
+    """train/<wnid>/images/*.JPEG, and the flat val/ by its val_annotations.txt (file, wnid, box)."""
+    prefix = _shared_folder(files, Splits.auto)
+    lines = _text(files, "val_annotations.txt").splitlines()
+    annotations = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+    labelled: Labelled = {"train": {}, "val": {}}
+    for name in files.pictures:
+        split, *folders, base = name.removeprefix(prefix).split("/")
+        if split not in labelled or not folders:
+            files.left_out["outside train/ and val/"] += 1
+        elif split == "val" and folders[0] == "images":
+            if base not in annotations:
+                raise UserError(
+                    f"{shown(name)} is not in val/val_annotations.txt: unpack the official archive again"
+                )
+            labelled[split][name] = annotations[base]
+        else:
+            labelled[split][name] = folders[0]
+    missing = annotations.keys() - {name.rpartition("/")[2] for name in labelled["val"]}
+    if missing:
+        raise UserError(
+            f"val/images lacks {len(missing)} images of val_annotations.txt, first {min(missing)}"
+        )
+    return labelled
+
+
+def numbered(files: Files, wnids: Sequence[str]) -> Labelled:
+    """Pictures whose class is a number."""
+    numbers: dict[str, dict[str, int]] = {"train": {}, "val": {}}
+    for name in files.pictures:
+        split = SPLIT_NAMES.get(name.partition("/")[0], "train")
+        if split in numbers and stem(name) in files.numbers:
+            numbers[split][name] = files.numbers[stem(name)]
+        else:
+            files.left_out["without a class" if split in numbers else "of a test split"] += 1
+    class_of = _classes_of(numbers["train"], wnids, files.class_names)
+    strange = sorted(set(numbers["val"].values()) - class_of.keys())
+    if strange:
+        raise UserError(f"path={files.path}: class {strange[0]} is in val but not in train")
+    return {split: {name: class_of[n] for name, n in found.items()} for split, found in numbers.items()}
+
+
+def _classes_of(train: Mapping[str, int], wnids: Sequence[str], names: Mapping[int, str]) -> dict[int, str]:
+    """{number: class}: the wnid in the names of its training images; else the one of that rank in the list of words, if
+    that has as many; else the name that the files give it, if no two are equal; else the number itself."""
+    found: dict[int, set[str]] = defaultdict(set)
+    for name, number in train.items():
+        found[number].update(WNID.findall(key_of(name))[:1])
+    if all(len(inside) == 1 for inside in found.values()) and len(set().union(*found.values())) == len(found):
+        return {number: min(inside) for number, inside in found.items()}
+    if sorted(found) == list(range(len(wnids))):
+        return dict(enumerate(wnids))
+    if found.keys() <= names.keys() and len(set(names.values())) == len(names):
+        return {number: names[number] for number in found}
+    digits = len(str(max(found, default=0)))
+    return {number: f"{number:0{digits}d}" for number in found}
+
+
+def _named(files: Files, base: str) -> str | None:
+    """The list of this file name that lies least deep."""
+    return min(
+        (n for n in files.texts if n.rpartition("/")[2] == base), key=lambda n: (len(n), n), default=None
+    )
+
+
+def _text(files: Files, base: str) -> str:
+    name = _named(files, base)
+    return "" if name is None else decoded_text(files.texts[name], f"path={files.path}: {shown(name)}")
+
+
+def decoded_text(data: bytes, what: str) -> str:
+    """A list as text: UTF-8 or, as Windows writes it, UTF-16 or UTF-8 with a mark at its start."""
+    try:
+        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        return data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is no text in UTF-8 or UTF-16: save it as UTF-8") from error
+
+
+def words_of(files: Files, given: Path | None) -> dict[str, str]:
+    """{wnid: words} from the file given, else from words.txt, LOC_synset_mapping.txt or meta.mat in the source."""
+    if given is not None and not given.is_file():
+        raise UserError(f"words={given} does not exist: give a file of 'wnid words' lines, or leave it out")
+    if given is not None:
+        text = decoded_text(given.read_bytes(), f"words={given}")
+    else:
+        text = _text(files, "words.txt") or _text(files, "LOC_synset_mapping.txt")
+    pairs = (line.split(None, 1) for line in text.splitlines())
+    found = {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
+    return found or {wnid: words for _, wnid, words in _devkit_classes(files)}
+
+
+def key_of(name: str) -> str:
+    """What names an image of ImageNet in every form: n01440764_10026, without the wnid that some forms append."""
+    return re.sub(r"_n\d{8}$", "", stem(name).rpartition("/")[2])
+
+
+def some(names: Iterable[str], few: int = 10) -> str:
+    """The first few names, for a message."""
+    names = sorted(names)
+    more = f" and {len(names) - few} more" if len(names) > few else ""
+    return ", ".join(shown(name) for name in names[:few]) + more
+
+
+def counts(left_out: Mapping[str, int]) -> str:
+    """How many files of each kind are left out, in words."""
+    return "left out: " + (", ".join(f"{n} {kind}" for kind, n in sorted(left_out.items())) or "nothing")
