@@ -12,7 +12,7 @@ Shapes: N images, C maps of H x W pixels (N, C, H, W); kernels (O, C/towers, R, 
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from alexnet.layers.local_response_norm import local_response_norm_backward, loc
 from alexnet.layers.max_pool2d import max_pool2d_backward, max_pool2d_forward
 from alexnet.layers.relu import relu_backward, relu_forward
 
-Weights = dict[str, Sequence[Tensor]]  # {name: (weight, bias)}
+Weights = Mapping[str, Any]  # {name: (weight, bias)}
 CROP, LR, MOMENTUM, DECAY = 56, 0.01, 0.9, 5e-4  # pixels of a stored image's 64; section 5
 MIDDLE = (..., slice(4, 60), slice(4, 60), slice(None))  # (..., 64, 64, 3) -> the 56 pixels in the middle
 # (O, C/towers, R, S), stride, zeros (left, right, top, bottom), towers.

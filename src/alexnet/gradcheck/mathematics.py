@@ -136,19 +136,19 @@ def _slope() -> str:
 
 
 def _largest_stable_rate() -> str:
-    """Bisection with the update rule itself on L = w^2 / 2, whose curvature is 1."""
+    """On L = w^2 / 2, whose gradient is w, a step is a 2 x 2 matrix: stable while no eigenvalue is larger than 1."""
+    momentum = OptimConfig().momentum
 
-    def grows(rate: float) -> bool:
-        w, v = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        for _ in range(2000):
-            krizhevsky_update([w], [w.clone()], [v], rate, OptimConfig().momentum, 0.0)
-        return not bool(w.abs() < 1)
+    def is_stable(rate: float) -> bool:
+        w, v = torch.eye(2, dtype=torch.float64)  # the two columns of the matrix at once
+        krizhevsky_update([w], [w.clone()], [v], rate, momentum, 0.0)
+        return bool(torch.linalg.eigvals(torch.stack([w, v])).abs().max() <= 1 + 1e-12)
 
     low, high = 0.1, 10.0
-    for _ in range(12):
+    for _ in range(30):
         middle = (low + high) / 2
-        low, high = (low, middle) if grows(middle) else (middle, high)
-    return f"with momentum {OptimConfig().momentum} and curvature 1 the steps stay bounded up to a rate of {low:.2f}"
+        low, high = (middle, high) if is_stable(middle) else (low, middle)
+    return f"with momentum {momentum} and curvature 1 the steps stay bounded up to a rate of {low:.2f}"
 
 
 def _uniform_loss() -> float:
