@@ -1,7 +1,8 @@
 """Test claims of the paper: python scripts/reproduce.py [claim=all|<name>|<name>,<name>] [scale=cpu] [seeds=3].
 
 Again: what is finished stays, what was interrupted goes on. print=true lists the commands instead; report=true only
-renders the report. Several processes may be given the same claims: a run is done by one of them.
+renders the report; plan=true says what so many seeds could find; compare=<results.json> sets two reports side by
+side. Several processes may be given the same claims: a run is done by one of them.
 conf/claim holds the claims, conf/experiment/claims_<scale>.yaml what all runs share.
 """
 

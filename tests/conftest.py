@@ -18,7 +18,7 @@ from PIL import Image
 
 from alexnet.bench.config import Benchmark
 from alexnet.claims.config import Reproduce
-from alexnet.cli import CONF, load, register
+from alexnet.cli import CONF, load, plain, register
 from alexnet.data.augment import AugmentConfig, statistics_of
 from alexnet.data.prepare import PrepareConfig, PrepareData, prepare
 from alexnet.data.sources import SourceKind
@@ -29,7 +29,7 @@ from alexnet.layers import Backends
 from alexnet.model import ModelConfig
 from alexnet.optim import OptimConfig
 from alexnet.predict import Predict
-from alexnet.training.classifier import Classifier, plain
+from alexnet.training.classifier import Classifier
 from alexnet.training.config import Train
 
 SCHEMAS = {  # of the scripts, by name

@@ -12,6 +12,7 @@ from alexnet.bench import alone, ceilings, check, data, gpu, layers, networks, r
 from alexnet.bench.config import Benchmark, Suite
 from alexnet.bench.results import describe, finish, headlines, markdown, save
 from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interleave
+from alexnet.cli import typed
 from alexnet.data.config import Resident
 from alexnet.errors import UserError
 from alexnet.gradcheck.mutants_of_compiled import MUTANTS_OF_COMPILED
@@ -19,7 +20,6 @@ from alexnet.layers import ReluLrnPool
 from alexnet.layers.backend import PAIRS, Pair, pair_for
 from alexnet.model import ModelConfig, layer_table
 from alexnet.system import keep_freed_memory
-from alexnet.training.classifier import typed
 
 SMALL = {
     "image_px": 40,
@@ -357,10 +357,11 @@ def test_convolutions_are_those_of_the_paper():
     ("choice", "said"),
     [
         ({"batch": 0}, "batch=0"),
-        ({"dtypes": ["float16"]}, "choose from float32, bfloat16, tf32"),
-        ({"models": ["vgg"]}, "choose from caffe, code145"),
+        ({"dtypes": ["float16"]}, "must be some of float32, bfloat16, tf32"),
+        ({"models": ["vgg"]}, "must be some of caffe, code145"),
         ({"dtypes": ["tf32"]}, "need a GPU"),
         ({"suite": Suite.gpu}, "need a GPU"),
+        ({"threads": 100_000}, "threads=100000 must be at most"),
         ({"device": "tpu"}, "device=tpu: there is no such device here"),
     ],
 )

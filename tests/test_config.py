@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import runpy
 import subprocess
 import sys
@@ -16,14 +17,14 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from alexnet import system
-from alexnet.cli import CONF, as_chosen, command, load, one_line
+from alexnet.cli import CONF, as_chosen, command, load, one_line, plain, typed
 from alexnet.errors import UserError
 from alexnet.layers import Backend
 from alexnet.model import AlexNet, ModelConfig
-from alexnet.optim import build_optimizer, build_scheduler
+from alexnet.optim import build_optimizer, build_scheduler, krizhevsky_update
 from alexnet.training import assemble
-from alexnet.training.classifier import Speedups, plain, typed
-from alexnet.training.config import Train
+from alexnet.training.classifier import Speedups
+from alexnet.training.config import Train, compose_train
 
 GROUPS = ("model", "backend", "data", "augment", "optim", "trainer", "callbacks", "logger", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -153,6 +154,22 @@ def test_a_model_that_is_chosen_without_a_recipe_is_that_model(
     assert (found[0].model.width, found[0].model.hidden, found[0].optim.epochs) == (1.0, [4096, 4096], 90)
 
 
+def test_a_home_directory_is_written_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for typed_so in ("output_dir=~/runs", "output_dir='~/runs'"):
+        config = compose_train([typed_so, "logger=tensorboard"])
+        assert config.output_dir == "/home/me/runs"
+        assert config.logger["tensorboard"]["save_dir"] == "/home/me/runs/tensorboard"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [([], "quickstart"), (["model=tiny"], "tiny-synthetic"), (["trainer=debug"], "quickstart-debug")],
+)
+def test_a_configuration_from_python_is_named_as_on_the_command_line(overrides: list[str], name: str) -> None:
+    assert compose_train(overrides).name == name
+
+
 def test_plain_data_comes_back_as_the_same_dataclass() -> None:
     config = ModelConfig(width=0.5, init_std=[0.1] * 8)
     there = plain(config)
@@ -163,13 +180,13 @@ def test_plain_data_comes_back_as_the_same_dataclass() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optim.lrr=0.1"], "optim.lrr is no key of conf/train.yaml: did you mean optim.lr?"),
+        (["optim.lrr=0.1"], "unknown key optim.lrr: did you mean optim.lr?"),
         (
             ["trainer.precison=3"],
-            "trainer.precison is no key of conf/train.yaml: did you mean trainer.precision?",
+            "unknown key trainer.precison: did you mean trainer.precision?",
         ),
-        (["sede=1"], "sede is no key of conf/train.yaml: did you mean seed?"),
-        (["lr=0.1"], "lr is no key of conf/train.yaml: did you mean optim.lr?"),
+        (["sede=1"], "unknown key sede: did you mean seed?"),
+        (["lr=0.1"], "unknown key lr: did you mean optim.lr?"),
         (["trainer.foo=1"], "an argument of lightning.Trainer is added with +trainer.foo="),
         (["optim.lr=fast"], "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
         (
@@ -182,9 +199,30 @@ def test_plain_data_comes_back_as_the_same_dataclass() -> None:
         (["name=[a]"], "name: Cannot convert 'list' to string"),
         (["model.hidden=[4, 4"], "model.hidden=[4, 4 cannot be read (no viable alternative"),
         (["optim.lr=-1"], "optim.lr=-1.0 must be positive"),
+        (["optim.lr=nan"], "optim.lr=nan must be a finite number"),
+        (["model.init_std.3=-inf"], "model.init_std[3]=-inf must be a finite number"),
+        (["trainer.gradient_clip_val=1e400"], "trainer.gradient_clip_val=inf must be a finite number"),
+        (["+optim.lrr=1"], "unknown key optim.lrr: did you mean lr?"),
+        (["optim=3"], "the overrides cannot be read (Config group override must be"),
+        (["name=a=b"], """quote the value, name='"a=b"'"""),
+        (["~trainer"], "trainer.accelerator is missing: it cannot be deleted"),
+        (
+            ["trainer.accelerator=tpu"],
+            "trainer.accelerator=tpu is not supported: choose one of auto, cpu, gpu",
+        ),
+        (["trainer.limit_val_batches=0"], "trainer.limit_val_batches=0 must be a positive integer"),
+        (["trainer.limit_train_batches=1.5"], "trainer.limit_train_batches=1.5 must be"),
+        (["+trainer.check_val_every_n_epoch=2"], "trainer.check_val_every_n_epoch=2 is not supported"),
+        (["+trainer.val_check_interval=1"], "trainer.val_check_interval=1 is not supported"),
+        (["+trainer.callbacks=[]"], "add one to the group, +callbacks.<name>._target_=<class>"),
+        (["+callbacks.rate=3"], "callbacks.rate must have a _target_"),
+        (
+            ["+callbacks.rate._target_=lightning.pytorch.callbacks.LearningRateMonitor"],
+            "callbacks.rate: LearningRateMonitor needs a logger, set logger=tensorboard",
+        ),
         (["optim.momentum=1"], "optim.momentum=1.0 must be in [0, 1)"),
         (["log_every=0"], "log_every=0"),
-        (["model.channels=[1]"], "model.channels=[1] has 1 entries: give 5"),
+        (["model.channels=[1]"], "model.channels=[1] must have 5 entries, not 1"),
     ],
 )
 def test_a_mistake_is_one_line_with_value_key_and_remedy(overrides: list[str], message: str) -> None:
@@ -198,6 +236,28 @@ def test_a_mistake_is_one_line_with_value_key_and_remedy(overrides: list[str], m
 
 def test_an_error_of_ours_keeps_its_traceback() -> None:
     assert one_line(RuntimeError("a bug"), "train") is None
+
+
+def test_an_error_of_a_library_is_one_line_that_says_where_we_called_it() -> None:
+    ones = [torch.ones(2)]
+    with pytest.raises(RuntimeError) as caught:
+        krizhevsky_update(ones, [torch.ones(3)], ones, 0.1, 0.9, 0.0)
+    line = one_line(caught.value, "train")
+    assert line is not None
+    assert re.match(r"RuntimeError at optim\.py:\d+: The size of tensor", line)
+    assert line.endswith("(HYDRA_FULL_ERROR=1 shows the traceback)")
+    with pytest.raises(AttributeError) as ours:
+        build_optimizer(torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
+    assert one_line(ours.value, "train") is None
+
+
+def test_memory_that_cannot_be_had_is_one_line() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**45)
+    line = one_line(caught.value, "train")
+    assert line is not None
+    assert line.startswith("out of memory (")
+    assert line.endswith("lower data.batch_size, model.width or the number of threads")
 
 
 def test_no_space_left_is_one_line() -> None:

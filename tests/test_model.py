@@ -8,12 +8,11 @@ import torch
 import torchvision
 import yaml
 
-from alexnet.cli import CONF
+from alexnet.cli import CONF, typed
 from alexnet.errors import UserError
 from alexnet.layers import Backend, Backends
 from alexnet.model import AlexNet, ModelConfig, layer_table
 from alexnet.training.checkpoint import from_torchvision
-from alexnet.training.classifier import typed
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
@@ -196,6 +195,7 @@ def test_printed_model_names_the_backend_of_every_layer() -> None:
         ({"num_classes": 1}, "num_classes"),
         ({"dropout": 1.0}, "dropout"),
         ({"width": 0.0}, "width"),
+        ({"width": 1000.0}, r"parameters take [\d,]+ GB .* lower model.width"),
         ({"towers": 0}, "towers"),
         ({"padding": [[0, 3, 0, 0], *[[1] * 4] * 4]}, r"model.padding: \[0, 3, 0, 0\]"),
         ({"padding": [[-1] * 4] * 5}, r"model.padding: \[-1"),

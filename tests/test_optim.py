@@ -217,6 +217,11 @@ def test_cosine_and_one_cycle_rise_and_end_at_zero():
         assert rate_factor(config, 1.0) == pytest.approx(0)
 
 
+def test_a_schedule_that_progress_alone_does_not_decide_has_no_factor():
+    with pytest.raises(UserError, match=r"optim.schedule=plateau has no rate"):
+        rate_factor(OptimConfig(schedule="plateau"), 0.5)
+
+
 def test_plateau_drops_three_times_and_never_the_biases_that_do_not_anneal():
     config = OptimConfig(lr=1.0, patience=0, bias_anneals=False)
     optimizer = build_optimizer(Net(), config)
@@ -253,5 +258,5 @@ def test_impossible_values_are_refused(key, value):
 
 
 def test_milestones_are_fractions_of_training():
-    with pytest.raises(UserError, match=r"optim.milestones=\[2.0, 3.0\]: fractions"):
+    with pytest.raises(UserError, match=r"optim.milestones=\[2.0, 3.0\] must be in \[0, 1\]"):
         OptimConfig(milestones=[2.0, 3.0])

@@ -109,9 +109,13 @@ def test_a_preset_is_a_file_of_conf_with_some_values_changed() -> None:
 @pytest.mark.parametrize(
     ("preset", "changes", "message"),
     [
-        ("min", {}, "model=min must be one of caffe, code145, mini, owt, paper, tiny"),
-        ("mini", {"clases": 3}, "model=mini: Key 'clases' not in 'ModelConfig'"),
-        ("mini", {"num_classes": "three"}, "model=mini: Value 'three' of type 'str' could not be converted"),
+        ("min", {}, r"model=min is unknown: did you mean mini\?"),
+        ("mini", {"clases": 3}, "model=mini: unknown key clases: did you mean num_classes"),
+        (
+            "mini",
+            {"num_classes": "three"},
+            "model=mini: num_classes: Value 'three' of type 'str' could not be converted",
+        ),
     ],
 )
 def test_a_preset_that_cannot_be_had_is_one_line(preset: str, changes: dict, message: str) -> None:

@@ -1,22 +1,26 @@
-"""From a command line to one function of one configuration, and the one place where a mistake becomes one line.
+"""From a command line to one function of one configuration; where errors become one line, and rows become tables.
 
 A script hands its schema over: `@command("train", Train)` reads conf/train.yaml as a Train. Every group of `conf/` maps
 to one dataclass beside its owner (model -> ModelConfig, ...). Because the schema lists every key, a misspelt one is
 found, and its closest match is named. This module knows no schema and imports no other room.
 """
 
-import difflib
 import errno
 import logging
+import math
 import os
 import re
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,15 +30,18 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from alexnet.errors import UserError
+from alexnet.errors import UserError, closest, did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent
 # conf/ and scripts/ stand at the top of the repository; a wheel brings them inside the package.
 HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parents[1]
 CONF, SCRIPTS = HOME / "conf", HOME / "scripts"
+
+
+# From a command line to a function ------------------------------------------------------------------------
 
 
 def register(name: str, schema: type[Any]) -> None:
@@ -52,13 +59,12 @@ def command(
 
     def decorate(main: Callable[[Any], Any]) -> Callable[[], None]:
         def run(config: DictConfig) -> Any:
-            return main(load(config))
+            return main(load(config, HydraConfig.get().runtime.choices))
 
         def entry() -> None:
             _quiet()
             register(name, schema)
-            if name == "train":
-                sys.argv[1:] = as_chosen(sys.argv[1:])
+            sys.argv[1:] = arguments(name, sys.argv[1:])
             app = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=name)
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 app(run)()
@@ -73,6 +79,12 @@ def command(
         return entry
 
     return decorate
+
+
+def arguments(name: str, typed: Sequence[str]) -> list[str]:
+    """What Hydra gets of a command line. A home directory is written out: ~ is a sign of its grammar."""
+    at_home = [re.sub(r"(?<==)~(?=/|$)", os.path.expanduser("~"), argument, count=1) for argument in typed]
+    return as_chosen(at_home) if name == "train" else at_home
 
 
 def as_chosen(arguments: Sequence[str]) -> list[str]:
@@ -114,28 +126,46 @@ def _leave(error: Exception, name: str, config_dir: Path) -> None:
     raise SystemExit(2) from None
 
 
-def load(config: DictConfig) -> Any:
-    """The composed configuration as its dataclass; `__post_init__` of every part has run."""
-    if HydraConfig.initialized() and config.get("name", "") is None:
-        choices = HydraConfig.get().runtime.choices
+def _quiet() -> None:
+    """Silences advice at every start that does not apply: on our loaders, and on a CUDA that nothing here asks for."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    # Our metrics are summed over the devices.
+    warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*|.*pynvml.*|.*treespec.*")
+
+
+# From plain data to a dataclass ---------------------------------------------------------------------------
+
+
+def load(config: DictConfig, choices: Mapping[str, Any] | None = None) -> Any:
+    """The composed configuration as its dataclass; `__post_init__` of every part has run.
+
+    `choices` are those of the groups of conf/: a run without a name is named by them.
+    """
+    if choices and config.get("name", "") is None:
         experiment = choices.get("experiment")
         named = experiment not in (None, "none")
         config.name = experiment if named else f"{choices['model']}-{choices['data']}"
         if choices.get("trainer") == "debug":  # a few batches must not lie where the real run will
             config.name += "-debug"
+    _settle(config)
     return OmegaConf.to_object(config)
 
 
 def compose(name: str, schema: type[Any], overrides: Sequence[str], config_dir: Path = CONF) -> Any:
-    """conf/<name>.yaml with these overrides, as a `schema`; also inside a script, whose own composition is over.
+    """conf/<name>.yaml with these overrides, as a `schema`: what the script `name` makes of the same command line.
 
-    Raises UserError, one line, for what the user can put right.
+    Also inside a script, whose own composition is over. Raises UserError, one line, for what the user can put right.
     """
     register(name, schema)
-    GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
-            return load(hydra.compose(name, list(overrides)))
+        with _hydra(config_dir):
+            config = hydra.compose(name, arguments(name, overrides), return_hydra_config=True)
+        with open_dict(config):
+            choices = config.pop("hydra").runtime.choices
+        return load(config, choices)
     except Exception as error:
         line = one_line(error, name, config_dir)
         if line is None:
@@ -145,59 +175,168 @@ def compose(name: str, schema: type[Any], overrides: Sequence[str], config_dir: 
 
 def compose_group(group: str, choice: str, schema: type[Any], changes: Mapping[str, Any]) -> Any:
     """conf/<group>/<choice>.yaml as a `schema`, with these values changed. Raises UserError, one line, as `compose`."""
-    choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    choices = [path.stem for path in (CONF / group).glob("*.yaml")]
     if choice not in choices:
-        raise UserError(f"{group}={choice} must be one of {', '.join(choices)}")
+        raise UserError(f"{group}={choice} is unknown: {did_you_mean(choice, choices)}")
+    with _hydra(CONF):
+        values = hydra.compose(f"{group}/{choice}")[group]
+    return typed(
+        schema, OmegaConf.merge(OmegaConf.to_container(values), dict(changes)), f"{group}={choice}: "
+    )
+
+
+def typed(schema: type[Any], values: Mapping[str, Any], where: str = "") -> Any:
+    """Plain data as a configuration dataclass, as strictly as a command line; `where` begins what is said of a mistake.
+
+    Raises UserError for an unknown or missing key, or a value of another type.
+    """
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), values)
+        _settle(config)
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(where + _of_a_key(error)) from error
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain data, enums by name: what a checkpoint may hold."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _settle(node: Any) -> None:
+    """Writes out the home directory ~. Raises UserError for nan and infinity, and for a key that was added (+key=...)
+    to those of a dataclass."""
+    kind = OmegaConf.get_type(node)
+    known = [entry.name for entry in fields(kind)] if is_dataclass(kind) else None
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        if known is not None and key not in known:
+            raise UserError(f"unknown key {node._get_full_key(key)}: {did_you_mean(str(key), known)}")
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig | ListConfig):
+            _settle(value)
+        elif isinstance(value, str) and (value == "~" or value.startswith("~/")):
+            node[key] = os.path.expanduser(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{node._get_full_key(key)}={value} must be a finite number")
+
+
+@contextmanager
+def _hydra(config_dir: Path) -> Iterator[None]:
+    """Hydra as for a composition of its own; a script that is composed already stays so."""
+    outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            values = hydra.compose(f"{group}/{choice}")[group]
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values, dict(changes)))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{group}={choice}: {str(error).splitlines()[0]}") from error
+        with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
-def one_line(error: Exception, name: str, config_dir: Path = CONF) -> str | None:
+# From an error to one line --------------------------------------------------------------------------------
+
+ELSEWHERE = "set output_dir=... or data_dir=... elsewhere"
+REMEDIES = {  # of Hydra's messages, which stop short of one in their first line
+    "Ambiguous value": "write key=[a,b] for a list, or add -m for a run of each",
+    "Could not append": "leave out the +",
+}
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+def one_line(error: BaseException, name: str, config_dir: Path = CONF) -> str | None:
     """What, which value, which key and what to do, in one line; None if the error is ours to debug."""
     if isinstance(error, UserError):
-        return str(error)
+        return " ".join(str(error).split("\n"))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         file = error.filename2 or error.filename  # of a copy, its target; a write names none
-        where = f"for {file}" if file else "on the disk"
-        return f"no space left {where}: free some, or set output_dir=... or data_dir=... elsewhere"
+        return f"no space left {f'for {file}' if file else 'on the disk'}: free some, or {ELSEWHERE}"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}. Check the path, or set output_dir=... or data_dir=... elsewhere"
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        return f"{str(error).splitlines()[0]} {str(error.__cause__).splitlines()[0]}"
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return _explain(error, name, config_dir)
-    return None
+        return f"{error.filename}: {error.strerror}. Check the path, or {ELSEWHERE}"
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        return f"out of memory ({_said(error)}): lower data.batch_size, model.width or the number of threads"
+    if isinstance(error, InstantiationException):
+        target = re.search(r"call to target '[\w.]*?(\w+)'", str(error))
+        cause = error.__cause__ or error
+        return f"{target.group(1) if target else error.full_key} refuses its arguments: {_said(cause)}"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _of_the_configuration(error, name, config_dir)
+    if isinstance(error, yaml.YAMLError):
+        return f"not YAML: {' '.join(str(error).split())}"
+    return _of_a_library(error)
 
 
-def _explain(error: Exception, name: str, config_dir: Path) -> str:
+def _of_the_configuration(error: Exception, name: str, config_dir: Path) -> str:
     cause: BaseException = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause.__cause__, UserError):
         return str(cause.__cause__)
-    lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
-    text = str(cause).splitlines()[0] if lines[0].startswith("Error merging override") else lines[0]
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read ({text}): quote it as a whole, 'key=[a,b]'"
+        return _of_the_parser(error)
+    text = _said(error)
+    for start, remedy in REMEDIES.items():
+        if text.startswith(start):
+            return f"{text.rstrip('.')}: {remedy}"
     if isinstance(error, MissingConfigException) and error.options:
-        wanted = str(error.missing_cfg_file).split("/")[-1]
-        return f"{text.rstrip('.')}: {_closest(wanted, list(error.options))}"
-    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", "\n".join(lines))
-    wrong_type = next((line for line in lines if line.startswith(("Value '", "Invalid value"))), None)
-    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key")), None)
-    if wrong_type:
-        return f"{key}: {wrong_type}"
-    if unknown:
-        full = key or unknown.group(1) or unknown.group(2)
-        return f"{full} is no key of conf/{name}.yaml: {_closest(full, _known_keys(name, config_dir))}"
-    return text if key is None else f"{key}: {text}"
+        return (
+            f"{text.rstrip('.')}: {did_you_mean(str(error.missing_cfg_file).split('/')[-1], error.options)}"
+        )
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)'", str(cause))
+    if unknown and not re.search("Value '|Invalid value", str(cause)):
+        key = unknown.group(1) if unknown.re.pattern.startswith("Could") else _full_key(cause)
+        return f"unknown key {key}: {_meant(key, _known_keys(name, config_dir))}"
+    return _of_a_key(cause) if isinstance(cause, OmegaConfBaseException) else text
+
+
+def _of_a_key(error: BaseException) -> str:
+    """OmegaConf's first line behind the key it is about."""
+    key = _full_key(error)
+    kind = getattr(error, "object_type", None)
+    if isinstance(error, ConfigKeyError) and is_dataclass(kind):
+        return f"unknown key {key}: {did_you_mean(key.split('.')[-1], [f.name for f in fields(kind)])}"
+    return f"{key}: {_said(error)}" if key else _said(error)
+
+
+def _of_the_parser(error: OverrideParseException) -> str:
+    """Hydra's grammar knows signs of its own; a value that has them is quoted once for it and once for the shell."""
+    key, _, value = error.override.partition("=")
+    whole = re.fullmatch(r"[\w.+/@-]+", key) and value
+    remedy = f"quote the value, {key}='\"{value}\"'" if whole else "write key=value"
+    if value.startswith(("[", "{")):
+        remedy = f"close every bracket, and quote the whole for the shell, '{key}=[a,b]'"
+    return f"{error.override} cannot be read ({_said(error)}): {remedy}"
+
+
+def _of_a_library(error: BaseException) -> str | None:
+    """An error of torch, Lightning or Python, and the line of ours that led there; None for a mistake of our own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
+    if frames and {"hydra", "omegaconf"} & set(Path(frames[-1].filename).parts):
+        return (
+            f"the overrides cannot be read ({_said(error)}): write key=value, and group=<choice> for a group"
+        )
+    if not ours:
+        return None
+    if ours[-1] is frames[-1]:  # ours, or of compiled code that it called, which leaves no frame
+        compiled = isinstance(error, RuntimeError | ValueError | OverflowError)
+        if not compiled or (ours[-1].line or "").startswith("raise"):
+            return None
+    place = f"{Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}"
+    return f"{type(error).__name__} at {place}: {_said(error)} (HYDRA_FULL_ERROR=1 shows the traceback)"
+
+
+def _said(error: BaseException) -> str:
+    """The first line of its message that is not empty, else its name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _full_key(error: BaseException) -> str:
+    return str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")
 
 
 def _known_keys(name: str, config_dir: Path) -> list[str]:
-    with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
+    with _hydra(config_dir):
         return list(_flat(OmegaConf.to_container(hydra.compose(name), resolve=False)))
 
 
@@ -208,25 +347,43 @@ def _flat(tree: Any, prefix: str = "") -> list[str]:
     return [prefix] * bool(prefix) + [key for keys in below for key in keys]
 
 
-def _closest(wanted: str, known: list[str]) -> str:
-    """The key whose last word is the same or much alike, else the most alike; else some of those there are."""
+def _meant(wanted: str, known: list[str]) -> str:
+    """The key whose last word is the same or much alike, else the most alike; else those there are."""
     group, _, word = wanted.rpartition(".")
     last = {key.split(".")[-1]: key for key in known if key.startswith(f"{group}.") or not group}
-    alike = difflib.get_close_matches(word, last, n=1, cutoff=0.7)
-    if alike:
-        return f"did you mean {last[alike[0]]}?"
+    near = closest(word, last)
+    if near:
+        return f"did you mean {last[near]}?"
     if group == "trainer":
         return f"an argument of lightning.Trainer is added with +{wanted}=..."
-    close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.7)
-    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(sorted(last or known)[:20])}"
+    return did_you_mean(wanted, known if closest(wanted, known) else last or known)
 
 
-def _quiet() -> None:
-    """Silences advice at every start that does not apply: on our loaders, and on a CUDA that nothing here asks for."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-    warnings.filterwarnings(
-        "ignore", message=r".*sync_dist=True.*"
-    )  # our metrics are summed over the devices
-    warnings.filterwarnings("ignore", message=r".*LeafSpec.*|.*pynvml.*|.*treespec.*")
+# From rows to a table -------------------------------------------------------------------------------------
+
+WIDTH = 100  # columns of a terminal
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows of cells, the first of them the head, as lines of at most WIDTH columns; `right`: columns of numbers.
+
+    Where a line would be too long, the first column loses the front of its cells, down to 20 columns.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = min(widths[0], max(20, WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
+    cut = [[c if len(c) <= widths[0] else f"…{c[1 - widths[0] :]}" for c in row[:1]] for row in rows]
+    signed = [-w if i in right else w for i, w in enumerate(widths)]
+    return "\n".join(columns([*first, *row[1:]], signed) for first, row in zip(cut, rows, strict=True))
+
+
+def columns(cells: Sequence[str], widths: Sequence[int], gap: str = "  ") -> str:
+    """One line: every cell in its width, on the right of it where the width is negative."""
+    placed = [c.rjust(-w) if w < 0 else c.ljust(w) for c, w in zip(cells, widths, strict=True)]
+    return gap.join(placed).rstrip()
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of them the head, as a table of Markdown."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines)

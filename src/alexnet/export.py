@@ -10,6 +10,7 @@ return logits (N, classes). config.json says how a crop is cut and what the clas
 """
 
 import json
+import shutil
 import warnings
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -86,13 +87,17 @@ def export(config: Export) -> Path:
         expected = Portable(classifier)(example)
     write = {Format.safetensors: as_safetensors, Format.torch_export: as_program, Format.onnx: as_onnx}
     directory.mkdir(parents=True)
-    again = write[config.format](classifier, example, directory)
-    difference = float((again - expected).abs().max() / expected.abs().max())
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"{directory}: logits differ by {difference:.1e} of the largest, {TOLERANCE:g} is allowed"
-        )
-    describe(classifier, source, config, directory)
+    try:
+        again = write[config.format](classifier, example, directory)
+        difference = float((again - expected).abs().max() / expected.abs().max())
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"{directory}: logits differ by {difference:.1e} of the largest, {TOLERANCE:g} is allowed"
+            )
+        describe(classifier, source, config, directory)
+    except BaseException:  # half a folder would be refused the next time
+        shutil.rmtree(directory)
+        raise
     print(f"{config.format}: logits agree to {difference:.0e} of the largest\n{directory}")
     return directory
 

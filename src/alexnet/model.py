@@ -22,7 +22,8 @@ channels that conv2, conv4, conv5 and the response norm never look beyond.
 
 import hashlib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -169,43 +170,41 @@ def _check_lengths(config: ModelConfig) -> None:
     for name, length in lengths.items():
         value = getattr(config, name)
         if len(value) != length:
-            raise UserError(f"model.{name}={value} has {len(value)} entries: give {length}")
+            raise UserError(f"model.{name}={value} must have {length} entries, not {len(value)}")
     for entry in config.padding:
         if len(entry) != 4:
-            raise UserError(
-                f"model.padding: {entry} is no (left, right, top, bottom): give four numbers each"
-            )
+            raise UserError(f"model.padding: {entry} must be four numbers, (left, right, top, bottom)")
 
 
 def _check_ranges(config: ModelConfig) -> None:
     if config.classes < 2:
-        raise UserError(f"model.num_classes={config.num_classes}: a classifier needs at least 2")
+        raise UserError(f"model.num_classes={config.num_classes} must be at least 2")
     if config.towers < 1:
-        raise UserError(f"model.towers={config.towers}: use 2 (two GPUs of 2012) or 1")
+        raise UserError(f"model.towers={config.towers} must be a positive integer: 2 (two GPUs of 2012) or 1")
     for name in ("channels", "kernel_size", "stride", "hidden"):
         if min(getattr(config, name)) < 1:
-            raise UserError(f"model.{name}={getattr(config, name)}: every entry must be at least 1")
+            raise UserError(f"model.{name}={getattr(config, name)}: every entry must be a positive integer")
     for left, right, top, bottom in config.padding:
         if min(left, right, top, bottom) < 0 or left + right != top + bottom:
             raise UserError(
-                f"model.padding: [{left}, {right}, {top}, {bottom}] is (left, right, top, bottom): none may be "
-                "negative, and maps stay square only where left + right = top + bottom"
+                f"model.padding: [{left}, {right}, {top}, {bottom}] (left, right, top, bottom) must not be negative, "
+                "and left + right must equal top + bottom, so that maps stay square"
             )
     if min(config.init_std) < 0:
-        raise UserError(f"model.init_std={config.init_std}: a standard deviation must not be negative")
+        raise UserError(f"model.init_std={config.init_std}: no standard deviation may be negative")
     if config.lrn_size < 1 or config.lrn_k <= 0 or config.lrn_alpha < 0:
         raise UserError(
-            f"model.lrn_size={config.lrn_size}, model.lrn_k={config.lrn_k}, model.lrn_alpha={config.lrn_alpha}: "
-            "the response norm needs a window of at least 1, k > 0 and alpha >= 0"
+            f"model.lrn_size={config.lrn_size} must be a positive integer, model.lrn_k={config.lrn_k} positive and "
+            f"model.lrn_alpha={config.lrn_alpha} not negative"
         )
     if min(config.pool_size, config.pool_stride) < 1:
         raise UserError(
-            f"model.pool_size={config.pool_size}, model.pool_stride={config.pool_stride}: both must be at least 1"
+            f"model.pool_size={config.pool_size} and model.pool_stride={config.pool_stride} must be positive integers"
         )
     if config.width <= 0:
-        raise UserError(f"model.width={config.width}: the width multiplier must be positive")
+        raise UserError(f"model.width={config.width} must be positive")
     if not 0 <= config.dropout < 1:
-        raise UserError(f"model.dropout={config.dropout}: the probability of dropping must be in [0, 1)")
+        raise UserError(f"model.dropout={config.dropout} must be in [0, 1)")
 
 
 class Row(NamedTuple):
@@ -241,6 +240,17 @@ def layer_table(config: ModelConfig) -> list[Row]:
         rows.append(Row(name, outputs, 1, inputs * outputs + outputs, inputs * outputs))
         inputs = outputs
     return rows
+
+
+def check_memory(rows: Iterable[Row]) -> None:
+    """Raises UserError where weights, gradients and velocities in float32 exceed the memory of this machine."""
+    parameters = sum(row.parameters for row in rows)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 3 * 4 * parameters > memory:
+        raise UserError(
+            f"{parameters:,} parameters take {12e-9 * parameters:,.0f} GB with gradients and velocities, and this "
+            f"machine has {1e-9 * memory:,.0f} GB: lower model.width, model.channels or model.hidden"
+        )
 
 
 def _convolved(px: int, config: ModelConfig, i: int) -> int:
@@ -285,7 +295,10 @@ class AlexNet(nn.Module):
         super().__init__()
         config = config or ModelConfig()
         backends = backends if backends is not None else Backends().resolve("cpu")
-        table = {row.name: row for row in layer_table(config)}
+        rows = layer_table(config)
+        if torch.get_default_device().type == "cpu":
+            check_memory(rows)
+        table = {row.name: row for row in rows}
         self.config = config
         self.backends = dict(backends)
         self.conv1 = _convolution(config, 0, 3, backends)

@@ -55,7 +55,7 @@ class OptimConfig:
     bias_anneals: bool = True
     epochs: int = 90
     schedule: Schedule = Schedule.plateau
-    # plateau: how many epochs without a better holdout error are borne (the next one drops the rate); number of drops.
+    # plateau: patience, in epochs without a better holdout error (the next such epoch drops the rate); number of drops.
     patience: int = 5
     drops: int = 3
     # steps: fractions of training at which the rate is divided by 10 (epochs 25, 51, 79 of 91 in the notes).
@@ -85,7 +85,9 @@ class OptimConfig:
         fractions = {"conv1_slow_at": [self.conv1_slow_at], "conv1_frozen_at": [self.conv1_frozen_at]}
         for name, values in {**fractions, "milestones": self.milestones}.items():
             if not all(0 <= value <= 1 for value in values):
-                raise UserError(f"optim.{name}={getattr(self, name)}: fractions of training are in [0, 1]")
+                raise UserError(
+                    f"optim.{name}={getattr(self, name)} must be in [0, 1], a fraction of training"
+                )
 
 
 Tensors = list[Tensor]
@@ -197,11 +199,16 @@ def build_scheduler(
 
 
 def rate_factor(config: OptimConfig, progress: float) -> float:
-    """What the rate is multiplied by after a fraction `progress` of training; not for the plateau rule."""
+    """What the rate is multiplied by after a fraction `progress` of training.
+
+    Raises UserError for a schedule that progress alone does not decide, as the plateau rule.
+    """
     if config.schedule == Schedule.constant:
         return 1.0
     if config.schedule == Schedule.steps:
         return 0.1 ** sum(progress >= milestone for milestone in config.milestones)
+    if config.schedule not in (Schedule.cosine, Schedule.one_cycle):
+        raise UserError(f"optim.schedule={config.schedule} has no rate that follows from the progress alone")
     if progress < config.warmup:
         return max(progress / config.warmup, 0.01)
     rest = min((progress - config.warmup) / (1 - config.warmup), 1.0)

@@ -89,8 +89,6 @@ def predict(config: Predict) -> bool:
     paths = config.checkpoint if isinstance(config.checkpoint, list) else [config.checkpoint]
     classifiers = [load(find(path), backend) for path in paths]
     refuse_different(paths, classifiers)
-    directory = Path(config.output_dir) / "predict"
-    directory.mkdir(parents=True, exist_ok=True)
     unread: dict[str, str] = {}
     predictions: list[Prediction] = []
     sheet: list[tuple[np.ndarray, Tensor]] = []
@@ -108,6 +106,8 @@ def predict(config: Predict) -> bool:
         raise UserError(f"images={config.images}: none of {len(unread)} pictures can be read")
     classes = classifiers[0].classes
     print(table(predictions, classes))
+    directory = Path(config.output_dir) / "predict"
+    directory.mkdir(parents=True, exist_ok=True)
     write(config, directory, predictions, unread, classes)
     contact_sheet(predictions, sheet, classes, directory / "predictions.png")
     print(f"\npredicted {len(predictions)}, unreadable {len(unread)}; written to {directory}")

@@ -21,6 +21,7 @@ float32 under every name.
 import ctypes
 import errno
 import json
+import math
 import os
 import platform
 import subprocess
@@ -131,6 +132,8 @@ def keep_freed_memory() -> bool:
 
 def device_type_of(accelerator: str, key: str = "trainer.accelerator", otherwise: str = "trainer=cpu") -> str:
     """'cuda' or 'cpu': where a run with this accelerator takes place. UserError names the `key` that chose it."""
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"{key}={accelerator} must be one of auto, cpu, gpu")
     if accelerator == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator in ("gpu", "cuda"):
@@ -227,6 +230,15 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Plain data as JSON can hold it: null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> dict[str, Any]:

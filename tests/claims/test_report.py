@@ -14,7 +14,7 @@ from tests.claims.conftest import reduced
 from alexnet.claims.claims import Nets, Test
 from alexnet.claims.config import Reproduce
 from alexnet.claims.jobs import claims_of
-from alexnet.claims.report import _band, curved, gathered, report_directory, sections_of
+from alexnet.claims.report import _band, curved, gathered, sections_of
 from alexnet.claims.runner import reproduce
 
 
@@ -40,7 +40,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(finished: Reproduce) -> Page:
-    return Page((report_directory(finished) / "report.html").read_text())
+    return Page((finished.report_directory / "report.html").read_text())
 
 
 def test_the_page_needs_no_network(page: Page):
@@ -67,11 +67,11 @@ def test_figures_are_pictures_and_files(finished: Reproduce, page: Page):
     assert page.tags.count("img") + page.tags.count("svg") >= 3
     for name in ("figure4_left", "figure4_right"):
         for suffix in (".png", ".svg"):
-            assert (report_directory(finished) / f"{name}{suffix}").stat().st_size > 1000
+            assert (finished.report_directory / f"{name}{suffix}").stat().st_size > 1000
 
 
 def test_the_numbers_are_written_as_data(finished: Reproduce):
-    content = json.loads((report_directory(finished) / "results.json").read_text())
+    content = json.loads((finished.report_directory / "results.json").read_text())
     assert list(content["claims"]) == ["s4_2_dropout", "s4_1_ten_views", "figure4"]
     dropout = content["claims"]["s4_2_dropout"]
     assert dropout["runs"] == 4
@@ -100,7 +100,7 @@ def test_what_is_missing_is_listed_with_its_command(finished: Reproduce, capsys)
     assert out.count("python scripts/train.py") == 4
     assert "name=smoke/s4_2_dropout/none seed=3" in out
     assert "no results of ensemble, single yet" in out
-    text = (report_directory(more) / "report.html").read_text()
+    text = (more.report_directory / "report.html").read_text()
     assert "1 runs are missing" not in text
     assert "2 runs are missing" in text
 
@@ -129,7 +129,7 @@ def test_runs_of_several_states_of_the_code_are_marked(finished: Reproduce, tmp_
     out = capsys.readouterr().out
     assert "WARNING   s4_2_dropout compares runs of 2 states of the code" in out
     assert "WARNING   s4_2_dropout compares runs of 2 devices or precisions: cpu, 32-true, cpu, bf16" in out
-    assert "Runs of 2 states of the code" in (report_directory(mixed) / "report.html").read_text()
+    assert "Runs of 2 states of the code" in (mixed.report_directory / "report.html").read_text()
 
 
 def test_an_ensemble_is_of_five_however_many_there_are(finished: Reproduce):
@@ -162,22 +162,22 @@ def test_a_diverged_run_is_in_no_curve_and_one_without_an_epoch_stops_no_page(fi
         run = tmp_path / f"train/smoke/s4_2_dropout/none/seed{seed}"
         lines = (run / "metrics.csv").read_text().splitlines()
         (run / "metrics.csv").write_text("\n".join(lines[:rows_left]) + "\n")
-        (run / "measures.json").write_text(json.dumps({"failed": "the loss ended as no number"}))
+        (run / "measures.json").write_text(json.dumps({"failed": "the loss ended in NaN or infinity"}))
     reproduce(lost)
     section = sections_of(claims_of(lost), lost)[0]
     assert curved(section.by_arm["none"]) == []
-    text = (report_directory(lost) / "report.html").read_text()
+    text = (lost.report_directory / "report.html").read_text()
     assert "diverged: no pair of runs is left to compare</b>; 2 of 2 pairs diverged" in text
 
 
 def test_a_page_says_at_its_top_what_is_missing(finished: Reproduce, tmp_path):
     shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
     partial = dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
-    complete = (report_directory(finished) / "report.html").read_text()
+    complete = (finished.report_directory / "report.html").read_text()
     assert "missing: what stands here" not in complete
     shutil.rmtree(tmp_path / "train/smoke/s4_2_dropout/none/seed2")
     reproduce(partial)
-    assert "1 run is missing: what stands here" in (report_directory(partial) / "report.html").read_text()
+    assert "1 run is missing: what stands here" in (partial.report_directory / "report.html").read_text()
 
 
 def test_bands_are_one_standard_deviation_around_the_mean(finished: Reproduce):

@@ -19,7 +19,7 @@ from tests.claims.conftest import REDUCED, reduced
 
 from alexnet.claims import jobs, runner
 from alexnet.claims.config import Reproduce, Scale
-from alexnet.claims.jobs import State, check, choose, claims_of, commands, jobs_of
+from alexnet.claims.jobs import State, check, choose, claims_of, jobs_of, train_commands
 from alexnet.claims.measures import Want
 from alexnet.claims.report import training_seconds
 from alexnet.claims.runner import Progress, Sizes, Speed, reproduce, seconds_left
@@ -242,7 +242,7 @@ def test_a_run_that_goes_on_to_its_end_without_a_loss_is_not_measured(
     path.write_text(path.read_text().rstrip().rpartition("\n")[0] + "\n3,0,0.01,nan,1,2.3,0.9,0.5,,1.0\n")
     monkeypatch.setattr(runner, "train", None)
     monkeypatch.setattr(runner, "measure", None)
-    assert runner.run_job(job) == "diverged (the loss ended as no number)"
+    assert runner.run_job(job) == "diverged (the loss ended in NaN or infinity)"
     assert job.state is State.finished
 
 
@@ -375,7 +375,7 @@ def claim_file(folder: Path, **change) -> None:
         (
             {"arms": {"decay": [], "none": ["optim.wieght_decay=0"]}},
             {},
-            r"mine.yaml, arm none: optim.wieght_decay is no key .* did you mean optim.weight_decay",
+            r"mine.yaml, arm none: unknown key optim.wieght_decay: did you mean optim.weight_decay",
         ),
         (
             {"arms": {"decay": [], "none": ["model.image_px=9"]}},
@@ -403,7 +403,7 @@ def test_what_cannot_run_is_refused_before_any_training(
 
 
 def test_unknown_claims_and_senseless_settings_are_refused():
-    with pytest.raises(UserError, match=r"claim=s3_3_lrm is unknown \(did you mean s3_3_lrn"):
+    with pytest.raises(UserError, match=r"claim=s3_3_lrm is unknown: did you mean s3_3_lrn"):
         reproduce(Reproduce(claims=["s3_3_lrm"]))
     with pytest.raises(UserError, match="seeds=0"):
         Reproduce(seeds=0)
@@ -507,4 +507,52 @@ def test_the_time_left_follows_the_time_taken(monkeypatch, data_dir, tmp_path, c
 
 
 def test_commands_of_finished_runs_are_not_printed(finished):
-    assert commands(jobs_of(claims_of(finished), finished), finished).count("scripts/train.py") == 0
+    assert train_commands(jobs_of(claims_of(finished), finished), finished).count("scripts/train.py") == 0
+
+
+# Damage
+
+DAMAGE = {
+    "run.json": b"",
+    "metrics.csv": b"\xff\xfe not UTF-8",
+    "measures.json": b"[1, 2]",
+    "val_1view.npz": b"PK cut short",
+    "conv1.npy": b"",
+    "val_10view.npz": b"",
+}
+
+
+def test_a_damaged_run_is_named_and_the_others_go_on(finished, tmp_path, capsys):
+    """One of four runs; each of its files in turn does not hold what it should."""
+    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
+    settings = dataclasses.replace(finished, output_dir=str(tmp_path))
+    damaged, sound = directory(settings, "base", 2), directory(settings, "base", 1)
+    for name, content in DAMAGE.items():
+        whole = (damaged / name).read_bytes()
+        (damaged / name).write_bytes(content)
+        (sound / Want.basic).unlink()
+        with pytest.raises(UserError, match=rf"1 of 4 runs are left out: \S+/{name} is damaged") as caught:
+            reproduce(settings)
+        assert "\n" not in str(caught.value)
+        assert (sound / Want.basic).exists(), "a run that could be measured was not"
+        assert f"# {damaged / name} is damaged" in capsys.readouterr().out
+        assert (damaged / name).read_bytes() == content
+        (damaged / name).write_bytes(whole)
+
+
+def test_a_run_that_cannot_be_trained_stops_no_other(data_dir, tmp_path, monkeypatch):
+    settings = reduced(data_dir, tmp_path, "s5_decay")
+    done = []
+
+    def first_fails(job):
+        done.append(job.run.name)
+        if len(done) == 1:
+            raise UserError("its checkpoint is damaged")
+        return ""
+
+    monkeypatch.setattr(runner, "run_job", first_fails)
+    with pytest.raises(
+        UserError, match=r"1 of 2 runs are left out: smoke/base seed 1 failed: its checkpoint"
+    ):
+        reproduce(settings)
+    assert done == ["smoke/base", "smoke/s5_decay/none"]

@@ -147,24 +147,24 @@ def test_a_censored_run_makes_the_ratio_a_bound_that_only_speaks_for_its_side():
     assert never.bound == ">="
     assert never.high == float("inf")
     assert 1 < never.low < never.estimate
-    assert st.verdict(never, Direction.HIGHER).word is Word.HOLDS
+    assert st.verdict(never, Direction.higher).word is Word.HOLDS
     inverse = st.time_ratio([2.0, 2.1, 1.9], [None, None, 9.0], budget=10.0)
     assert inverse.bound == "<="
-    assert st.verdict(inverse, Direction.LOWER).word is Word.HOLDS
+    assert st.verdict(inverse, Direction.lower).word is Word.HOLDS
     # The treatment never arrived, although all that did arrive later: nothing is known of "lower".
     slow = st.time_ratio([None, None, None], [30.0, 31.0, 29.0], budget=10.0)
-    assert st.verdict(slow, Direction.LOWER).word is Word.OPEN
+    assert st.verdict(slow, Direction.lower).word is Word.OPEN
     assert slow.p == 1.0
     fast = st.time_ratio([30.0, 31.0, 29.0], [None, None, None], budget=10.0)
-    assert st.verdict(fast, Direction.HIGHER).word is Word.OPEN
+    assert st.verdict(fast, Direction.higher).word is Word.OPEN
     both = st.time_ratio([None, 1.0, 1.0], [5.0, None, 5.0], budget=10.0)
     assert both.bound == "?"
-    assert "larger budget" in st.verdict(both, Direction.LOWER).sentence
+    assert "larger budget" in st.verdict(both, Direction.lower).sentence
     # Equal to the last digit, as when all controls arrive in the first row: nothing tells how much they vary.
     equal = st.time_ratio([None, None, None], [2.0, 2.0, 2.0], budget=10.0)
-    assert st.verdict(equal, Direction.HIGHER).word is Word.OPEN
+    assert st.verdict(equal, Direction.higher).word is Word.OPEN
     neither = st.time_ratio([None, None], [None, None], budget=10.0)
-    assert "larger budget" in st.verdict(neither, Direction.HIGHER).sentence
+    assert "larger budget" in st.verdict(neither, Direction.higher).sentence
 
 
 BELOW = st.paired_difference([-1.0, -1.1, -0.9], [0.0, 0.0, 0.0])
@@ -174,11 +174,11 @@ NOISE = st.paired_difference([-1.0, 1.2, 0.1], [0.0, 0.0, 0.0])
 @pytest.mark.parametrize(
     ("effect", "direction", "word"),
     [
-        (BELOW, Direction.LOWER, Word.HOLDS),
-        (BELOW, Direction.HIGHER, Word.FAILS),
-        (BELOW, Direction.REPORT, Word.REPORTED),
-        (NOISE, Direction.LOWER, Word.OPEN),
-        (NOISE, Direction.HIGHER, Word.OPEN),
+        (BELOW, Direction.lower, Word.HOLDS),
+        (BELOW, Direction.higher, Word.FAILS),
+        (BELOW, Direction.report, Word.REPORTED),
+        (NOISE, Direction.lower, Word.OPEN),
+        (NOISE, Direction.higher, Word.OPEN),
     ],
 )
 def test_the_verdict_compares_the_interval_with_the_expectation(effect, direction, word):
@@ -188,18 +188,18 @@ def test_the_verdict_compares_the_interval_with_the_expectation(effect, directio
 
 
 def test_sameness_needs_an_interval_inside_the_margin():
-    assert st.verdict(BELOW, Direction.SAME, margin=1.5).word is Word.HOLDS
-    assert st.verdict(BELOW, Direction.SAME, margin=1.1).word is Word.OPEN
-    assert st.verdict(BELOW, Direction.SAME, margin=0.5).word is Word.FAILS
+    assert st.verdict(BELOW, Direction.same, margin=1.5).word is Word.HOLDS
+    assert st.verdict(BELOW, Direction.same, margin=1.1).word is Word.OPEN
+    assert st.verdict(BELOW, Direction.same, margin=0.5).word is Word.FAILS
     # and its p agrees with its interval
     half = (BELOW.high - BELOW.low) / 2
-    assert st.tested_p(BELOW, Direction.SAME, 1.0 + half) == pytest.approx(0.05, abs=1e-6)
+    assert st.tested_p(BELOW, Direction.same, 1.0 + half) == pytest.approx(0.05, abs=1e-6)
     # on either side: what lies outside the margin can be confirmed as well
-    assert st.tested_p(BELOW, Direction.SAME, 1.0 - half) == pytest.approx(0.05, abs=1e-6)
-    assert st.tested_p(BELOW, Direction.SAME, 0.5 * (1.0 - half)) < 0.05
-    p_holm = st.tested_p(BELOW, Direction.SAME, 0.5)
-    assert st.verdict(BELOW, Direction.SAME, margin=0.5, p_holm=p_holm).word is Word.FAILS
-    assert np.isnan(st.tested_p(st.paired_difference([1.0], [2.0]), Direction.SAME, 0.5))
+    assert st.tested_p(BELOW, Direction.same, 1.0 - half) == pytest.approx(0.05, abs=1e-6)
+    assert st.tested_p(BELOW, Direction.same, 0.5 * (1.0 - half)) < 0.05
+    p_holm = st.tested_p(BELOW, Direction.same, 0.5)
+    assert st.verdict(BELOW, Direction.same, margin=0.5, p_holm=p_holm).word is Word.FAILS
+    assert np.isnan(st.tested_p(st.paired_difference([1.0], [2.0]), Direction.same, 0.5))
 
 
 def test_the_seeds_for_sameness_are_those_that_show_it():
@@ -218,35 +218,35 @@ def test_equal_differences_decide_nothing():
     """A val of 1,000 images gives errors in steps of .1 point: three equal differences are no certainty."""
     equal = st.paired_difference([0.5, 0.6, 0.7], [0.504, 0.604, 0.704])
     assert np.isnan(equal.p)
-    assert st.verdict(equal, Direction.LOWER).word is Word.OPEN
+    assert st.verdict(equal, Direction.lower).word is Word.OPEN
     assert equal.detectable is None
     nobody = st.time_ratio([None] * 3, [None] * 3, budget=20.0)
-    assert "larger budget" in st.verdict(nobody, Direction.HIGHER).sentence
+    assert "larger budget" in st.verdict(nobody, Direction.higher).sentence
 
 
 def test_an_open_verdict_says_how_many_seeds_the_papers_effect_needs():
     d = np.array([0.5, -0.5, 0.0])
-    said = st.verdict(st.paired_difference(d, np.zeros(3)), Direction.LOWER, paper=-0.4)
+    said = st.verdict(st.paired_difference(d, np.zeros(3)), Direction.lower, paper=-0.4)
     assert said.sentence == (
         f"not resolved at this scale (would need {st.seeds_needed(0.4, 0.5)} seeds for the paper's effect)"
     )
-    said = st.verdict(st.paired_difference(d + 0.1, np.zeros(3)), Direction.LOWER, paper=-40.0)
+    said = st.verdict(st.paired_difference(d + 0.1, np.zeros(3)), Direction.lower, paper=-40.0)
     assert f"would need {st.seeds_needed(0.1, 0.5)} seeds for the effect observed" in said.sentence
 
 
 def test_one_seed_and_fewer_than_the_claim_asks_for_resolve_nothing():
     one = st.paired_difference([1.0], [0.0])
-    assert st.verdict(one, Direction.HIGHER).word is Word.OPEN
+    assert st.verdict(one, Direction.higher).word is Word.OPEN
     assert st.time_ratio([2.0], [1.0], 9.0).low == 0.0
-    assert "would need 6 seeds, has 3" in st.verdict(BELOW, Direction.LOWER, min_n=6).sentence
+    assert "would need 6 seeds, has 3" in st.verdict(BELOW, Direction.lower, min_n=6).sentence
 
 
 def test_a_verdict_that_holm_does_not_confirm_says_so():
     """The word itself, which every table prints, and not only its fine print."""
-    assert st.verdict(BELOW, Direction.LOWER, p_holm=0.2).word == "holds (alone; not after Holm)"
-    assert st.verdict(BELOW, Direction.HIGHER, p_holm=0.2).word == "does not hold (alone; not after Holm)"
-    assert st.verdict(BELOW, Direction.LOWER, p_holm=0.01).word == "holds"
-    assert st.verdict(BELOW, Direction.HIGHER, p_holm=0.01).word == "does not hold"
+    assert st.verdict(BELOW, Direction.lower, p_holm=0.2).word == "holds (alone; not after Holm)"
+    assert st.verdict(BELOW, Direction.higher, p_holm=0.2).word == "does not hold (alone; not after Holm)"
+    assert st.verdict(BELOW, Direction.lower, p_holm=0.01).word == "holds"
+    assert st.verdict(BELOW, Direction.higher, p_holm=0.01).word == "does not hold"
 
 
 def test_the_split_of_kernels_is_zero_by_chance_and_positive_for_specialised_towers():

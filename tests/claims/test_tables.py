@@ -11,8 +11,7 @@ import pytest
 from alexnet.claims.claims import Claim, Comparison, Number, Statistic, Test, Unit, load_claims
 from alexnet.claims.statistics import Direction, Word, paired_difference, seeds_needed
 from alexnet.claims.tables import (
-    _TEXT_WIDTHS,
-    WIDTH,
+    TEXT_WIDTHS,
     Evidence,
     Gathered,
     Row,
@@ -20,10 +19,10 @@ from alexnet.claims.tables import (
     as_json,
     as_markdown,
     as_text,
+    compare,
     judge,
-    measure,
 )
-from alexnet.cli import CONF
+from alexnet.cli import CONF, WIDTH
 from alexnet.training import metrics
 
 PAPER = [Number(-1.4, Unit.points, "val/top1_error", "section 3.3")]
@@ -32,7 +31,7 @@ NORMS = Comparison(
     treatment="with",
     control="without",
     metric="val/top1_error",
-    direction=Direction.LOWER,
+    direction=Direction.lower,
     also=["val/cross_entropy"],
     paper=PAPER,
     notes_2012=NOTES,
@@ -53,7 +52,7 @@ def runs(errors: list[float], losses: list[float] | None = None) -> dict[int, Ev
 
 
 def judged(claim: Claim, gathered: Gathered) -> list[Row]:
-    return judge({claim.name: claim}, measure(claim, gathered))
+    return judge(compare(claim, gathered))
 
 
 RUNS = Gathered(
@@ -117,7 +116,7 @@ def test_an_arm_that_diverges_on_every_seed_is_a_result_and_not_missing():
     row = judged(claim(NORMS), Gathered({"with": RUNS.arms["with"], "without": lost(3)}))[0]
     assert row.verdict.word is Word.DIVERGED
     assert row.note == "3 of 3 pairs diverged"
-    assert "-> diverged: no pair of runs is left" in as_text({row.claim: claim(NORMS)}, [row])
+    assert "-> diverged: no pair of runs is left" in as_text([row])
     row = judged(claim(TIMES), Gathered({"tanh": lost(2), "relu": lost(2)}))[0]
     assert row.verdict.word is Word.DIVERGED
 
@@ -131,7 +130,7 @@ def test_a_diverged_run_is_marked_where_curves_or_images_are_compared():
     late = {**curves([6.0, 6.5]), 2: dataclasses.replace(curves([1.0])[0], diverged=True)}
     row = judged(claim(TIMES), Gathered({"tanh": late, "relu": curves([1.5, 1.5, 1.0])}))[0]
     assert row.note == "1 of 3 pairs diverged"  # though it had arrived
-    c = Comparison("ten", "one", "val/top1_error", Direction.LOWER, Statistic.within_net)
+    c = Comparison("ten", "one", "val/top1_error", Direction.lower, Statistic.within_net)
     nets = {"net": {0: Evidence(), **lost(3)}}
     that = claim(c, tests={"one": Test(), "ten": Test(views=10)})
     tests = {name: {"val/top1_error": np.arange(10) % 2} for name in ("one", "ten")}
@@ -150,7 +149,7 @@ def test_the_gap_is_val_minus_training_images_in_evaluation_mode():
             for s in range(3)
         }
 
-    c = Comparison("with", "without", "gap/top1_error", Direction.LOWER)
+    c = Comparison("with", "without", "gap/top1_error", Direction.lower)
     row = judged(claim(c), Gathered({"with": arm(0.1), "without": arm(0.3)}))[0]
     assert row.effect.estimate == pytest.approx(-0.2)
 
@@ -173,7 +172,7 @@ TIMES = Comparison(
     "tanh",
     "relu",
     "train/loss",
-    Direction.HIGHER,
+    Direction.higher,
     Statistic.time_ratio,
     threshold=0.5,
     threshold_of_chance=True,
@@ -198,11 +197,11 @@ def test_runs_that_never_arrive_give_a_bound_and_a_note():
     )[0]
     assert row.effect.bound == ">="
     assert row.note == "tanh did not arrive in 2 of 3 runs"
-    assert ">=" in as_text({row.claim: claim(TIMES)}, [row])
+    assert ">=" in as_text([row])
 
 
 def test_a_net_compared_with_itself_is_bootstrapped_over_images():
-    c = Comparison("ten", "one", "val/top1_error", Direction.LOWER, Statistic.within_net)
+    c = Comparison("ten", "one", "val/top1_error", Direction.lower, Statistic.within_net)
     one = np.zeros((2, 500))
     one[:, :200] = 1
     ten = one.copy()
@@ -219,7 +218,7 @@ def test_a_net_compared_with_itself_is_bootstrapped_over_images():
 
 
 def test_holm_runs_over_expectations_and_leaves_what_is_only_reported_out():
-    reported = Comparison("with", "without", "val/cross_entropy", Direction.REPORT)
+    reported = Comparison("with", "without", "val/cross_entropy", Direction.report)
     rows = judged(claim(NORMS, NORMS, NORMS, reported), RUNS)
     main = [r for r in rows if r.main]
     assert main[0].p_holm == pytest.approx(3 * main[0].effect.p)
@@ -233,9 +232,9 @@ def test_what_holm_does_not_confirm_says_so_in_every_table():
     rows = judged(those, weak)
     assert rows[0].effect.p < 0.05 < rows[0].p_holm
     alone = "holds (alone; not after Holm)"
-    assert f"-> {alone} (p " in as_text({those.name: those}, rows)
-    assert f"| {alone} |" in as_markdown({those.name: those}, rows)
-    assert as_json({those.name: those}, rows)[0]["verdict"] == alone
+    assert f"-> {alone} (p " in as_text(rows)
+    assert f"| {alone} |" in as_markdown(rows)
+    assert as_json(rows)[0]["verdict"] == alone
 
 
 def test_the_claim_file_decides_how_many_seeds_are_enough():
@@ -253,7 +252,7 @@ def test_the_papers_points_are_compared_with_our_fractions():
 
 def test_the_text_is_readable_and_fits_100_columns():
     those = claim(NORMS)
-    text = as_text({those.name: those}, judged(those, RUNS))
+    text = as_text(judged(those, RUNS))
     assert max(map(len, text.splitlines())) <= WIDTH == 100
     assert "-1.50 ± 0.10" in text  # points, from fractions
     assert "with 41.00 ± 1.00 %, without 42.50 ± 1.05 %" in text
@@ -263,7 +262,7 @@ def test_the_text_is_readable_and_fits_100_columns():
 
 def test_markdown_has_one_line_per_row_and_equal_columns():
     those = claim(NORMS)
-    lines = as_markdown({those.name: those}, judged(those, RUNS)).splitlines()
+    lines = as_markdown(judged(those, RUNS)).splitlines()
     assert len(lines) == 4
     assert {line.count("|") for line in lines} == {11}
     start = (
@@ -275,7 +274,7 @@ def test_markdown_has_one_line_per_row_and_equal_columns():
 def test_json_keeps_fractions_and_has_no_nan():
     those = claim(NORMS)
     one_seed = Gathered({arm: {0: by_seed[0]} for arm, by_seed in RUNS.arms.items()})
-    content = as_json({those.name: those}, judged(those, one_seed))
+    content = as_json(judged(those, one_seed))
     text = json.dumps(content, allow_nan=False)
     assert json.loads(text)[0]["effect"]["estimate"] == pytest.approx(-0.015)
     assert content[0]["effect"]["sd"] is None
@@ -289,7 +288,7 @@ def test_json_is_enough_to_compute_an_effect_again():
         "with": dict(zip((4, 2, 1, 3), runs([0.40, math.nan, 0.42, 0.41]).values(), strict=True)),
         "without": dict(zip((1, 2, 4), runs([0.44, 0.41, 0.41]).values(), strict=True)),
     }
-    row = json.loads(json.dumps(as_json({those.name: those}, judged(those, Gathered(arms)))))[0]
+    row = json.loads(json.dumps(as_json(judged(those, Gathered(arms)))))[0]
     assert row["seeds"] == [1, 4]  # 2 diverged in one arm, 3 is missing in the other
     assert row["arms"]["with"]["values"] == [0.42, 0.40]
     again = paired_difference(row["arms"]["with"]["values"], row["arms"]["without"]["values"])
@@ -298,10 +297,10 @@ def test_json_is_enough_to_compute_an_effect_again():
 
 def test_every_shipped_claim_makes_rows_from_nothing_and_fits_the_table():
     claims = load_claims(CONF / "claim")
-    rows = judge(claims, [row for c in claims.values() for row in measure(c, Gathered())])
+    rows = judge([row for c in claims.values() for row in compare(c, Gathered())])
     assert all(row.effect is None and row.note for row in rows)
-    assert max(map(len, as_text(claims, rows).splitlines())) <= WIDTH
-    json.dumps(as_json(claims, rows), allow_nan=False)
+    assert max(map(len, as_text(rows).splitlines())) <= WIDTH
+    json.dumps(as_json(rows), allow_nan=False)
 
 
 def test_every_metric_of_the_claims_fits_its_column():
@@ -310,19 +309,19 @@ def test_every_metric_of_the_claims_fits_its_column():
         timed = c.statistic is Statistic.time_ratio
         for metric in (c.metric, *c.also):
             row = SimpleNamespace(metric=metric, comparison=c, unit=Unit.times if timed else Unit.points)
-            assert len(_label(row)) <= _TEXT_WIDTHS[1]
-    assert sum(_TEXT_WIDTHS) + len(_TEXT_WIDTHS) <= WIDTH + 1
+            assert len(_label(row)) <= TEXT_WIDTHS[1]
+    assert sum(TEXT_WIDTHS) + len(TEXT_WIDTHS) <= WIDTH + 1
 
 
 def test_an_unmeasured_comparison_is_in_holms_family():
     """Else a verdict would weaken when the runs of others arrive."""
     both = {"a": claim(NORMS), "b": claim(NORMS)}
     both = {name: dataclasses.replace(c, name=name) for name, c in both.items()}
-    rows = [*measure(both["a"], RUNS), *measure(both["b"], Gathered())]
-    alone = judge({"a": both["a"]}, measure(both["a"], RUNS))[0]
-    beside = next(row for row in judge(both, rows) if row.claim == "a" and row.main)
+    rows = [*compare(both["a"], RUNS), *compare(both["b"], Gathered())]
+    alone = judge(compare(both["a"], RUNS))[0]
+    beside = next(row for row in judge(rows) if row.claim is both["a"] and row.main)
     assert beside.p_holm == pytest.approx(2 * alone.p_holm)
-    assert all(row.p_holm is None and row.verdict is None for row in judge(both, rows) if row.claim == "b")
+    assert all(row.p_holm is None and row.verdict is None for row in judge(rows) if row.claim is both["b"])
 
 
 def test_a_run_that_never_arrives_is_entered_no_later_than_one_that_might():

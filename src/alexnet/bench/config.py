@@ -1,5 +1,6 @@
 """What can be asked of scripts/benchmark.py."""
 
+import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -58,13 +59,19 @@ class Benchmark:
         for name in ("batch", "rounds", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name}={value} is no count: give 1 or more")
+                raise UserError(f"{name}={value} must be a positive integer")
+        if self.threads is not None and self.threads > (os.cpu_count() or 1):
+            raise UserError(
+                f"threads={self.threads} must be at most {os.cpu_count()}, the cores of this machine"
+            )
+        if self.budget_s is not None and self.budget_s <= 0:
+            raise UserError(f"budget_s={self.budget_s:g} must be positive; null is no limit")
         usual = ON_GPU if self.suite == Suite.gpu else USUAL
         self.dtypes, self.models = self.dtypes or usual["dtypes"], self.models or usual["models"]
         models = sorted(path.stem for path in MODELS.glob("*.yaml"))
         for name, known in (("dtypes", list(PRECISIONS)), ("models", models)):
             if not set(getattr(self, name)) <= set(known):
-                raise UserError(f"{name}={getattr(self, name)}: choose from {', '.join(known)}")
+                raise UserError(f"{name}={getattr(self, name)} must be some of {', '.join(known)}")
         if self.device == "cpu" and ("tf32" in self.dtypes or self.suite == Suite.gpu):
             raise UserError("suite=gpu and dtypes=[tf32] need a GPU: set device=cuda, or leave them out")
         on_gpu = self.device.partition(":")[0] == "cuda" and torch.cuda.is_available()

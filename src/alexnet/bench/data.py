@@ -27,6 +27,7 @@ from alexnet.bench.networks import (
     stock_step,
 )
 from alexnet.bench.timing import Contestant, Kind, Row, interleave
+from alexnet.cli import plain
 from alexnet.data.augment import Augment, AugmentConfig, statistics_of
 from alexnet.data.config import DataConfig, Resident
 from alexnet.data.module import Batch, EpochLoader, ImageData, Pixels
@@ -35,7 +36,7 @@ from alexnet.data.store import Store, open_store
 from alexnet.data.synthetic import blocks
 from alexnet.layers import Backend, Backends
 from alexnet.optim import OptimConfig, Schedule
-from alexnet.training.classifier import Classifier, plain
+from alexnet.training.classifier import Classifier
 from alexnet.training.metrics import MetricsFile
 
 Epoch = Callable[[], Iterator[tuple[Tensor, Batch]]]

@@ -5,17 +5,19 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alexnet import cli
 from alexnet.bench.config import Benchmark, Suite
 from alexnet.bench.networks import CAPTURED
 from alexnet.bench.timing import Kind, Machine, Row
 from alexnet.errors import UserError
+from alexnet.system import finite
 
 COLUMNS = (
     *("suite", "row", "dtype", "contestant", "kind", "images", "ms", "ms_low", "ms_high", "rounds"),
@@ -148,6 +150,12 @@ def headlines(rows: list[Row]) -> list[dict[str, Any]]:
     return lines
 
 
+HEAD = (
+    *("", "type", "ours", "median (spread)", "images/s", "first call", "of the bound"),
+    *("x best baseline", "which", "x eager", "x torchvision", "x as run"),
+)
+
+
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     """The README's table, under the machine and the date."""
     head = [f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}."]
@@ -157,11 +165,7 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
         head.append(
             "**NOT CHECKED** (check=false): nobody asked whether what was timed computes the right numbers."
         )
-    table = [
-        "| | type | ours | median (spread) | images/s | first call | of the bound | x best baseline | which |"
-        " x eager | x torchvision | x as run |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines: list[Sequence[str]] = [HEAD]
     for line in headlines(rows):
         memory = line["suite"] == Suite.memory
         spread = "" if memory else f" ({line['low']:.1f}-{line['high']:.1f})"
@@ -170,9 +174,9 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
         cells += [f"{line['compile_s']:.1f} s", _percent(line["share_of_bound"])]
         cells += [_times(line["ratio"]), line["baseline"]]
         cells += [_times(line[key]) for key in ("ratio_eager", "ratio_torchvision", "ratio_as_run")]
-        table.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     noted = [f"- {r.row}, {r.dtype}, {r.contestant}: {r.note}" for r in rows if r.note]
-    return "\n".join([*head, "", *table, *(["", *noted] if noted else []), ""])
+    return "\n".join([*head, "", cli.markdown(lines), *(["", *noted] if noted else []), ""])
 
 
 def _times(value: float) -> str:
@@ -195,7 +199,7 @@ def save(rows: list[Row], about: dict[str, Any], directory: Path) -> None:
         writer.writerow(COLUMNS)
         writer.writerows([getattr(row, column) for column in COLUMNS] for row in rows)
     told = {"about": about, "headlines": headlines(rows), "rows": [asdict(row) for row in rows]}
-    (directory / "results.json").write_text(json.dumps(_finite(told), indent=1) + "\n")
+    (directory / "results.json").write_text(json.dumps(finite(told), indent=1) + "\n")
     (directory / "table.md").write_text(markdown(rows, about))
 
 
@@ -204,15 +208,6 @@ def finish(rows: list[Row], about: dict[str, Any], directory: Path) -> None:
     print(f"\n{markdown(rows, about)}")
     picture(rows, about, directory / "benchmark.png")
     print(directory)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan: null instead."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def picture(rows: list[Row], about: dict[str, Any], path: Path) -> None:

@@ -12,20 +12,18 @@ training.
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
 from alexnet.claims.statistics import Direction
-from alexnet.errors import UserError
+from alexnet.cli import typed
+from alexnet.errors import UserError, did_you_mean
 
-T = TypeVar("T")
 SCALES = ("smoke", "cpu", "gpu")
 BASE = "base"
 # Of the runs that are compared: 1, 2, ... Seed 0 is for trials: a recipe sized on it is not judged by it.
@@ -85,7 +83,7 @@ METRICS: dict[str, Unit] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Number:
     """A number somebody printed: an effect (treatment - control, or their ratio), with its place."""
 
@@ -95,7 +93,7 @@ class Number:
     source: str  # "section 3.3", or the file and line of the 2012 notes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Test:
     """One way of testing trained nets, for within_net comparisons."""
 
@@ -106,7 +104,7 @@ class Test:
     features: Features = Features.logits
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tune:
     """Overrides searched per arm with equal budgets, on a seed that no comparison uses."""
 
@@ -115,7 +113,7 @@ class Tune:
     seed: int = 1000  # far from those of the runs that are compared
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
     """treatment - control in `metric`. `threshold` (time_ratio) is a value, or a fraction of ln(classes)."""
 
@@ -130,6 +128,10 @@ class Comparison:
     also: list[str] = field(default_factory=list)  # metrics reported beside it, without verdict
     paper: list[Number] = field(default_factory=list)
     notes_2012: list[Number] = field(default_factory=list)
+
+    @property
+    def unit(self) -> Unit:
+        return Unit.times if self.statistic is Statistic.time_ratio else METRICS[self.metric]
 
     @property
     def name(self) -> str:
@@ -158,7 +160,7 @@ class Run:
         return [f"experiment={self.recipe}", f"name={self.name}", f"seed={self.seed}", *self.overrides]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Claim:
     """A claim file. `name` is the file's stem."""
 
@@ -220,7 +222,7 @@ def load_claims(folder: Path) -> dict[str, Claim]:
     claims = {file.stem: load_claim(file) for file in files}
     for claim in claims.values():
         if claim.uses is not None and (claim.uses not in claims or claims[claim.uses].uses):
-            raise UserError(f"{claim.name}.yaml: uses={claim.uses} is no claim with runs of its own")
+            raise UserError(f"{claim.name}.yaml: uses={claim.uses} must be a claim with runs of its own")
     return {name: _with_borrowed_arms(claim, claims) for name, claim in claims.items()}
 
 
@@ -231,8 +233,8 @@ def load_claim(path: Path) -> Claim:
     except yaml.YAMLError as error:
         raise UserError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path.name}: a claim is a mapping of keys, found {type(content).__name__}")
-    claim = _build(Claim, {"name": path.stem, **content}, path.name)
+        raise UserError(f"{path.name}: must be a mapping of keys, not {type(content).__name__}")
+    claim: Claim = typed(Claim, {"name": path.stem, **content}, f"{path.name}: ")
     _check(claim, path.name)
     return claim
 
@@ -244,9 +246,7 @@ def select(claims: Mapping[str, Claim], names: str) -> list[Claim]:
     wanted = [name.strip() for name in names.split(",")]
     for name in wanted:
         if name not in claims:
-            raise UserError(
-                f"claim={name} is unknown{_closest(name, claims)}: use all, or {', '.join(claims)}"
-            )
+            raise UserError(f"claim={name} is unknown: {did_you_mean(name, ['all', *claims])}")
     return [claims[name] for name in dict.fromkeys(wanted)]
 
 
@@ -256,51 +256,6 @@ def _with_borrowed_arms(claim: Claim, claims: Mapping[str, Claim]) -> Claim:
         return claim
     shared = ("arms", "arms_at", "overrides", "recipe", "scale_overrides", "tune")
     return dataclasses.replace(claim, **{key: getattr(claims[claim.uses], key) for key in shared})
-
-
-# Reading: YAML -> dataclass, strictly -------------------------------------------------------------------------------
-
-
-def _build(cls: type[T], content: Any, where: str) -> T:
-    """A mapping -> cls, with every key known, every required key there, every value of its type."""
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: needs keys {_names(cls)}, found {content!r}")
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in content:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key}{_closest(str(key), known)}; use {_names(cls)}")
-    for key, f in known.items():
-        if key not in content and f.default is MISSING and f.default_factory is MISSING:
-            raise UserError(f"{where}: {key} is missing; add it")
-    hints = get_type_hints(cls)
-    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in content.items()})
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    if type(None) in get_args(kind):
-        return None if value is None else _convert(get_args(kind)[0], value, where)
-    if get_origin(kind) is list:
-        return [_convert(get_args(kind)[0], v, where) for v in _expect(list, value, where)]
-    if get_origin(kind) is dict:
-        items = _expect(dict, value, where).items()
-        return {str(k): _convert(get_args(kind)[1], v, f"{where}.{k}") for k, v in items}
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)  # type: ignore[arg-type]
-    if issubclass(kind, StrEnum):
-        if value not in list(kind):
-            raise UserError(
-                f"{where}={value} is not one of {', '.join(kind)}{_closest(str(value), list(kind))}"
-            )
-        return kind(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    return _expect(kind, value, where)
-
-
-def _expect(kind: type[T], value: Any, where: str) -> T:
-    if type(value) is not kind:
-        raise UserError(f"{where}={value!r} is a {type(value).__name__}: give a {kind.__name__}")
-    return value
 
 
 # Checking: what types cannot say --------------------------------------------------------------------------------------
@@ -314,10 +269,6 @@ def _check(claim: Claim, file: str) -> None:
         _check_known(scales, SCALES, f"{file}: scale")
     for scale, arms in claim.arms_at.items():
         _check_known(arms, claim.arms, f"{file}: arms_at.{scale}: arm")
-    if set(claim.recipe) != set(SCALES):
-        raise UserError(
-            f"{file}: recipe names {', '.join(claim.recipe)}: name one per scale ({', '.join(SCALES)})"
-        )
     _check_overrides(claim, file)
     _check_tune(claim, file)
     for comparison in claim.comparisons:
@@ -344,7 +295,7 @@ def _check_overrides(claim: Claim, file: str) -> None:
     for where, overrides in (*lists.items(), *of_scales):
         for override in overrides:
             if not re.fullmatch(r"(\+{0,2}[\w./@-]+=.*)|(~[\w./@-]+)", override):
-                raise UserError(f"{file}: {where}: {override!r} is no override: write key=value")
+                raise UserError(f"{file}: {where}: {override!r} must be an override, key=value")
             if override.split("=")[0] in ("seed", "name", "experiment"):
                 raise UserError(f"{file}: {where}: {override} is set by the runner: remove it")
 
@@ -357,7 +308,7 @@ def _check_comparison(claim: Claim, c: Comparison, where: str) -> None:
     _check_known((c.metric, *c.also, *(n.metric for n in numbers)), METRICS, f"{where}: metric")
     if (c.statistic is Statistic.time_ratio) != (c.threshold is not None):
         raise UserError(f"{where}: threshold belongs to statistic=time_ratio: give both or neither")
-    if (c.direction is Direction.SAME) != (c.margin is not None):
+    if (c.direction is Direction.same) != (c.margin is not None):
         raise UserError(f"{where}: margin belongs to direction=same: give both or neither")
     _check_splits([c.metric], c.statistic, where)
     ratio = c.statistic is Statistic.time_ratio
@@ -380,7 +331,7 @@ def _check_splits(metrics: Iterable[str], statistic: Statistic, where: str) -> N
     for metric in metrics:
         if metric.partition("/")[0] not in _SPLITS[statistic]:
             raise UserError(
-                f"{where}: metric {metric} has no {statistic}: use one of {', '.join(_SPLITS[statistic])}/..."
+                f"{where}: the metric of a {statistic}, {metric}, must be one of {', '.join(_SPLITS[statistic])}/..."
             )
 
 
@@ -388,13 +339,4 @@ def _check_known(names: Iterable[str], known: Iterable[str], where: str) -> None
     known = list(known)
     for name in names:
         if name not in known:
-            raise UserError(f"{where} {name} is unknown{_closest(name, known)}; use {', '.join(known)}")
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
-def _names(cls: Any) -> str:
-    return ", ".join(f.name for f in dataclasses.fields(cls))
+            raise UserError(f"{where} {name} is unknown: {did_you_mean(name, known)}")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from alexnet.errors import UserError
 
@@ -27,13 +28,23 @@ class Reproduce:
     print: bool = False
     # Render the report from what is finished, and start nothing.
     report: bool = False
+    # Print what so many seeds could find and how long they take, and start nothing.
+    plan: bool = False
+    # Print this report beside another results.json, and start nothing.
+    compare: str | None = None
     # Overrides of every run, before those of its arm.
     overrides: list[str] = field(default_factory=list)
     output_dir: str = "outputs"
     data_dir: str = "data"
 
+    @property
+    def report_directory(self) -> Path:
+        """<output_dir>/reproduce/<scale>, and below it one for every choice of claims that is not all."""
+        directory = Path(self.output_dir) / "reproduce" / self.scale
+        return directory if self.claims == ["all"] else directory / "+".join(self.claims)
+
     def __post_init__(self) -> None:
         if self.seeds < 1:
-            raise UserError(f"seeds={self.seeds}: one run per arm is the least; 3 give an interval")
+            raise UserError(f"seeds={self.seeds} must be a positive integer; 3 give an interval")
         if self.budget_minutes is not None and self.budget_minutes <= 0:
             raise UserError(f"budget_minutes={self.budget_minutes:g} must be positive; null is no limit")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from alexnet import system
 from alexnet.claims.claims import Claim, Run, load_claims, select
 from alexnet.claims.config import Reproduce
-from alexnet.claims.measures import Want, evidence, failure, is_measured, wanted
+from alexnet.claims.measures import Want, damage, evidence, failure, is_measured, wanted
 from alexnet.claims.statistics import running_mean
 from alexnet.claims.tables import Evidence, arrival
 from alexnet.cli import CONF
@@ -45,6 +45,7 @@ class State(StrEnum):
     new = "new"
     interrupted = "interrupted"
     unmeasured = "unmeasured"  # trained, but a claim asks for more than was measured
+    damaged = "damaged"  # one of its files does not hold what it should
     finished = "finished"
 
 
@@ -67,6 +68,8 @@ class Job:
         path = self.directory / "run.json"
         if self.undecided or not path.exists():
             return State.new
+        if damage(self.directory):
+            return State.damaged
         if is_measured(self.directory, self.wants) and (self.wants or self.trained):
             return State.finished
         return State.unmeasured if self.trained else State.interrupted
@@ -164,7 +167,7 @@ def _tuned_claim(claim: Claim) -> Claim:
 def _rank(claim: Claim, found: Evidence) -> tuple[float, float]:
     """(time to the threshold, mean of the last epoch) of the claim's first comparison; less is better.
 
-    A rate with which the loss ends as no number is none that an arm could be trained with; its errors are numbers.
+    A rate that ended in NaN is not eligible, although its training errors are numbers.
     """
     comparison = claim.comparisons[0]
     curve = running_mean(found.curves.get(comparison.metric, []))
@@ -236,7 +239,7 @@ def refuse_other_runs(jobs: Iterable[Job]) -> None:
     opened: dict[str, ImageData | None] = {}
     for job in jobs:
         path, root = job.directory / "run.json", job.config.data.root
-        if job.undecided or not path.exists():
+        if job.undecided or not path.exists() or job.state is State.damaged:
             continue
         if root not in opened:
             opened[root] = assemble.image_data(job.config) if (Path(root) / "train").exists() else None
@@ -261,39 +264,39 @@ def _changed(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
 # The same by hand ---------------------------------------------------------------------------------------------------
 
 
-def commands(jobs: Sequence[Job], settings: Reproduce) -> str:
+def train_commands(jobs: Sequence[Job], settings: Reproduce) -> str:
     """The commands of the runs that are not trained; those whose rate waits for tuning are only counted."""
     missing = [job for job in jobs if job.state in (State.new, State.interrupted)]
-    lines = []
+    lines = [f"# {damage(job.directory)}" for job in jobs if job.state is State.damaged]
     for job in missing:
         if not job.undecided:
             at_work = "# in progress: " if in_progress(job.directory) else ""
-            lines.append(at_work + command(job, settings))
+            lines.append(at_work + train_command(job, settings))
     waiting = sum(job.undecided for job in missing)
     if waiting:
         lines.append(f"# then print=true again: {waiting} runs whose rate the tuning runs above decide")
-    lines.append(f"# then: {own_command(settings.claims, settings)}")
+    lines.append(f"# then: {reproduce_command(settings.claims, settings)}")
     return "\n".join(lines)
 
 
-def command(job: Job, settings: Reproduce) -> str:
-    defaults = Reproduce()
-    places = [
-        f"{key}={getattr(settings, key)}"
-        for key in ("output_dir", "data_dir")
-        if getattr(settings, key) != getattr(defaults, key)
-    ]
+def train_command(job: Job, settings: Reproduce) -> str:
     experiment, name, seed, *arm = job.run.arguments
-    arguments = [experiment, name, seed, *places, *settings.overrides, *arm]
+    arguments = [experiment, name, seed, *_places(settings), *settings.overrides, *arm]
     return shlex.join(["python", "scripts/train.py", *arguments])
 
 
-def own_command(claims: Sequence[str], settings: Reproduce) -> str:
+def reproduce_command(claims: Sequence[str], settings: Reproduce) -> str:
     """Of scripts/reproduce.py, for these claims."""
     arguments = [f"claim={','.join(claims)}", f"scale={settings.scale}", f"seeds={settings.seeds}"]
-    for key in ("output_dir", "data_dir"):
-        if getattr(settings, key) != getattr(Reproduce(), key):
-            arguments.append(f"{key}={getattr(settings, key)}")
+    arguments += _places(settings)
     if settings.overrides:
         arguments.append(f"overrides={json.dumps(settings.overrides)}")
     return shlex.join(["python", "scripts/reproduce.py", *arguments])
+
+
+def _places(settings: Reproduce) -> list[str]:
+    """Where results and data lie, unless it is where they always do."""
+    usual, keys = Reproduce(), ("output_dir", "data_dir")
+    return [
+        f"{key}={getattr(settings, key)}" for key in keys if getattr(settings, key) != getattr(usual, key)
+    ]

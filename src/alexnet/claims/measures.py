@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from alexnet.claims.statistics import split_excess
 from alexnet.claims.tables import Evidence
 from alexnet.data.module import ImageData
 from alexnet.data.store import Store
-from alexnet.system import git_state, replaced, write_json
+from alexnet.errors import UserError
+from alexnet.system import git_state, read_json, replaced, write_json
 from alexnet.training import assemble
 from alexnet.training.checkpoint import load
 from alexnet.training.classifier import Classifier
@@ -87,8 +88,49 @@ def failure(directory: Path) -> str:
 
 
 def diverged(directory: Path) -> bool:
-    """Whether the loss of training, or of the holdout after it, ended as no number: weights do not come back."""
+    """Whether the loss of training, or of the holdout after it, ended in NaN or infinity: weights do not recover."""
     return read_metrics(directory / "metrics.csv").diverged
+
+
+def damage(directory: Path) -> str:
+    """What is wrong with the first file of a run that does not hold what it should, in one line; empty where all do."""
+    paths = (directory / name for name in CONTENT)
+    return next(filter(None, (_damage(p, p.stat().st_mtime_ns) for p in paths if p.exists())), "")
+
+
+@cache
+def _damage(path: Path, written: int) -> str:
+    """Once for each time at which the file was written: a run's state is asked for often."""
+    try:
+        if CONTENT[path.name](path):
+            return ""
+    except UserError as error:
+        return str(error)
+    except Exception:  # whatever NumPy makes of it
+        pass
+    again = "delete it, and it is measured" if path.name in list(Want) else "delete its directory to train it"
+    return f"{path} is damaged: {again} again"
+
+
+def _is_record(path: Path) -> bool:
+    record = read_json(path)
+    return isinstance(record["state"], str) and "num_classes" in record["config"]["model"]
+
+
+def _is_basic(path: Path) -> bool:
+    content = read_json(path)
+    return "failed" in content or all(isinstance(values, dict) for values in content["results"].values())
+
+
+def _has(**dimensions: int) -> Callable[[Path], bool]:
+    """Whether a file of arrays has these, with so many dimensions, and as many rows in each."""
+
+    def holds(path: Path) -> bool:
+        arrays = dict(np.load(path))
+        rows = {len(arrays[name]) for name in dimensions}
+        return len(rows) == 1 and all(arrays[name].ndim == n for name, n in dimensions.items())
+
+    return holds
 
 
 def record_failure(directory: Path, reason: str) -> None:
@@ -266,6 +308,21 @@ MAKERS: Mapping[Want, Callable[[Net, Path], None]] = {
 }
 
 
+# What each file of a run must hold to be read.
+CONTENT: Mapping[str, Callable[[Path], bool]] = {
+    "run.json": _is_record,
+    "metrics.csv": lambda path: bool(read_metrics(path)) or True,
+    Want.one_view: _has(log_probs=2, labels=1),
+    Want.ten_views: _has(log_probs=2, labels=1),
+    Want.basic: _is_basic,
+    Want.kernels: lambda path: np.load(path).ndim == 4,
+    Want.probe: lambda path: {"logit_signal", "loss", "stalls", "verdict"} <= read_json(path).keys(),
+    Want.hidden: _has(queries=1, neighbours=2, agree=2),
+    Want.pixels: _has(queries=1, neighbours=2, agree=2),
+    Want.figure4: _has(queries=4, neighbours=5, agree=2),
+}
+
+
 def _save(path: Path, write: Callable[[Any], None]) -> None:
     """Whole or not at all."""
     with replaced(path) as partial, partial.open("wb") as file:
@@ -276,11 +333,12 @@ def _save(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def evidence(directory: Path) -> Evidence | None:
-    """Of a run that is over; None while it is not. A diverged run has nan for every result, and its curves."""
+    """Of a run that is over; None while it is not, or where it is damaged. A diverged run has nan for every result,
+    and its curves."""
     record_path = directory / "run.json"
-    if not record_path.exists():
+    if not record_path.exists() or damage(directory):
         return None
-    record = json.loads(record_path.read_text())
+    record = read_json(record_path)
     failed = bool(failure(directory))
     if record["state"] != "finished" and not failed:
         return None

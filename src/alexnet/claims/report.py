@@ -1,6 +1,6 @@
 """From finished runs to one page, <output_dir>/reproduce/<scale>/report.html, and the same numbers as results.json.
 
-    runs on disk -> Gathered, claim by claim -> measure() and judge() -> the page, its pictures, JSON, Markdown
+    runs on disk -> Gathered, claim by claim -> compare() and judge() -> the page, its pictures, JSON, Markdown
 
 Nothing is computed from images or networks here: every number comes from the files that a run and its measures left,
 so that the page can be rendered again anywhere, from whatever is finished.
@@ -25,11 +25,11 @@ from alexnet.claims.jobs import (
     Job,
     State,
     choose,
-    commands,
     jobs_of,
-    own_command,
     rates,
     refuse_other_runs,
+    reproduce_command,
+    train_commands,
 )
 from alexnet.claims.measures import Want, evidence, per_image, want_of
 from alexnet.claims.tables import (
@@ -40,9 +40,8 @@ from alexnet.claims.tables import (
     as_markdown,
     as_text,
     cells,
-    expects,
+    compare,
     judge,
-    measure,
 )
 from alexnet.figures import Curve
 from alexnet.html import picture, render
@@ -105,17 +104,16 @@ class Section:
 
 def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
     """Writes the page, its pictures, results.json and table.md; returns the tables as text, and where all that lies."""
-    directory = report_directory(settings)
+    directory = settings.report_directory
     directory.mkdir(parents=True, exist_ok=True)
     sections = sections_of(claims, settings)
-    by_name = {claim.name: claim for claim in claims}
     rows = [row for section in sections for row in section.rows]
     write_json(directory / "results.json", results(sections, settings))
-    (directory / "table.md").write_text(as_markdown(by_name, rows), encoding="utf-8")
+    (directory / "table.md").write_text(as_markdown(rows), encoding="utf-8")
     page = render("claims/claims.html", **page_values(sections, directory, settings))
     (directory / "report.html").write_text(page, encoding="utf-8")
     missing = {(job.run.name, job.run.seed): job for section in sections for job in section.missing}
-    lines = [as_text(by_name, rows), "", *_mixed(sections), *_missing_lines(list(missing.values()), settings)]
+    lines = [as_text(rows), "", *_mixed(sections), *_missing_lines(list(missing.values()), settings)]
     return "\n".join(
         [
             *lines,
@@ -124,12 +122,6 @@ def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
             f"report    {directory / 'report.html'}",
         ]
     )
-
-
-def report_directory(settings: Reproduce) -> Path:
-    """<output_dir>/reproduce/<scale>, and below it one for every choice of claims that is not all."""
-    directory = Path(settings.output_dir) / "reproduce" / settings.scale
-    return directory if settings.claims == ["all"] else directory / "+".join(settings.claims)
 
 
 def _mixed(sections: Sequence[Section]) -> list[str]:
@@ -150,7 +142,7 @@ def _mixed(sections: Sequence[Section]) -> list[str]:
 
 
 def _missing_lines(missing: Sequence[Job], settings: Reproduce) -> list[str]:
-    return [f"{len(missing)} runs are missing:", commands(missing, settings), ""] if missing else []
+    return [f"{len(missing)} runs are missing:", train_commands(missing, settings), ""] if missing else []
 
 
 def sections_of(claims: Sequence[Claim], settings: Reproduce) -> list[Section]:
@@ -169,8 +161,8 @@ def sections_of(claims: Sequence[Claim], settings: Reproduce) -> list[Section]:
         return [Done(run, job.directory) for run, job in found if is_over(job)]
 
     done = {name: over(those) for name, those in runs.items()}
-    rows = [row for claim in claims for row in measure(claim, gathered(claim, done[claim.name]))]
-    judged = judge({claim.name: claim for claim in claims}, rows)
+    rows = [row for claim in claims for row in compare(claim, gathered(claim, done[claim.name]))]
+    judged = judge(rows)
     return [
         Section(
             claim,
@@ -181,7 +173,7 @@ def sections_of(claims: Sequence[Claim], settings: Reproduce) -> list[Section]:
                 for run in (*tuning[claim.name], *runs[claim.name])
                 if jobs[run.name, run.seed].state is not State.finished
             ],
-            [row for row in judged if row.claim == claim.name],
+            [row for row in judged if row.claim is claim],
             {key: value for key, value in chosen.items() if key[0] == (claim.uses or claim.name)},
         )
         for claim in claims
@@ -228,8 +220,8 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
                 "title": s.claim.title,
                 "section": s.claim.section,
                 "quote": s.claim.quote,
-                "command": own_command([s.claim.name], settings),
-                "rows": as_json({s.claim.name: s.claim}, s.rows),
+                "command": reproduce_command([s.claim.name], settings),
+                "rows": as_json(s.rows),
                 "tuned": {arm: value for (_, arm), value in s.chosen.items()},
                 "probe": probes(s),
                 "confounds": s.claim.confounds,
@@ -244,7 +236,7 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
 
 def holm_family(sections: Sequence[Section]) -> int:
     """How many comparisons Holm's correction runs over: those of this report that have an expectation."""
-    return sum(expects(row) for s in sections for row in s.rows)
+    return sum(row.expects for s in sections for row in s.rows)
 
 
 def provenance(done: Sequence[Done], tuning: Sequence[Done]) -> dict[str, Any]:
@@ -305,16 +297,16 @@ def page_values(sections: Sequence[Section], directory: Path, settings: Reproduc
         "seeds": settings.seeds,
         "family": holm_family(sections),
         "missing": len({(job.run.name, job.run.seed) for s in sections for job in s.missing}),
-        "summary": [_summary_line(s.claim, row) for s in sections for row in s.rows if row.main],
+        "summary": [_summary_line(row) for s in sections for row in s.rows if row.main],
         "sections": [section_values(s, directory, settings) for s in sections],
         "provenance": provenance(list(done.values()), list(tuning.values())),
-        "command": own_command(settings.claims, settings),
+        "command": reproduce_command(settings.claims, settings),
     }
 
 
-def _summary_line(claim: Claim, row: Row) -> dict[str, Any]:
+def _summary_line(row: Row) -> dict[str, Any]:
     word = str(row.verdict.word) if row.verdict else "not measured yet"
-    return {"name": claim.name, "title": claim.title, "word": word, "kind": _kind(row), **cells(row)}
+    return {"claim": row.claim, "word": word, "kind": _kind(row), **cells(row)}
 
 
 def _kind(row: Row) -> str:
@@ -332,9 +324,9 @@ def section_values(section: Section, directory: Path, settings: Reproduce) -> di
         "tuned": rates([claim], section.chosen, settings),
         "probes": probes(section),
         "provenance": section.provenance,
-        "command": own_command([claim.name], settings),
+        "command": reproduce_command([claim.name], settings),
         "missing": len(section.missing),
-        "commands": commands(section.missing, replace(settings, claims=[claim.name])),
+        "commands": train_commands(section.missing, replace(settings, claims=[claim.name])),
     }
 
 

@@ -14,10 +14,12 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from alexnet.claims import planning
 from alexnet.claims.claims import Claim
 from alexnet.claims.config import Reproduce
 from alexnet.claims.jobs import (
@@ -27,23 +29,25 @@ from alexnet.claims.jobs import (
     check,
     choose,
     claims_of,
-    commands,
     is_tuning,
     jobs_of,
     rates,
     refuse_other_runs,
+    train_commands,
 )
-from alexnet.claims.measures import TRAIN_IMAGES, Want, diverged, evidence, measure, record_failure
+from alexnet.claims.measures import TRAIN_IMAGES, Want, damage, diverged, evidence, measure, record_failure
+from alexnet.cli import plain
 from alexnet.data.module import Batch
 from alexnet.errors import UserError
 from alexnet.system import git_state, in_progress, locked
 from alexnet.training import assemble
 from alexnet.training.callbacks import Stalled
-from alexnet.training.classifier import Classifier, plain
+from alexnet.training.classifier import Classifier
 from alexnet.training.config import Train
 from alexnet.training.run import train
 
 WARM_UP, TIMED = 2, 3  # steps of the probe of speed
+OVER = (State.finished, State.damaged)  # nothing is done about these
 PATIENCE = 10.0  # seconds between two looks at a run that another process is at
 
 
@@ -58,15 +62,25 @@ def reproduce(settings: Reproduce) -> None:
     """
     git_state()  # of the code that runs, not of what is committed in the hours to come
     claims = claims_of(settings)
+    if settings.plan:
+        print(planning.plan(claims, settings))
+        return
+    if settings.compare is not None:
+        here = settings.report_directory / "results.json"
+        print(planning.compare_results(here, Path(settings.compare)))
+        return
+    jobs, failed = jobs_of(claims, settings), []
     if not settings.report:
-        jobs = jobs_of(claims, settings)
         sizes = check(jobs)
         if settings.print:
-            print(commands(jobs, settings))
+            print(train_commands(jobs, settings))
             return
         _writer()  # what the report needs is missed before the training and not after it
-        run_all(claims, jobs, sizes, settings)
+        failed = run_all(claims, jobs, sizes, settings)
     print(_writer()(claims, settings))
+    failed += [line for line in (damage(job.directory) for job in jobs if not job.undecided) if line]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} runs are left out: {'; '.join(failed)}")
 
 
 def _writer() -> Callable[[Sequence[Claim], Reproduce], str]:
@@ -82,8 +96,8 @@ def _writer() -> Callable[[Sequence[Claim], Reproduce], str]:
 
 def run_all(
     claims: Sequence[Claim], jobs: Sequence[Job], sizes: Mapping[str, Sizes], settings: Reproduce
-) -> None:
-    """Trains and measures every job that is not finished, tuning runs first."""
+) -> list[str]:
+    """Trains and measures every job that is not finished, tuning runs first. Returns a line for each that failed."""
     print(plan(claims, jobs, settings), flush=True)
     estimates = estimate(jobs, sizes)
     total = sum(estimates.values()) / 60
@@ -94,17 +108,20 @@ def run_all(
             "raise it, or choose fewer claims or seeds"
         )
     progress = Progress(estimates)
-    run_jobs([job for job in jobs if is_tuning(job)], progress)
+    failed = run_jobs([job for job in jobs if is_tuning(job)], progress)
     arms = [job for job in jobs_of(claims, settings) if not is_tuning(job)]  # the rates are chosen now
     if any(job.undecided for job in jobs):
         refuse_other_runs(arms)
         print(*_rate_lines(claims, settings), sep="\n", flush=True)
-    run_jobs(arms, progress)
+    return failed + run_jobs(arms, progress)
 
 
-def run_jobs(jobs: Sequence[Job], progress: "Progress") -> None:
-    """One after another. What another process is at comes last, and is done here should that one have been killed."""
-    jobs = [job for job in jobs if job.state is not State.finished]
+def run_jobs(jobs: Sequence[Job], progress: "Progress") -> list[str]:
+    """One after another; returns a line for each that failed, which stops no other.
+
+    What another process is at comes last, and is done here should that one have been killed.
+    """
+    jobs, failed = [job for job in jobs if job.state not in OVER], []
     while jobs:
         busy = []
         for job in jobs:
@@ -114,16 +131,22 @@ def run_jobs(jobs: Sequence[Job], progress: "Progress") -> None:
                 elif job.state is State.finished:
                     progress.report(job, "done by another process")
                 else:
-                    progress.report(job, run_job(job))
+                    try:
+                        text = run_job(job)
+                    except UserError as error:
+                        text = f"failed: {error}"
+                        failed.append(f"{job.run.name} seed {job.run.seed} {text}")
+                    progress.report(job, text)
         if len(busy) == len(jobs):
             time.sleep(PATIENCE)
         jobs = busy
+    return failed
 
 
 def run_job(job: Job) -> str:
     """Trains (from where it stopped) and measures; returns a line of what came out.
 
-    A loss that is no number, or a stop by the watchdog, is a result and no mistake of the user's.
+    A loss of NaN or infinity, or a stop by the watchdog, is a result and not a mistake of the user.
     """
     reason = ""
     if job.state in (State.new, State.interrupted):
@@ -135,7 +158,7 @@ def run_job(job: Job) -> str:
                 raise
             reason = str(error).splitlines()[0]
     if not reason and diverged(job.directory):
-        reason = "the loss ended as no number"
+        reason = "the loss ended in NaN or infinity"
     if reason:
         record_failure(job.directory, reason)
         return f"diverged ({reason})"
@@ -169,7 +192,7 @@ def estimate(jobs: Iterable[Job], sizes: Mapping[str, Sizes]) -> dict[tuple[str,
     speeds: dict[str, Speed] = {}
     found = {}
     for job in jobs:
-        if job.state is State.finished:
+        if job.state in OVER:
             continue
         key = network_key(job.config)
         if key not in speeds:
@@ -256,8 +279,8 @@ def plan(claims: Sequence[Claim], jobs: Sequence[Job], settings: Reproduce) -> s
     """What is there and what is to be done."""
     states = [job.state for job in jobs]
     parts = [f"{states.count(state)} {state}" for state in State if state in states]
-    tuning = sum(is_tuning(job) and job.state is not State.finished for job in jobs)
-    elsewhere = sum(job.state is not State.finished and in_progress(job.directory) for job in jobs)
+    tuning = sum(is_tuning(job) and job.state not in OVER for job in jobs)
+    elsewhere = sum(job.state not in OVER and in_progress(job.directory) for job in jobs)
     return "\n".join(
         [
             f"claims    {', '.join(claim.name for claim in claims)}",

@@ -47,10 +47,10 @@ Array = NDArray[np.float64]
 class Direction(StrEnum):
     """What is expected of treatment - control (or of the ratio), written down before the runs."""
 
-    LOWER = "lower"
-    HIGHER = "higher"
-    SAME = "same"  # within a margin stated beforehand
-    REPORT = "report"  # no expectation: the number is reported without a verdict
+    lower = "lower"
+    higher = "higher"
+    same = "same"  # within a margin stated beforehand
+    report = "report"  # no expectation: the number is reported without a verdict
 
 
 class Source(StrEnum):
@@ -312,10 +312,10 @@ def verdict(
 ) -> Verdict:
     """What the 95 % interval says of an expectation that was fixed before the runs.
 
-    `margin` belongs to Direction.SAME; `paper` is the paper's effect in the unit of `effect` (a ratio for ratios);
+    `margin` belongs to Direction.same; `paper` is the paper's effect in the unit of `effect` (a ratio for ratios);
     below `min_n` seeds nothing is resolved. `p_holm`: the p adjusted for all claims tested together.
     """
-    if direction is Direction.REPORT:
+    if direction is Direction.report:
         return Verdict(Word.REPORTED, f"reported: {_seen(effect)}")
     if effect.source is Source.SEEDS and effect.n < min_n:
         return Verdict(Word.OPEN, f"{Word.OPEN} (would need {min_n} seeds, has {effect.n})")
@@ -323,11 +323,11 @@ def verdict(
         return Verdict(
             Word.OPEN, f"{Word.OPEN} (all differences are equal: nothing tells how much they vary)"
         )
-    below, above = _outside(effect, margin if direction is Direction.SAME else 0.0)
-    if direction is Direction.SAME:
+    below, above = _outside(effect, margin if direction is Direction.same else 0.0)
+    if direction is Direction.same:
         right, wrong = _inside(effect, margin), below or above
     else:
-        right, wrong = (below, above) if direction is Direction.LOWER else (above, below)
+        right, wrong = (below, above) if direction is Direction.lower else (above, below)
     if not right and not wrong:
         return Verdict(Word.OPEN, f"{Word.OPEN} ({_would_need(effect, direction, margin, paper)})")
     confirmed = p_holm is None or p_holm <= 1 - LEVEL
@@ -338,7 +338,7 @@ def verdict(
 
 def tested_p(effect: Effect, direction: Direction, margin: float) -> float:
     """The p that enters Holm's correction: of "no difference", or for SAME of "a difference of the margin"."""
-    return equivalence_p(effect, margin) if direction is Direction.SAME else effect.p
+    return equivalence_p(effect, margin) if direction is Direction.same else effect.p
 
 
 def _outside(effect: Effect, margin: float) -> tuple[bool, bool]:
@@ -362,7 +362,7 @@ def _would_need(effect: Effect, direction: Direction, margin: float, paper: floa
     unit = "seeds" if effect.source is Source.SEEDS else "images"
     if effect.bound:
         return "censored runs: would need a larger budget"
-    if direction is Direction.SAME:
+    if direction is Direction.same:
         needed = seeds_needed(margin, effect.sd, power_of_equivalence)
         if needed is None or needed > effect.n:
             return f"would need {_count(needed)} {unit} to show a difference of 0 to be within the margin"

@@ -1,15 +1,14 @@
 """From finished runs to the rows of a claim's table: paper | notes of 2012 | ours, n, interval, verdict.
 
-    evidence of every run -> measure() one claim -> judge() all claims together (Holm) -> text, Markdown, JSON
+    evidence of every run -> compare() one claim -> judge() all claims together (Holm) -> text, Markdown, JSON
 
 Files carry fractions and nats; what is printed here is percent, percentage points and nats.
 """
 
-import dataclasses
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,9 @@ from alexnet.claims.statistics import (
     time_to,
     verdict,
 )
+from alexnet.cli import WIDTH, columns, markdown
+from alexnet.system import finite
 from alexnet.training.metrics import Metrics
-
-WIDTH = 100  # columns of the plain table
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Evidence:
 
     `results`: {metric: value} as in run.json, `curves`: {metric: [(epoch, value), ...]} from metrics.csv,
     `classes`: of its data set, for thresholds given as a fraction of ln(classes). A run that `diverged` ended in a
-    loss that is no number: its results are nan.
+    loss of NaN or infinity: its results are nan.
     """
 
     results: Mapping[str, float] = field(default_factory=dict)
@@ -85,13 +84,9 @@ class Row:
     `seeds` are those of the pairs behind it, in the order of the arms' values; empty where nets are tested twice.
     """
 
-    claim: str
-    section: str
+    claim: Claim
     comparison: Comparison
     metric: str
-    unit: Unit
-    paper: Number | None = None
-    notes_2012: Number | None = None
     treatment: Summary | None = None
     control: Summary | None = None
     seeds: tuple[int, ...] = ()
@@ -105,170 +100,170 @@ class Row:
         """The metric the claim is decided by; the others stand beside it."""
         return self.metric == self.comparison.metric
 
+    @property
+    def expects(self) -> bool:
+        """Whether a verdict is due, so that the row counts in Holm's correction."""
+        return self.main and self.comparison.direction is not Direction.report
+
+    @property
+    def unit(self) -> Unit:
+        return self.comparison.unit if self.main else METRICS[self.metric]
+
+    @property
+    def margin(self) -> float:
+        return self.comparison.margin or 0.0
+
+    @property
+    def paper(self) -> Number | None:
+        return self.comparison.printed(self.comparison.paper, self.metric)
+
+    @property
+    def notes_2012(self) -> Number | None:
+        return self.comparison.printed(self.comparison.notes_2012, self.metric)
+
+    @property
+    def arms(self) -> list[tuple[str, Summary]]:
+        """Those that have finished runs, by name."""
+        both = (self.comparison.treatment, self.treatment), (self.comparison.control, self.control)
+        return [(name, summary) for name, summary in both if summary]
+
 
 # From runs to numbers -----------------------------------------------------------------------------------------------
 
 
-def measure(claim: Claim, gathered: Gathered) -> list[Row]:
+def compare(claim: Claim, gathered: Gathered) -> list[Row]:
     """The rows of one claim without verdicts, from whatever runs are finished."""
     return [
-        _measured(_row(claim, c, metric), gathered)
+        _compared(Row(claim, c, metric), gathered)
         for c in claim.comparisons
         for metric in dict.fromkeys([c.metric, *c.also])
     ]
 
 
-def judge(claims: Mapping[str, Claim], rows: Sequence[Row]) -> list[Row]:
+def judge(rows: Sequence[Row]) -> list[Row]:
     """The verdicts of all rows; Holm's correction runs over every comparison that has an expectation.
 
     One without a p, not measured yet say, is in the family with p = 1, so no verdict weakens when others arrive.
     """
-    tested = [i for i, row in enumerate(rows) if expects(row)]
-    p = {i: _p(rows[i]) for i in tested}
-    filled = [1.0 if math.isnan(p[i]) else p[i] for i in tested]
-    corrected = dict(zip(tested, holm(filled), strict=True)) if tested else {}
-    adjusted = {i: float(value) for i, value in corrected.items() if not math.isnan(p[i])}
-    return [_judged(row, claims[row.claim], adjusted.get(i)) for i, row in enumerate(rows)]
+    p = {i: _p(row) for i, row in enumerate(rows) if row.expects}
+    corrected = holm([1.0 if math.isnan(x) else x for x in p.values()]) if p else []
+    adjusted = {i: float(x) for i, x in zip(p, corrected, strict=True) if not math.isnan(p[i])}
+    return [_judged(row, adjusted.get(i)) for i, row in enumerate(rows)]
 
 
-def _row(claim: Claim, c: Comparison, metric: str) -> Row:
-    ratio = c.statistic is Statistic.time_ratio and metric == c.metric
-    return Row(
-        claim=claim.name,
-        section=claim.section,
-        comparison=c,
-        metric=metric,
-        unit=Unit.times if ratio else METRICS[metric],
-        paper=c.printed(c.paper, metric),
-        notes_2012=c.printed(c.notes_2012, metric),
+def _p(row: Row) -> float:
+    return math.nan if row.effect is None else tested_p(row.effect, row.comparison.direction, row.margin)
+
+
+def _judged(row: Row, p_holm: float | None) -> Row:
+    if row.effect is None or not row.main:
+        return row
+    said = verdict(
+        row.effect,
+        row.comparison.direction,
+        margin=row.margin,
+        paper=None if row.paper is None else row.paper.value / _scale(row.unit),
+        min_n=row.claim.min_seeds,
+        p_holm=p_holm,
     )
+    return replace(row, p_holm=p_holm, verdict=said)
 
 
-def _measured(row: Row, gathered: Gathered) -> Row:
+def _compared(row: Row, gathered: Gathered) -> Row:
     if row.comparison.statistic is Statistic.within_net:
         return _within_net(row, gathered)
-    if row.unit is Unit.times:
-        return _times(row, gathered.arms)
-    return _differences(row, gathered.arms)
+    runs = [gathered.arms.get(arm, {}) for arm in (row.comparison.treatment, row.comparison.control)]
+    return _times(row, *runs) if row.unit is Unit.times else _differences(row, *runs)
 
 
-def _differences(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
-    values = [
-        _values(arms.get(arm, {}), row.metric) for arm in (row.comparison.treatment, row.comparison.control)
-    ]
-    seeds, note = _pairs(row, *values)
+def _differences(row: Row, *runs: Mapping[int, Evidence]) -> Row:
+    values = [_values(of_arm, row.metric) for of_arm in runs]
+    diverged = [{seed for seed, x in of_arm.items() if not math.isfinite(x)} for of_arm in values]
+    seeds, lost = _pairs(row, values, diverged)
     if not seeds:
-        return _without_pairs(row, note, diverged=bool(set(values[0]) & set(values[1])))
-    a, b = ([of_arm[s] for s in seeds] for of_arm in values)
-    return dataclasses.replace(
-        row,
-        treatment=summarise(a),
-        control=summarise(b),
-        seeds=seeds,
-        effect=paired_difference(a, b),
-        note=note,
-    )
+        return lost
+    a, b = ([of_arm[seed] for seed in seeds] for of_arm in values)
+    return _with_effect(lost, a, b, paired_difference(a, b), seeds)
 
 
-def _times(row: Row, arms: Mapping[str, Mapping[int, Evidence]]) -> Row:
+def _times(row: Row, *runs: Mapping[int, Evidence]) -> Row:
     c = row.comparison
-    both = [_with_curve(arms.get(arm, {}), c.metric) for arm in (c.treatment, c.control)]
-    pairs = sorted(set(both[0]) & set(both[1]))
-    seeds = [s for s in pairs if not (both[0][s].diverged or both[1][s].diverged)]
-    lost = [f"{len(pairs) - len(seeds)} of {len(pairs)} pairs diverged"] if len(seeds) < len(pairs) else []
+    # A run that diverged before its first epoch was over has no curve, but it was run.
+    curved = [{s: run for s, run in arm.items() if run.curves.get(c.metric) or run.diverged} for arm in runs]
+    seeds, lost = _pairs(row, curved, [{s for s, run in arm.items() if run.diverged} for arm in curved])
     if not seeds:
-        return _without_pairs(row, "; ".join(lost) or _missing(row, *both), diverged=bool(pairs))
-    times = [[arrival(c, arm[s]) for s in seeds] for arm in both]
+        return lost
+    times = [[arrival(c, arm[seed]) for seed in seeds] for arm in curved]
     # The latest arrival that could have been seen: a run that never arrives is not entered later than one that might.
-    budget = max(running_mean(arm[s].curves[c.metric])[-1][0] for arm in both for s in seeds)
-    late = lost + [
+    budget = max(running_mean(arm[seed].curves[c.metric])[-1][0] for arm in curved for seed in seeds)
+    late = [
         f"{name} did not arrive in {column.count(None)} of {len(seeds)} runs"
         for name, column in zip((c.treatment, c.control), times, strict=True)
         if None in column
     ]
-    filled = [[budget if t is None else t for t in column] for column in times]
-    return dataclasses.replace(
-        row,
-        treatment=summarise(filled[0]),
-        control=summarise(filled[1]),
-        seeds=tuple(seeds),
-        effect=time_ratio(times[0], times[1], budget),
-        note="; ".join(late),
-    )
+    a, b = ([budget if t is None else t for t in column] for column in times)
+    lost = replace(lost, note=_joined(lost.note, *late))
+    return _with_effect(lost, a, b, time_ratio(times[0], times[1], budget), seeds)
 
 
-def _with_curve(runs: Mapping[int, Evidence], metric: str) -> dict[int, Evidence]:
-    """A run that diverged before its first epoch was over has none, but it was run."""
-    return {seed: run for seed, run in runs.items() if run.curves.get(metric) or run.diverged}
+def _pairs(
+    row: Row, arms: Sequence[Mapping[int, Any]], diverged: Sequence[Container[int]]
+) -> tuple[tuple[int, ...], Row]:
+    """The seeds both arms have, in order, without those in which a run diverged; and the row, which says what was lost.
+
+    Nothing to compare is a verdict only where all pairs are there and diverged.
+    """
+    there = sorted(set(arms[0]) & set(arms[1]))
+    seeds = tuple(seed for seed in there if not any(seed in of_arm for of_arm in diverged))
+    if len(seeds) < len(there):
+        row = replace(row, note=f"{len(there) - len(seeds)} of {len(there)} pairs diverged")
+    elif not there:
+        named = zip((row.comparison.treatment, row.comparison.control), arms, strict=True)
+        empty = [name for name, of_arm in named if not of_arm]
+        missing = f"no finished runs of {', '.join(empty)} yet" if empty else "no seed that both arms have"
+        row = replace(row, note=missing)
+    return seeds, row if seeds or not there else _lost(row)
 
 
-def _without_pairs(row: Row, note: str, diverged: bool) -> Row:
-    """Nothing to compare: not there yet, or there and diverged, which is a result."""
+def _lost(row: Row) -> Row:
     said = Verdict(Word.DIVERGED, f"{Word.DIVERGED}: no pair of runs is left to compare")
-    return dataclasses.replace(row, note=note, verdict=said if diverged and row.main else None)
+    return replace(row, verdict=said) if row.main else row
 
 
 def _within_net(row: Row, gathered: Gathered) -> Row:
     c, tests = row.comparison, gathered.tests
-    nets = [run.diverged for arm in gathered.arms.values() for run in arm.values()]
-    lost = [f"{sum(nets)} of {len(nets)} nets diverged"] if any(nets) else []
+    diverged = [run.diverged for arm in gathered.arms.values() for run in arm.values()]
+    lost = f"{sum(diverged)} of {len(diverged)} nets diverged" if any(diverged) else ""
     missing = [name for name in (c.treatment, c.control) if row.metric not in tests.get(name, {})]
     if missing:
-        note = "; ".join([f"no results of {', '.join(missing)} yet", *lost])
-        return _without_pairs(row, note, diverged=bool(nets) and all(nets))
-    a, b = tests[c.treatment][row.metric], tests[c.control][row.metric]
-    return dataclasses.replace(
-        row,
-        treatment=_over_nets(a),
-        control=_over_nets(b),
-        effect=bootstrap_images(a, b),
-        note="; ".join([f"{Source.IMAGES} ({_nets(a, b)})", *lost]),
-    )
+        row = replace(row, note=_joined(f"no results of {', '.join(missing)} yet", lost))
+        return _lost(row) if diverged and all(diverged) else row
+    a, b = (np.atleast_2d(np.asarray(tests[name][row.metric])) for name in (c.treatment, c.control))
+    nets = max(len(a), len(b))
+    note = _joined(f"{Source.IMAGES} ({nets} net{'s' * (nets > 1)})", lost)
+    return _with_effect(replace(row, note=note), a.mean(1), b.mean(1), bootstrap_images(a, b))
 
 
-def _nets(a: ArrayLike, b: ArrayLike) -> str:
-    n = max(len(np.atleast_2d(np.asarray(values))) for values in (a, b))
-    return "1 net" if n == 1 else f"{n} nets"
+def _with_effect(
+    row: Row, treatment: ArrayLike, control: ArrayLike, effect: Effect, seeds: tuple[int, ...] = ()
+) -> Row:
+    both = {"treatment": summarise(treatment), "control": summarise(control)}
+    return replace(row, **both, effect=effect, seeds=seeds)
 
 
-def _over_nets(values: ArrayLike) -> Summary:
-    return summarise(np.atleast_2d(np.asarray(values)).mean(1))
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def _values(runs: Mapping[int, Evidence], metric: str) -> dict[int, float]:
     """{seed: value}; `gap` is the difference of two other metrics. A run without the metric counts as not there."""
-    return {seed: _value(run.results, metric) for seed, run in runs.items() if _has(run.results, metric)}
-
-
-def _parts(metric: str) -> tuple[str, ...]:
     split, _, quantity = metric.partition("/")
-    return (f"val/{quantity}", f"train_eval/{quantity}") if split == "gap" else (metric,)
-
-
-def _has(results: Mapping[str, float], metric: str) -> bool:
-    return all(part in results for part in _parts(metric))
-
-
-def _value(results: Mapping[str, float], metric: str) -> float:
-    first, *rest = (results[part] for part in _parts(metric))
-    return first - sum(rest)
-
-
-def _pairs(row: Row, a: dict[int, float], b: dict[int, float]) -> tuple[tuple[int, ...], str]:
-    """The seeds both arms have, in order, without those in which a run diverged; and what was left out."""
-    seeds = sorted(set(a) & set(b))
-    good = tuple(s for s in seeds if math.isfinite(a[s]) and math.isfinite(b[s]))
-    note = f"{len(seeds) - len(good)} of {len(seeds)} pairs diverged" if len(good) < len(seeds) else ""
-    return good, note or ("" if seeds else _missing(row, a, b))
-
-
-def _missing(row: Row, a: Mapping[int, Any], b: Mapping[int, Any]) -> str:
-    names = [
-        n
-        for n, there in zip((row.comparison.treatment, row.comparison.control), (a, b), strict=True)
-        if not there
-    ]
-    return f"no finished runs of {', '.join(names)} yet" if names else "no seed that both arms have"
+    first, *rest = (f"val/{quantity}", f"train_eval/{quantity}") if split == "gap" else (metric,)
+    return {
+        seed: run.results[first] - sum(run.results[part] for part in rest)
+        for seed, run in runs.items()
+        if {first, *rest} <= set(run.results)
+    }
 
 
 def threshold_of(c: Comparison, run: Evidence) -> float:
@@ -282,167 +277,103 @@ def arrival(c: Comparison, run: Evidence) -> float | None:
     return time_to(running_mean(run.curves.get(c.metric, [])), threshold_of(c, run))
 
 
-def expects(row: Row) -> bool:
-    """Whether a verdict is due, so that the row counts in Holm's correction."""
-    return row.main and row.comparison.direction is not Direction.REPORT
-
-
-def _p(row: Row) -> float:
-    if row.effect is None:
-        return math.nan
-    return tested_p(row.effect, row.comparison.direction, row.comparison.margin or 0.0)
-
-
-def _judged(row: Row, claim: Claim, p_holm: float | None) -> Row:
-    if row.effect is None or not row.main:
-        return row
-    said = verdict(
-        row.effect,
-        row.comparison.direction,
-        margin=row.comparison.margin or 0.0,
-        paper=None if row.paper is None else row.paper.value / _scale(row.unit),
-        min_n=claim.min_seeds,
-        p_holm=p_holm,
-    )
-    return dataclasses.replace(row, p_holm=p_holm, verdict=said)
-
-
 # From numbers to tables ---------------------------------------------------------------------------------------------
 
+TEXT_HEAD = ("comparison", "metric", "paper", "2012", "ours, mean ± sd", "95 % interval", "n")
+TEXT_WIDTHS = (19, 24, 7, 7, 15, 17, 5)
+MARKDOWN_HEAD = (
+    *("Claim", "Comparison", "Arms", "Metric", "Paper"),
+    *("2012 notes", "Difference", "95 % interval", "n", "Verdict"),
+)
+NUMBERS = ("metric", "paper", "notes_2012", "difference", "interval", "n")
 
-def as_text(claims: Mapping[str, Claim], rows: Iterable[Row]) -> str:
+
+def as_text(rows: Iterable[Row]) -> str:
     """One block per claim, at most 100 columns."""
-    blocks = []
-    for name, group in _by_claim(rows).items():
-        claim = claims[name]
-        lines = [f"{name}  {claim.title} (section {claim.section})", _columns(*TEXT_HEAD)]
-        for row in group:
-            lines += _text_row(row)
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    blocks: dict[str, list[str]] = {}
+    for row in rows:
+        title = f"{row.claim.name}  {row.claim.title} (section {row.claim.section})"
+        lines = blocks.setdefault(row.claim.name, [title, columns(TEXT_HEAD, TEXT_WIDTHS, " ")])
+        lines += _text_row(row, cells(row))
+    return "\n\n".join("\n".join(lines) for lines in blocks.values())
 
 
-def as_markdown(claims: Mapping[str, Claim], rows: Iterable[Row]) -> str:
+def _text_row(row: Row, c: Mapping[str, str]) -> list[str]:
+    names = textwrap.wrap(row.comparison.name, TEXT_WIDTHS[0]) if row.main else [""]
+    numbers = [c[column] for column in NUMBERS]
+    said = c["verdict"] + (f" ({c['fine_print']})" if c["fine_print"] else "")
+    below = [
+        line
+        for mark, text in (("   ", c["named_arms"]), ("-> ", said), ("-> ", row.note))
+        for line in textwrap.wrap(text, WIDTH, initial_indent=f"    {mark}", subsequent_indent="       ")
+    ]
+    return [columns([names[0], *numbers], TEXT_WIDTHS, " "), *names[1:], *below]
+
+
+def as_markdown(rows: Iterable[Row]) -> str:
     """One table: a line per comparison and metric."""
-    head = (
-        "Claim",
-        "Comparison",
-        "Arms",
-        "Metric",
-        "Paper",
-        "2012 notes",
-        "Difference",
-        "95 % interval",
-        "n",
-        "Verdict",
-    )
-    lines = [_pipes(head), _pipes(["---"] * len(head))]
+    lines: list[Sequence[str]] = [MARKDOWN_HEAD]
     for row in rows:
         c = cells(row)
-        verdict_cell = "; ".join(part for part in (c["verdict"], c["note"]) if part)
-        lines.append(
-            _pipes((claims[row.claim].title, c["comparison"], c["arms"], *_cells(row), verdict_cell))
-        )
-    return "\n".join(lines) + "\n"
+        numbers = [c[column] for column in NUMBERS]
+        lines.append([row.claim.title, c["comparison"], c["arms"], *numbers, _joined(c["verdict"], row.note)])
+    return markdown(lines) + "\n"
 
 
 def cells(row: Row) -> dict[str, str]:
     """What a table prints of a row, by column."""
-    names = ("metric", "paper", "notes_2012", "difference", "interval", "n")
     over_images = row.effect is not None and row.effect.source is Source.IMAGES
+    c = row.comparison
     return {
-        "comparison": _named(row),
-        "arms": " / ".join(_summary(row, s) for s in (row.treatment, row.control) if s),
-        "named_arms": _named_arms(row),
+        # A metric beside a ratio of times is a difference.
+        "comparison": c.name if row.main else f"{c.treatment} - {c.control}",
+        "arms": " / ".join(_summary(row, s) for _, s in row.arms),
+        "named_arms": ", ".join(f"{name} {_summary(row, s)}" for name, s in row.arms),
         "expected": _expected(row),
-        "sources": "; ".join(f"{n.value:g}: {n.source}" for n in (row.paper, row.notes_2012) if n),
-        **dict(zip(names, _cells(row), strict=True)),
+        "sources": _joined(*(f"{n.value:g}: {n.source}" for n in (row.paper, row.notes_2012) if n)),
+        "metric": _label(row),
+        "paper": _printed(row.paper),
+        "notes_2012": _printed(row.notes_2012),
+        **effect_cells(row.effect, row.unit),
         "of": "images" if over_images else "seeds",
         "verdict": row.verdict.sentence if row.verdict else "",
-        "fine_print": _fine_print(row, row.effect).strip(" ()") if row.verdict and row.effect else "",
+        "fine_print": _fine_print(row, row.effect) if row.verdict and row.effect else "",
         "note": row.note,
     }
 
 
-def _named(row: Row) -> str:
-    """What is compared; a metric beside a ratio of times is a difference."""
-    c = row.comparison
-    return c.name if row.main else f"{c.treatment} - {c.control}"
+def effect_cells(e: Effect | None, unit: Unit) -> dict[str, str]:
+    """Difference or ratio, its interval and n, as a table prints them."""
+    if e is None:
+        return {"difference": "-", "interval": "-", "n": "0"}
+    # sd of the differences; of log ratios as the factor exp(sd).
+    sd = f"x{math.exp(e.sd):.2f}" if e.ratio else number(e.sd, unit, signed=False)
+    spread = "" if math.isnan(e.sd) or e.source is Source.IMAGES else f" ± {sd}"
+    interval = f"[{number(e.low, unit)}, {number(e.high, unit)}]"
+    return {
+        "difference": f"{e.bound}{number(e.estimate, unit)}{'x' if e.ratio else ''}{spread}",
+        "interval": "-" if e.n < 2 or e.sd < NO_SPREAD else interval,
+        "n": f"{e.n}",
+    }
 
 
 def _expected(row: Row) -> str:
     """lower, higher, or the same within the margin; empty for a row without an expectation."""
-    if not expects(row):
-        return ""
-    c = row.comparison
-    if c.direction is not Direction.SAME:
-        return str(c.direction)
-    unit = {Unit.points: "points", Unit.nats: "nats", Unit.times: "times", Unit.number: ""}[row.unit]
-    return f"the same within {(c.margin or 0.0) * _scale(row.unit):g} {unit}".strip()
-
-
-def as_json(claims: Mapping[str, Claim], rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Plain data, fractions and nats, with every run's value; numbers that are not finite become None."""
-    return [_plain(row, claims[row.claim]) for row in rows]
-
-
-TEXT_HEAD = ("comparison", "metric", "paper", "2012", "ours, mean ± sd", "95 % interval", "n")
-_TEXT_WIDTHS = (19, 24, 7, 7, 15, 17, 5)
-
-
-def _columns(*cells: str) -> str:
-    return " ".join(cell.ljust(w) for cell, w in zip(cells, _TEXT_WIDTHS, strict=True)).rstrip()
-
-
-def _pipes(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _text_row(row: Row) -> list[str]:
-    names = textwrap.wrap(row.comparison.name, _TEXT_WIDTHS[0]) if row.main else [""]
-    lines = [_columns(names[0], *_cells(row)), *names[1:]]
-    if row.treatment and row.control:
-        lines += _wrapped(_named_arms(row))
-    said = row.verdict.sentence if row.verdict else ""
-    if row.verdict and row.effect:
-        said += _fine_print(row, row.effect)
-    return lines + [line for text in (said, row.note) if text for line in _wrapped(text, "-> ")]
-
-
-def _named_arms(row: Row) -> str:
-    named = ((row.comparison.treatment, row.treatment), (row.comparison.control, row.control))
-    return ", ".join(f"{name} {_summary(row, s)}" for name, s in named if s)
-
-
-def _wrapped(text: str, mark: str = "   ") -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=f"    {mark}", subsequent_indent="       ")
+    if not row.expects or row.comparison.direction is not Direction.same:
+        return str(row.comparison.direction) if row.expects else ""
+    unit = "" if row.unit is Unit.number else str(row.unit)
+    return f"the same within {row.margin * _scale(row.unit):g} {unit}".strip()
 
 
 def _fine_print(row: Row, effect: Effect) -> str:
     """p values and what this n could have found."""
-    parts = [] if math.isnan(effect.p) else [f"p {_p_text(effect.p)}"]
-    if effect.p_sign_flip is not None:
-        parts.append(f"sign flips {_p_text(effect.p_sign_flip)}")
-    if row.p_holm is not None:
-        parts.append(f"Holm {_p_text(row.p_holm)}")
-    if effect.detectable is not None:
-        parts.append(
-            f"detectable at this n: {_number(effect.detectable * _scale(row.unit), row.unit, False)}"
-        )
-    return f" ({'; '.join(parts)})" if parts else ""
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    metric = _label(row)
-    printed = [_printed(n) for n in (row.paper, row.notes_2012)]
-    if row.effect is None:
-        return (metric, *printed, "-", "-", "0")
-    e, scale = row.effect, _scale(row.unit)
-    spread = "" if math.isnan(e.sd) or e.source is Source.IMAGES else f" ± {_spread(row, e)}"
-    times = "x" if e.ratio else ""
-    ours = f"{e.bound}{_number(e.estimate * scale, row.unit)}{times}{spread}"
-    interval = f"[{_number(e.low * scale, row.unit)}, {_number(e.high * scale, row.unit)}]"
-    return (metric, *printed, ours, "-" if e.n < 2 or e.sd < NO_SPREAD else interval, f"{e.n}")
+    detectable = effect.detectable
+    return _joined(
+        "" if math.isnan(effect.p) else f"p {_p_text(effect.p)}",
+        "" if effect.p_sign_flip is None else f"sign flips {_p_text(effect.p_sign_flip)}",
+        "" if row.p_holm is None else f"Holm {_p_text(row.p_holm)}",
+        "" if detectable is None else f"detectable at this n: {number(detectable, row.unit, signed=False)}",
+    )
 
 
 _LABELS = {
@@ -464,11 +395,6 @@ def _label(row: Row) -> str:
     return f"time to {c.threshold:g}" + (" ln(classes)" if c.threshold_of_chance else f" {_LABELS[quantity]}")
 
 
-def _spread(row: Row, e: Effect) -> str:
-    """sd of the differences; of log ratios as the factor exp(sd)."""
-    return f"x{math.exp(e.sd):.2f}" if e.ratio else _number(e.sd * _scale(row.unit), row.unit, False)
-
-
 def _printed(n: Number | None) -> str:
     if n is None:
         return "-"
@@ -476,10 +402,11 @@ def _printed(n: Number | None) -> str:
     return f"{sign}{n.value:g}"
 
 
-def _number(value: float, unit: Unit, signed: bool = True) -> str:
+def number(value: float, unit: Unit, signed: bool = True) -> str:
+    """A fraction in points, everything else as it is."""
     digits = 2 if unit in (Unit.points, Unit.times) else 3
     sign = "+" if signed and unit is not Unit.times else ""
-    return f"{value:{sign}.{digits}f}"
+    return f"{value * _scale(unit):{sign}.{digits}f}"
 
 
 def _p_text(p: float) -> str:
@@ -488,54 +415,40 @@ def _p_text(p: float) -> str:
 
 def _summary(row: Row, s: Summary) -> str:
     """An arm: percent, nats, or epochs."""
-    scale = _scale(row.unit)
     unit = {Unit.points: " %", Unit.nats: " nats", Unit.times: " epochs", Unit.number: ""}[row.unit]
-    spread = "" if math.isnan(s.sd) else f" ± {_number(s.sd * scale, row.unit, False)}"
-    return f"{_number(s.mean * scale, row.unit, False)}{spread}{unit}"
+    spread = "" if math.isnan(s.sd) else f" ± {number(s.sd, row.unit, signed=False)}"
+    return f"{number(s.mean, row.unit, signed=False)}{spread}{unit}"
 
 
 def _scale(unit: Unit) -> float:
     return 100.0 if unit is Unit.points else 1.0
 
 
-def _by_claim(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.claim, []).append(row)
-    return groups
+def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Plain data, fractions and nats, with every run's value; numbers that are not finite become None."""
+    return [finite(_plain(row)) for row in rows]
 
 
-def _plain(row: Row, claim: Claim) -> dict[str, Any]:
+def _plain(row: Row) -> dict[str, Any]:
     c = row.comparison
-    return _without_nan(
-        {
-            "claim": row.claim,
-            "title": claim.title,
-            "section": row.section,
-            "treatment": c.treatment,
-            "control": c.control,
-            "metric": row.metric,
-            "unit": str(row.unit),
-            "statistic": str(c.statistic),
-            "expected": str(c.direction) if row.main else None,
-            "margin": c.margin,
-            "seeds": row.seeds,
-            "paper": row.paper and dataclasses.asdict(row.paper),
-            "notes_2012": row.notes_2012 and dataclasses.asdict(row.notes_2012),
-            "arms": {
-                name: s and dataclasses.asdict(s)
-                for name, s in ((c.treatment, row.treatment), (c.control, row.control))
-            },
-            "effect": row.effect and dataclasses.asdict(row.effect),
-            "p_holm": row.p_holm,
-            "verdict": row.verdict and str(row.verdict.word),
-            "sentence": row.verdict and row.verdict.sentence,
-            "note": row.note,
-        }
-    )
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {
+        "claim": row.claim.name,
+        "title": row.claim.title,
+        "section": row.claim.section,
+        "treatment": c.treatment,
+        "control": c.control,
+        "metric": row.metric,
+        "unit": str(row.unit),
+        "statistic": str(c.statistic),
+        "expected": str(c.direction) if row.main else None,
+        "margin": c.margin,
+        "seeds": row.seeds,
+        "paper": row.paper and asdict(row.paper),
+        "notes_2012": row.notes_2012 and asdict(row.notes_2012),
+        "arms": {c.treatment: None, c.control: None} | {name: asdict(s) for name, s in row.arms},
+        "effect": row.effect and asdict(row.effect),
+        "p_holm": row.p_holm,
+        "verdict": row.verdict and str(row.verdict.word),
+        "sentence": row.verdict and row.verdict.sentence,
+        "note": row.note,
+    }

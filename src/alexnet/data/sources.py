@@ -8,7 +8,6 @@ that of the file, which is the same in every form, else by the whole path.
 Without val images there is no val store unless `val_fraction` is set. `synthetic` is drawn, see synthetic.py.
 """
 
-import difflib
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from alexnet.data.layouts import (
 )
 from alexnet.data.pictures import Payload
 from alexnet.data.store import draw_order, holdout_split
-from alexnet.errors import UserError
+from alexnet.errors import UserError, did_you_mean
 
 
 class Official(NamedTuple):
@@ -282,9 +281,7 @@ def with_classes(source: Source, wanted: Sequence[str]) -> Source:
     known = [entry["wnid"] for entry in source.classes]
     for wnid in wanted:
         if wnid not in known:
-            near = difflib.get_close_matches(wnid, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            raise UserError(f"classes: {wnid!r} is not in {source.description}{hint}")
+            raise UserError(f"classes: {wnid!r} is not in {source.description}: {did_you_mean(wnid, known)}")
     kept = sorted(set(wanted))
     if len(kept) < 2:
         raise UserError(f"classes: {some(kept) or 'none'} must be two or more of {source.description}")

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from alexnet.cli import plain
 from alexnet.data.module import ImageData, check_batch_size
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
@@ -44,7 +45,7 @@ from alexnet.training.callbacks import (
 )
 from alexnet.training.capture import CapturedStrategy, obstacle
 from alexnet.training.checkpoint import BEST, CHECKPOINTS, LAST, AtomicCheckpointIO, resume_point
-from alexnet.training.classifier import Classifier, Speedups, plain
+from alexnet.training.classifier import Classifier, Speedups
 from alexnet.training.config import Freeze, Train
 from alexnet.training.fine_tune import freeze_features, take_weights
 from alexnet.training.interrupt import Signals
@@ -63,16 +64,6 @@ RUNTIME_ONLY_KEYS = (
     "evaluate",
     "checkpoint_every",
 )
-
-
-# Arguments of lightning.Trainer that would end a run, or step its rate, elsewhere than its schedule does: values that
-# change nothing, and what to do instead.
-UNSUPPORTED_TRAINER_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "max_steps": ((None, -1), "set optim.epochs, or trainer.limit_train_batches for shorter epochs"),
-    "max_time": ((None,), "stop the process instead, the same command resumes with the same bits"),
-    "accumulate_grad_batches": ((None, 1), "set data.batch_size, one update is one minibatch"),
-    "fast_dev_run": ((None, False), "set trainer=debug, three batches an epoch in a directory of its own"),
-}
 
 
 @dataclass
@@ -372,7 +363,6 @@ def build_trainer(
 
     Enters into `resolved` whether the step is captured.
     """
-    check_length(config)
     arguments = {k: v for k, v in config.trainer.items() if k not in ("capture", "keep_freed_memory")}
     if not has_holdout:
         arguments["limit_val_batches"] = 0
@@ -418,20 +408,6 @@ def captures(capture: Any, config: Train, resolved: dict[str, Any], callbacks: l
 
 def captured_strategy() -> CapturedStrategy:
     return CapturedStrategy(torch.device("cuda", torch.cuda.current_device()))
-
-
-def check_length(config: Train) -> None:
-    """Raises UserError where Lightning would train longer, shorter or in other steps than the schedule counts."""
-    if config.trainer["max_epochs"] != config.optim.epochs:
-        raise UserError(
-            f"trainer.max_epochs={config.trainer['max_epochs']}, but the schedule is of optim.epochs="
-            f"{config.optim.epochs}: set optim.epochs alone"
-        )
-    for key, (neutral, remedy) in UNSUPPORTED_TRAINER_ARGUMENTS.items():
-        if config.trainer.get(key) not in neutral:
-            raise UserError(
-                f"trainer.{key}={config.trainer[key]} does not fit the schedule of a run: {remedy}"
-            )
 
 
 def is_rank_zero() -> bool:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alexnet import cli
+
 BINS = 15  # of equal width, as in the papers above
 TAKEN_FOR = 3  # classes that are named beside an error
 
@@ -88,11 +90,11 @@ def calibration(log_probs: Tensor, labels: Tensor | np.ndarray, bins: int = BINS
     return Calibration(ece, found)
 
 
-def table(classes: Sequence[ClassError], width: int = 100) -> str:
+def table(classes: Sequence[ClassError]) -> str:
     """A line for each class, the worst first: name, images, error in percent, what it is taken for."""
-    lines = [f"{'class':28s} {'images':>6s} {'error %':>8s}  taken for"]
+    rows = [("class", "images", "error %", "taken for")]
     for one in sorted(classes, key=lambda c: (-c.error, c.label)):
         others = ", ".join(f"{name} ({count})" for name, count in one.taken_for)
-        line = f"{one.name[:28]:28s} {one.n:6,d} {100 * one.error:8.1f}  {others}"
-        lines.append(line if len(line) <= width else f"{line[: width - 1]}…")
-    return "\n".join(lines)
+        others = others if len(others) <= 50 else f"{others[:49]}…"
+        rows.append((one.name[:28], f"{one.n:,}", f"{100 * one.error:.1f}", others))
+    return cli.table(rows, right=(1, 2))

@@ -17,14 +17,14 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from alexnet.cli import compose_group
+from alexnet.cli import compose_group, plain
 from alexnet.data.augment import AugmentConfig, InputScale
 from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.model import ModelConfig
 from alexnet.optim import OptimConfig
 from alexnet.system import replaced
-from alexnet.training.classifier import Classifier, plain
+from alexnet.training.classifier import Classifier
 
 # Layers of ours under torchvision's names (torchvision.models.alexnet): the "one weird trick" network.
 TORCHVISION_LAYERS = {

@@ -12,12 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from alexnet.cli import typed
 from alexnet.data.augment import Augment, AugmentConfig
 from alexnet.data.module import Batch, ImageData
 from alexnet.layers import cross_entropy, dropout_key
@@ -254,15 +254,3 @@ class Classifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.plateau_state = checkpoint["plateau"]
-
-
-def typed(schema: type[Any], values: dict[str, Any]) -> Any:
-    """A configuration dataclass from plain data; unknown keys and wrong types raise, `__post_init__` checks."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as plain data, enums by name: what a checkpoint may hold."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}

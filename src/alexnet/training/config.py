@@ -1,6 +1,6 @@
 """The configuration of one run: the groups of `conf/`, each with its owner's dataclass, and keys of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -12,6 +12,38 @@ from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.model import ModelConfig
 from alexnet.optim import OptimConfig
+
+# Arguments of lightning.Trainer that every run needs; conf/trainer/auto.yaml has them.
+NEEDED = ("accelerator", "devices", "strategy", "precision", "max_epochs", "enable_progress_bar")
+
+# The values that other arguments may have, and what to do instead of another value: it would end a run, step its rate
+# or look at the holdout elsewhere than the schedule does, or have no effect; Lightning would say so late or never.
+_EVERY_EPOCH = "the holdout is evaluated after every epoch, leave it out"
+ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "_target_": (("lightning.pytorch.Trainer",), "leave it out"),
+    "accelerator": (("auto", "cpu", "gpu", "cuda"), "choose one of auto, cpu, gpu"),
+    "max_steps": ((None, -1), "set optim.epochs, or trainer.limit_train_batches for shorter epochs"),
+    "max_time": ((None,), "stop the process instead, the same command resumes with the same bits"),
+    "accumulate_grad_batches": ((None, 1), "set data.batch_size, one update is one minibatch"),
+    "fast_dev_run": ((None, False), "set trainer=debug, three batches an epoch in a directory of its own"),
+    "check_val_every_n_epoch": ((1,), _EVERY_EPOCH),
+    "val_check_interval": ((None, 1.0), _EVERY_EPOCH),
+    "overfit_batches": ((0, 0.0), "set trainer.limit_train_batches"),
+    "barebones": ((False,), "leave it out"),
+    "enable_checkpointing": ((None, True), "set checkpoint_every=0 for one checkpoint an epoch"),
+    "callbacks": ((), "add one to the group, +callbacks.<name>._target_=<class>"),
+    "logger": ((), "choose one of the group, logger=tensorboard"),
+    **{
+        key: ((), "it is set by this project, leave it out")
+        for key in ("plugins", "default_root_dir", "enable_model_summary", "num_sanity_val_steps")
+    },
+    "use_distributed_sampler": (
+        (False,),
+        "images are dealt out to the devices by data/module.py, leave it out",
+    ),
+}
+# Callbacks of Lightning that end a run at its start unless there is a logger.
+LOGGING = ("LearningRateMonitor", "DeviceStatsMonitor")
 
 
 class Watch(StrEnum):
@@ -59,6 +91,13 @@ class Train:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_trainer(self.trainer)
+        if self.trainer["max_epochs"] != self.optim.epochs:
+            raise UserError(
+                f"trainer.max_epochs={self.trainer['max_epochs']}, but the schedule is of optim.epochs="
+                f"{self.optim.epochs}: set optim.epochs alone"
+            )
+        check_callbacks(self.callbacks, self.logger)
         self.freeze = Freeze(self.freeze)
         if self.freeze != Freeze.none and self.init_from is None:
             raise UserError(f"freeze={self.freeze} would freeze random weights: set init_from=<checkpoint>")
@@ -68,6 +107,32 @@ class Train:
                     "a positive integer" if least else "a positive integer, or 0 for none within an epoch"
                 )
                 raise UserError(f"{name}={getattr(self, name)} must be {wanted}")
+
+
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Raises UserError for an argument that is missing, or has a value with which a run could not be trained."""
+    for key in NEEDED:
+        if key not in trainer:
+            raise UserError(f"trainer.{key} is missing: it cannot be deleted with ~trainer")
+    for key, (allowed, remedy) in ALLOWED.items():
+        value = trainer.get(key)
+        if key in trainer and not any(type(value) is type(a) and value == a for a in allowed):
+            raise UserError(f"trainer.{key}={value} is not supported: {remedy}")
+    for key in ("limit_train_batches", "limit_val_batches"):
+        limit = trainer.get(key, 1.0)
+        if not (type(limit) is int and limit >= 1) and not (type(limit) is float and 0 < limit <= 1):
+            raise UserError(
+                f"trainer.{key}={limit} must be a positive integer (batches) or in (0, 1] (a fraction of them)"
+            )
+
+
+def check_callbacks(callbacks: Mapping[str, Any], loggers: Mapping[str, Any]) -> None:
+    for name, callback in callbacks.items():
+        if not isinstance(callback, dict) or "_target_" not in callback:
+            raise UserError(f"callbacks.{name} must have a _target_: +callbacks.{name}._target_=<class>")
+        kind = str(callback["_target_"]).rpartition(".")[2]
+        if kind in LOGGING and not loggers:
+            raise UserError(f"callbacks.{name}: {kind} needs a logger, set logger=tensorboard")
 
 
 def compose_train(overrides: Sequence[str]) -> Train:

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alexnet.cli import table
 from alexnet.errors import UserError
 from alexnet.layers.local_response_norm import window_sum
 
@@ -122,26 +123,27 @@ class Probe:
 
     def table(self) -> str:
         """Text of at most 100 columns: layers, denominators of the response norms, logits."""
-        lines = [f"{'layer':<30}{'rms':>11}{'image rms':>12}{'correlation':>13}{'dead':>8}{'|g|/|w|':>12}"]
-        lines += [_row(layer) for layer in self.layers]
-        if self.norms:
-            lines += ["", f"{'response norm, s/k':<30}{'median':>11}{'99 %':>12}{'largest':>13}"]
-            lines += [f"{n.name:<30}{n.median:>11.5f}{n.p99:>12.5f}{n.largest:>13.5f}" for n in self.norms]
         guess = f"ln({self.classes}) = {math.log(self.classes):.3f}"
-        lines += ["", f"{'logit signal':<30}{self.logit_signal:>11.2g}    stalls below {STALLS}"]
-        lines += [f"{'first loss':<30}{self.loss:>11.4g}    guessing: {guess}"]
-        return "\n".join(lines)
+        norms = [(n.name, f"{n.median:.5f}", f"{n.p99:.5f}", f"{n.largest:.5f}") for n in self.norms]
+        parts = [
+            [("layer", "rms", "image rms", "correlation", "dead", "|g|/|w|"), *map(_cells, self.layers)],
+            [("response norm, s/k", "median", "99 %", "largest"), *norms] if norms else [],
+            [
+                ("logit signal", f"{self.logit_signal:.2g}", f"stalls below {STALLS}"),
+                ("first loss", f"{self.loss:.4g}", f"guessing: {guess}"),
+            ],
+        ]
+        return "\n\n".join(table(rows, right=range(1, len(rows[0]))) for rows in parts if rows)
 
 
 def _dead(layer: Layer) -> float:
     return layer.dead or 0.0
 
 
-def _row(layer: Layer) -> str:
+def _cells(layer: Layer) -> tuple[str, ...]:
     dead = "" if layer.dead is None else f"{layer.dead:.1%}"
     ratio = "" if layer.gradient_to_weight is None else f"{layer.gradient_to_weight:.1e}"
-    numbers = f"{layer.rms:>11.3g}{layer.image_rms:>12.2g}{layer.correlation:>13.4f}"
-    return f"{layer.name[:29]:<30}{numbers}{dead:>8}{ratio:>12}"
+    return layer.name, f"{layer.rms:.3g}", f"{layer.image_rms:.2g}", f"{layer.correlation:.4f}", dead, ratio
 
 
 def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Probe:
@@ -312,9 +314,9 @@ def explain_stall(
     or its bias any gradient. `origin` says where the first value came from that is not finite (numerics.py).
     """
     rows = list(_gradients(model, dict(model.named_parameters()) if used is None else used))
-    lines = [_what(loss, classes, step, origin), f"{'layer':<30}{'|g|/|w|':>12}{'dead':>8}"]
-    lines += [f"{name[:29]:<30}{ratio:>12.1e}{dead:>8.0%}" for name, ratio, dead in rows]
-    return "\n".join([*lines, _next_step(model, loss, rows)])
+    cells = [(name, f"{ratio:.1e}", f"{dead:.0%}") for name, ratio, dead in rows]
+    layers = table([("layer", "|g|/|w|", "dead"), *cells], right=(1, 2))
+    return "\n".join([_what(loss, classes, step, origin), layers, _next_step(model, loss, rows)])
 
 
 def _what(loss: float, classes: int, step: int, origin: str) -> str:

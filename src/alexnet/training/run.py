@@ -3,7 +3,7 @@
 import re
 import sys
 import textwrap
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -71,9 +71,26 @@ def _train(config: Train, lock: bool, signals: Signals) -> float | None:
         print(_headline(run))
         try:
             return finish(_fit(run, config, signals), config)
-        except Interrupted:
-            run.record.update(state="interrupted")
+        except BaseException as error:
+            if lock and not begun(run):
+                discard(run)
+            elif isinstance(error, Interrupted):
+                run.record.update(state="interrupted")
             raise
+
+
+def begun(run: assemble.TrainingRun) -> bool:
+    """Whether a step was made, now or before an interruption."""
+    return run.trainer.global_step > 0 or any(run.checkpoints.glob("*.ckpt"))
+
+
+def discard(run: assemble.TrainingRun) -> None:
+    """Removes what the start of a run wrote: its directory would refuse the next one, whose configuration is mended."""
+    for name in ("run.json", "metrics.csv", "lock"):
+        (run.directory / name).unlink(missing_ok=True)
+    for directory in (run.checkpoints, run.directory, run.directory.parent):
+        with suppress(OSError):  # not there, or not empty
+            directory.rmdir()
 
 
 def _fit(run: assemble.TrainingRun, config: Train, signals: Signals) -> assemble.TrainingRun:

@@ -28,6 +28,7 @@ from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from alexnet import cli
 from alexnet.errors import UserError
 from alexnet.system import under_precision
 
@@ -239,15 +240,12 @@ def _mean(values: Tensor) -> Estimate:
 
 
 COLUMNS = ("network", "split", "views", "images", "top-1 error %", "top-5 error %", "cross-entropy")
-WIDTH = 100  # columns of a terminal
 
 
 def table(results: Sequence[Result], references: Sequence[PaperRow] = ()) -> str:
     """Text of at most 100 columns: a line per result with its 95 % intervals, then the paper's rows."""
-    lines = [_cells(r) for r in results] + [_reference_cells(r) for r in references]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
-    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    return "\n".join(_line(cells, widths) for cells in [COLUMNS, *lines])
+    lines = [*map(_cells, results), *map(_reference_cells, references)]
+    return cli.table([COLUMNS, *lines], right=(2, 3))
 
 
 def _cells(r: Result) -> tuple[str, ...]:
@@ -264,12 +262,3 @@ def _reference_cells(r: PaperRow) -> tuple[str, ...]:
 
 def _percent(e: Estimate | None) -> str:
     return "-" if e is None else f"{100 * e.value:.2f} ({100 * e.low:.1f}-{100 * e.high:.1f})"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Text to the left, the two counts to the right; a name that is too long loses its front."""
-    name, width = cells[0], widths[0]
-    cells = [name if len(name) <= width else "…" + name[len(name) - width + 1 :], *cells[1:]]
-    left = [c.ljust(w) for c, w in zip(cells, widths, strict=True)]
-    left[2:4] = [c.rjust(w) for c, w in zip(cells[2:4], widths[2:4], strict=True)]
-    return "  ".join(left).rstrip()
