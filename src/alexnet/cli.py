@@ -179,10 +179,8 @@ def compose_group(group: str, choice: str, schema: type[Any], changes: Mapping[s
     if choice not in choices:
         raise UserError(f"{group}={choice} is unknown: {did_you_mean(choice, choices)}")
     with _hydra(CONF):
-        values = hydra.compose(f"{group}/{choice}")[group]
-    return typed(
-        schema, OmegaConf.merge(OmegaConf.to_container(values), dict(changes)), f"{group}={choice}: "
-    )
+        values: Any = OmegaConf.to_container(hydra.compose(f"{group}/{choice}")[group])
+    return typed(schema, {**values, **changes}, f"{group}={choice}: ")
 
 
 def typed(schema: type[Any], values: Mapping[str, Any], where: str = "") -> Any:
@@ -259,8 +257,8 @@ def one_line(error: BaseException, name: str, config_dir: Path = CONF) -> str | 
         return f"out of memory ({_said(error)}): lower data.batch_size, model.width or the number of threads"
     if isinstance(error, InstantiationException):
         target = re.search(r"call to target '[\w.]*?(\w+)'", str(error))
-        cause = error.__cause__ or error
-        return f"{target.group(1) if target else error.full_key} refuses its arguments: {_said(cause)}"
+        refused = f"{target.group(1)} refuses its arguments: " if target else ""
+        return refused + _said(error.__cause__ or error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _of_the_configuration(error, name, config_dir)
     if isinstance(error, yaml.YAMLError):
