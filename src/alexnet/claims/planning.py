@@ -154,5 +154,5 @@ def _effect(row: Mapping[str, Any]) -> Effect | None:
     if row["effect"] is None:
         return None
     open_ended = {"low": -math.inf, "high": math.inf, "sd": math.nan, "p": math.nan}
-    values = {k: open_ended.get(k) if v is None else v for k, v in row["effect"].items()}
+    values: dict[str, Any] = {k: open_ended.get(k) if v is None else v for k, v in row["effect"].items()}
     return Effect(**{**values, "source": Source(values["source"])})

@@ -146,7 +146,7 @@ def judge(rows: Sequence[Row]) -> list[Row]:
     One without a p, not measured yet say, is in the family with p = 1, so no verdict weakens when others arrive.
     """
     p = {i: _p(row) for i, row in enumerate(rows) if row.expects}
-    corrected = holm([1.0 if math.isnan(x) else x for x in p.values()]) if p else []
+    corrected = holm([1.0 if math.isnan(x) else x for x in p.values()]) if p else np.zeros(0)
     adjusted = {i: float(x) for i, x in zip(p, corrected, strict=True) if not math.isnan(p[i])}
     return [_judged(row, adjusted.get(i)) for i, row in enumerate(rows)]
 
@@ -247,8 +247,8 @@ def _within_net(row: Row, gathered: Gathered) -> Row:
 def _with_effect(
     row: Row, treatment: ArrayLike, control: ArrayLike, effect: Effect, seeds: tuple[int, ...] = ()
 ) -> Row:
-    both = {"treatment": summarise(treatment), "control": summarise(control)}
-    return replace(row, **both, effect=effect, seeds=seeds)
+    a, b = summarise(treatment), summarise(control)
+    return replace(row, treatment=a, control=b, effect=effect, seeds=seeds)
 
 
 def _joined(*parts: str) -> str:

@@ -125,7 +125,7 @@ class Probe:
         """Text of at most 100 columns: layers, denominators of the response norms, logits."""
         guess = f"ln({self.classes}) = {math.log(self.classes):.3f}"
         norms = [(n.name, f"{n.median:.5f}", f"{n.p99:.5f}", f"{n.largest:.5f}") for n in self.norms]
-        parts = [
+        parts: list[list[tuple[str, ...]]] = [
             [("layer", "rms", "image rms", "correlation", "dead", "|g|/|w|"), *map(_cells, self.layers)],
             [("response norm, s/k", "median", "99 %", "largest"), *norms] if norms else [],
             [
