@@ -43,6 +43,8 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any] | None) -> C
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():  # inside somebody else's graph: a part of it
+            return function(*arguments)
         _allow_variants()
         return graphs(*arguments)
 
@@ -59,6 +61,8 @@ def _allow_variants() -> None:
 
 def batched(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, detached, their first dimension declared variable."""
+    if torch.compiler.is_compiling():
+        return tensors
     views = tuple(tensor.detach() for tensor in tensors)
     for view in views:
         if view.shape[0] > 1:

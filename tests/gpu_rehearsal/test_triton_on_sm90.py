@@ -17,6 +17,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from alexnet.layers.local_response_norm import Norm
+from alexnet.layers.max_pool2d import Pool
 from alexnet.layers.triton import local_response_norm as norm
 from alexnet.layers.triton import relu_lrn_pool as block
 
@@ -47,14 +49,15 @@ def _h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def compiled(maps: int, side: int, order: str | None, dtype: torch.dtype) -> Iterator[Any]:
     """Forward and backward kernel of a norm (order None) or a block, two towers."""
     x = torch.empty(2, maps, side, side, dtype=dtype, device="meta")
-    fixed = norm.norm_constants(x, 5, 1e-4, 0.75, 2.0, 2)
+    fixed = norm.norm_constants(x, Norm(5, 1e-4, 0.75, 2.0, 2))
     if order is None:
         yield norm.forward_kernel.warmup(dtype, dtype, 99, grid=(1,), **fixed)
         yield norm.backward_kernel.warmup(dtype, dtype, dtype, 99, grid=(1,), **fixed)
         return
     pooled = -(-(side - 3) // 2) + 1
-    pool = block._pool_constants(x, (pooled, pooled), (3, 3), (2, 2), order, 2, "all")
-    winners = block._winners_type((3, 3), "all")
+    windows = Pool((3, 3), (2, 2), (0, 0), True, "all")
+    pool = block._pool_constants(x, (pooled, pooled), 2, windows, order)
+    winners = block._winners_type(windows)
     yield block.forward_kernel.warmup(dtype, dtype, winners, 99, grid=(1,), **pool, **fixed)
     yield block.backward_kernel.warmup(dtype, winners, dtype, dtype, 99, grid=(1,), **pool, **fixed)
 

@@ -7,17 +7,8 @@ import torch
 from alexnet import layers
 from alexnet.errors import UserError
 from alexnet.layers import Backends
-from alexnet.layers.backend import (
-    OPERATIONS,
-    OURS_WINS,
-    PAIRS,
-    convolution_kind,
-    no_autocast,
-    pair_for,
-    to_autocast,
-    to_float32,
-    wide,
-)
+from alexnet.layers.backend import OPERATIONS, OURS_WINS, convolution_kind, pair_for
+from alexnet.layers.pair import PAIRS, no_autocast, to_autocast, to_float32, wide
 from alexnet.model import AlexNet, ModelConfig
 
 WRITTEN = sorted(operation for operation, backend in PAIRS if backend == "reference")
@@ -99,7 +90,7 @@ def test_native_is_no_pair():
 
 @pytest.mark.parametrize("operation", WRITTEN)
 def test_an_unknown_backend_is_refused_by_name(operation):
-    with pytest.raises(UserError, match=f"'cuda' is no pair for {operation}: choose one of reference"):
+    with pytest.raises(UserError, match=f"backend='cuda' of {operation} must be one of reference"):
         pair_for(operation, "cuda")
 
 
@@ -115,9 +106,7 @@ def test_a_module_refuses_what_is_no_pair_when_it_is_built(backend):
     modules += [layers.ReLU, layers.Tanh, layers.Dropout, layers.CrossEntropyLoss]
     assert len(modules) == len(OPERATIONS)
     for module in modules:
-        with pytest.raises(
-            UserError, match=f"backend='{backend}' is no pair for .*: choose one of reference"
-        ):
+        with pytest.raises(UserError, match=f"backend='{backend}' of .* must be one of reference"):
             module(backend=backend)
 
 

@@ -10,6 +10,7 @@ import torch
 from cases import COMPILES, normals, outcome
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet.compile import VARIANTS
@@ -34,11 +35,13 @@ from alexnet.layers import (
     tanh,
 )
 from alexnet.layers.backend import OPERATIONS, PAIRS, Pair, pair_for
-from alexnet.layers.compiled import by_device
-from alexnet.layers.compiled.conv2d import kernel_from_depth, shifted_products, space_to_depth, takes_columns
+from alexnet.layers.compiled import by_tensor
+from alexnet.layers.compiled.conv2d import kernel_from_depth, shifted_products, space_to_depth, uses_im2col
 from alexnet.layers.compiled.on_cuda import FEW, ON_CUDA
 from alexnet.layers.compiled.relu_lrn_pool import halves
 from alexnet.layers.conv2d import _sides, conv2d_backward, conv2d_forward, two
+from alexnet.layers.local_response_norm import Norm
+from alexnet.layers.max_pool2d import Pool
 from alexnet.model import AlexNet, ModelConfig
 
 pytestmark = COMPILES
@@ -56,6 +59,11 @@ def block(order, ties, constants=NORM):
         return relu_lrn_pool(x, *constants, order=order, ties=ties, groups=2, backend=backend)
 
     return function
+
+
+def block_constants(small, order, ties):
+    """What the block's pair takes, from size, alpha, beta, k, kernel and stride; two towers."""
+    return Norm(*small[:4], 2), Pool(*small[4:], (0, 0), True, ties), order
 
 
 def slow(*values):
@@ -178,15 +186,18 @@ def test_a_nan_stays_in_its_tower_on_cuda(function):
     assert torch.equal(dx.isnan(), expected.isnan())
 
 
-def test_a_tensors_device_chooses_the_pair():
-    def named(name):
-        return Pair(lambda x, *rest: (name, "forward", *rest), lambda dy, *rest: (name, "backward", *rest))
+def test_a_tensor_chooses_the_pair():
+    """By its device; where there is nothing to compute, the reference's."""
 
-    pair, cuda, cpu = by_device(named("cpu"), named("cuda")), SimpleNamespace(is_cuda=True), X
-    assert pair.forward(cpu, 1) == ("cpu", "forward", 1)
-    assert pair.backward(cuda, 1) == ("cuda", "backward", 1)
-    assert pair.forward(cuda, 1) == ("cuda", "forward", 1)
-    assert pair.backward(cpu, 1) == ("cpu", "backward", 1)
+    def named(name):
+        return Pair(lambda x, *rest: (x, name), lambda dy, *rest: name)
+
+    pair = by_tensor(named("reference"), named("cpu"), named("cuda"))
+    cuda = SimpleNamespace(is_cuda=True, is_meta=False, numel=lambda: 1, data="y")
+    for x, name in ((X, "cpu"), (X[:0], "reference"), (X.to("meta"), "reference"), (cuda, "cuda")):
+        assert pair.forward(x)[1] == name
+        if x is not cuda:
+            assert pair.backward(torch.ones(()), None, x, 3) == name
 
 
 @pytest.mark.usefixtures("pairs_of_cuda")
@@ -246,7 +257,7 @@ def test_shifted_products_are_the_weight_gradient(groups, stride, padding):
 )
 def test_columns_for_small_maps_and_few_taps(px, kernel, dtype, columns):
     x, w = torch.zeros(2, 4, px, px, dtype=dtype), torch.zeros(4, 4, kernel, kernel, dtype=dtype)
-    assert takes_columns(x, x, w, (1, 1), 4 * (kernel // 2,)) == columns
+    assert uses_im2col(x, x, w, (1, 1), 4 * (kernel // 2,)) == columns
 
 
 @pytest.mark.parametrize("backend", ["compiled", "library"])
@@ -298,20 +309,133 @@ def test_half_types_round_once():
     assert_equals_the_reference(function, X.bfloat16(), rtol=2**-7, atol=2**-8)
 
 
-@pytest.mark.parametrize("order", ["relu_lrn_pool", slow("lrn_pool_relu")])
-def test_a_nan_shows_where_the_reference_shows_it(order):
-    x = X.clone()
-    x[1, 1, 4, 4] = float("nan")  # not at the border of a tower: what lies beyond is multiplied by zero
-    y, _ = outcome(lambda x: block(order, "first", SMALL)(x, "compiled"), x)
-    expected, _ = outcome(lambda x: block(order, "first", SMALL)(x, "reference"), x)
-    assert torch.equal(y.isnan(), expected.isnan())
+NORMS = {
+    "local_response_norm": lambda x, backend: local_response_norm(x, *NORM, groups=2, backend=backend),
+    "same_map_norm": lambda x, backend: same_map_norm(x, *NORM, backend=backend),
+    "the block": block("relu_lrn_pool", "first", SMALL),
+    "the block of 2012": block("lrn_pool_relu", "all", SMALL),
+    "max_pool2d": lambda x, backend: max_pool2d(x, 3, 2, 1, backend=backend),
+}
+
+
+@pytest.mark.parametrize("operation", NORMS)
+def test_non_finite_values_show_where_the_reference_shows_them(operation):
+    """One NaN at the last map of an image's last pixel: the next number in memory is the next image's."""
+    x, function = X.clone(), NORMS[operation]
+    x[0, 7, 8, 7], x[1, 3, 4, 4], x[1, 0, 0, 0] = float("nan"), float("inf"), 1e200
+    with torch.compiler.set_stance("force_eager"):
+        y, [dx] = outcome(lambda x: function(x, "compiled"), x)
+    expected, [dx_expected] = outcome(lambda x: function(x, "reference"), x)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    torch.testing.assert_close(dx, dx_expected, equal_nan=True)
+    if "max" in operation or "norm" in operation:
+        assert y.isnan().any()
+
+
+def test_the_gradient_of_a_norm_does_not_underflow():
+    """s^-7/4 alone would: 1e13 squared, to the power 7/4, is beyond float32; its product with x is not."""
+    x = 1e13 * normals(1, 8, 2, 2).float()
+    for name in ("local_response_norm", "same_map_norm"):
+        with torch.compiler.set_stance("force_eager"):
+            ours = outcome(lambda x, n=name: NORMS[n](x, "compiled"), x)
+        torch.testing.assert_close(
+            ours, outcome(lambda x, n=name: NORMS[n](x, "reference"), x), rtol=1e-5, atol=0
+        )
+
+
+@pytest.mark.parametrize("stride", [4, 2**40])
+def test_a_stride_beyond_the_window_leaves_zeros(stride):
+    def pool(x, backend):
+        return max_pool2d(x, 2, stride, backend=backend)
+
+    with torch.compiler.set_stance("force_eager"):
+        assert_equals_the_reference(pool, X)
+
+
+def test_an_infinity_stays_in_its_windows():
+    """The kernel filled up with zeros to a multiple of the stride would multiply it by zero."""
+    x, w = normals(1, 3, 12, 12).bfloat16(), normals(4, 3, 3, 3).bfloat16()
+    x[0, 0, 3, 3] = float("inf")  # windows are 3 wide and 4 apart: none holds it
+    y, _ = outcome(lambda x, w: conv2d(x, w, None, 4, backend="compiled"), x, w)
+    expected, _ = outcome(lambda x, w: conv2d(x, w, None, 4, backend="reference"), x, w)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-6)
+
+
+@pytest.mark.parametrize("operation", ["linear", "conv2d", "max_pool2d", "relu", "dropout", "the block"])
+def test_an_empty_batch_passes(operation):
+    functions = {
+        "linear": lambda x: linear(x.flatten(1), torch.ones(3, 576).double(), backend="compiled"),
+        "conv2d": lambda x: conv2d(x, torch.ones(4, 8, 3, 3).double(), backend="compiled"),
+        "relu": lambda x: relu(x, backend="compiled"),
+        "dropout": lambda x: dropout(x, backend="compiled"),
+        "max_pool2d": lambda x: NORMS["max_pool2d"](x, "compiled"),
+        "the block": lambda x: NORMS["the block"](x, "compiled"),
+    }
+    y, [dx] = outcome(functions[operation], X[:0])
+    assert (len(y), dx.shape) == (0, X[:0].shape)
+    meta = functions[operation](X.to("meta")) if operation not in ("linear", "conv2d") else None
+    assert meta is None or meta.shape[1:] == y.shape[1:]
+
+
+@pytest.mark.parametrize(
+    "operation", ["max_pool2d", "local_response_norm", "same_map_norm", "relu", "dropout"]
+)
+def test_an_output_may_be_changed_in_place(operation):
+    function = {
+        **NORMS,
+        "relu": lambda x, backend: relu(x, backend=backend),
+        "dropout": lambda x, backend: dropout(x, key=3, backend=backend),
+    }[operation]
+
+    def in_place(x, backend):
+        return function(x, backend).mul_(2)
+
+    with torch.compiler.set_stance("force_eager"):
+        if operation == "relu":  # its backward reads what was changed: an error, as torch's own
+            with pytest.raises(RuntimeError, match="inplace operation"):
+                outcome(lambda x: in_place(x, "compiled"), X)
+        else:
+            assert_equals_the_reference(in_place, X)
+
+
+@pytest.mark.parametrize("convolution", ["compiled", "library"])
+def test_somebody_elses_graph_holds_the_compiled_pairs(convolution):
+    """torch.compile around a network traces through the pairs, whose own graphs would not nest."""
+    net, x = small_net("compiled", convolution), normals(3, 3, 29, 29).float()
+    reference = small_net("reference", "reference")
+    reference.load_state_dict(net.state_dict())
+    graph = torch.compile(net, fullgraph=True, backend="eager")
+    ours, expected = (
+        torch.autograd.grad(f(x).square().sum(), list(n.parameters()))
+        for f, n in ((graph, net), (reference, reference))
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_func_and_batched_gradients_take_compiled_pairs():
+    def loss(x):
+        return relu(x, backend="compiled").square().sum()
+
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(vmap(grad(loss))(X), 2 * X.clamp(min=0))
+        x = X[0, 0, 0].clone().requires_grad_()
+        y = relu(x, backend="compiled")
+        (rows,) = torch.autograd.grad(y, x, torch.eye(8).double(), is_grads_batched=True)
+        assert torch.equal(rows, (x > 0).double().diag())
+
+
+def test_dropout_keeps_channels_last():
+    x = X.to(memory_format=torch.channels_last)
+    with torch.compiler.set_stance("force_eager"):
+        assert dropout(x, backend="compiled").is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["relu_lrn_pool", "lrn_pool_relu"])
 def test_a_batch_in_two_halves_gives_the_same_bits(order, monkeypatch):
     """Halves of different sizes, in the graph of the whole; three images stay whole, since one is another graph."""
-    x, constants = 30 * normals(7, 6, 9, 9).float(), (*SMALL, True, order, 2, "all")
+    x, constants = 30 * normals(7, 6, 9, 9).float(), block_constants(SMALL, order, "all")
     pair = pair_for("relu_lrn_pool", "compiled")
     y, *saved = pair.forward(x, *constants)
     dy = normals(*y.shape, seed=1).float()
@@ -328,7 +452,7 @@ def test_a_batch_in_two_halves_gives_the_same_bits(order, monkeypatch):
 )
 def test_the_block_keeps_the_convolutions_output_and_the_winners(block, ties, bytes_per_output):
     x = X.to(memory_format=torch.channels_last)
-    constants = (*block, True, "relu_lrn_pool", 2, ties)
+    constants = block_constants(block, "relu_lrn_pool", ties)
     y, kept, *winners = pair_for("relu_lrn_pool", "compiled").forward(x, *constants)
     assert kept is x
     assert sum(w.numel() * w.element_size() for w in winners) == bytes_per_output * y.numel()

@@ -380,16 +380,16 @@ def test_an_empty_batch_passes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dilation": 2}, "dilation 1 only, not"),
-        ({"padding": "same"}, "padding='same': give p"),
-        ({"padding": (1, 2, 3)}, r"padding=\(1, 2, 3\): give p"),
-        ({"padding": -1}, "needs padding >= 0"),
-        ({"stride": 0}, "stride >= 1"),
-        ({"groups": 1}, "do not fit with groups=1"),
+        ({"dilation": 2}, r"dilation=\(2, 2\) must be 1"),
+        ({"padding": "same"}, "padding='same' must be an integer or a tuple of 1 or 2 or 4 integers"),
+        ({"padding": (1, 2, 3)}, r"padding=\(1, 2, 3\) must be an integer"),
+        ({"padding": -1}, r"padding=\(-1, -1, -1, -1\) must be >= 0"),
+        ({"stride": 0}, r"stride=\(0, 0\) positive"),
+        ({"groups": 1}, "multiples of groups=1"),
         ({"padding": 0, "input": X[..., :1, :]}, "a 2x3 kernel does not fit into 1x8 pixels"),
-        ({"input": X[0]}, r"give input \(N, C, H, W\)"),
-        ({"weight": W[0]}, r"and weight \(O, C/groups, R, S\)"),
-        ({"bias": B[:1]}, r"bias \(1,\) is not one number per output: give \(6,\)"),
+        ({"input": X[0]}, r"must be \(N, C, H, W\)"),
+        ({"weight": W[0]}, r"and \(O, C/groups, R, S\)"),
+        ({"bias": B[:1]}, r"bias \(1,\) must be \(6,\), one number per output"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments, message):
@@ -514,3 +514,23 @@ def test_products_of_cuda_are_few_and_aligned(network):
             assert sorted(operand.stride())[0] == 1
             assert sorted(operand.stride())[1] % 8 == 0  # numbers of 2 bytes: multiples of 16 bytes
             assert operand.storage_offset() % 8 == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("dilation", (2, 2)), ("padding_mode", "circular")])
+def test_attributes_that_are_set_later_count(name, value):
+    module = Conv2d(4, 6, 3).double()
+    setattr(module, name, value)
+    with pytest.raises(UserError, match=name):
+        module(X)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0, 6, 3), (4, 0, 3), (4, 6, 0), (4, 6, (3, 3, 3)), (4, 6, True), (4, 6, 3, 1, 0, 1, 0)]
+)
+def test_a_module_of_nothing_is_refused_in_one_line(arguments):
+    with pytest.raises(UserError, match="must be"):
+        Conv2d(*arguments)
+
+
+def test_a_stride_beyond_the_image_is_one_window():
+    torch.testing.assert_close(conv2d(X, W, groups=2, stride=2**40), conv2d(X, W, groups=2, stride=100))

@@ -247,9 +247,9 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"p": 1.5}, "p=1.5 is no probability"),
-        ({"mode": "alpha"}, "mode='alpha' is unknown"),
-        ({"inplace": True}, "inplace=True is not offered"),
+        ({"p": 1.5}, "p=1.5 must be in .0, 1."),
+        ({"mode": "alpha"}, "mode='alpha' must be one of inverted, mask_only"),
+        ({"inplace": True}, "inplace=True must be False"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -257,3 +257,32 @@ def test_impossible_options_are_refused(options, message):
         Dropout(**options)
     with pytest.raises(UserError, match=message):
         dropout(X, **options)
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_a_nan_stays_one_though_its_unit_is_dropped(p):
+    x = torch.full((4, 8), float("nan"))
+    assert dropout(x, p, key=KEY).isnan().all()
+
+
+def test_the_layout_is_kept():
+    x = torch.ones(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert dropout(x, key=KEY).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_p_of_zero_is_an_operation_like_any_other():
+    """A tensor of its own, in the graph, whose backward runs once."""
+    x = X.clone().requires_grad_()
+    y = dropout(x, 0.0)
+    assert y is not x
+    assert torch.equal(y, x)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        y.sum().backward()
+
+
+def test_attributes_that_are_set_later_count():
+    module = Dropout()
+    module.inplace = True
+    with pytest.raises(UserError, match="inplace=True"):
+        module(X)

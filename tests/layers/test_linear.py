@@ -11,6 +11,7 @@ from cases import (
     outcome,
 )
 
+from alexnet.errors import UserError
 from alexnet.layers import Linear, linear
 from alexnet.layers.linear import linear_backward
 
@@ -107,3 +108,12 @@ def test_has_the_parameters_of_torch():
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="cuda"):
         Linear(5, 4, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"), [(W[0], None), (W, B[:1]), (W, B[0]), (W[:, :3], None), (W, torch.ones(5).double())]
+)
+def test_shapes_that_only_broadcast_are_refused_in_one_line(weight, bias):
+    with pytest.raises(UserError, match=r"must be input \(\.\.\., I\), weight \(O, I\)") as refusal:
+        linear(X, weight, bias)
+    assert "\n" not in str(refusal.value)

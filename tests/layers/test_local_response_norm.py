@@ -167,7 +167,7 @@ def test_defaults_are_those_of_torch():
 
 
 def test_module_refuses_no_tower():
-    with pytest.raises(UserError, match="groups=0 is no number of towers"):
+    with pytest.raises(UserError, match="groups=0 must be a positive integer"):
         LocalResponseNorm(5, groups=0)
 
 
@@ -178,9 +178,9 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize(
     ("constants", "message"),
     [
-        ({"size": 0}, "size=0 is no window"),
-        ({"size": 5, "alpha": -1e-4}, "alpha=-0.0001 can make s negative"),
-        ({"size": 5, "k": 0}, "k=0 divides by zero"),
+        ({"size": 0}, "size=0 must be a positive integer"),
+        ({"size": 5, "alpha": -1e-4}, "alpha=-0.0001 must be a number >= 0"),
+        ({"size": 5, "k": 0}, "k=0 must be a number > 0"),
     ],
 )
 def test_impossible_constants_are_refused(constants, message):
@@ -194,3 +194,28 @@ def test_impossible_constants_are_refused(constants, message):
 def test_towers_that_cannot_share_the_maps_are_refused(shape, groups):
     with pytest.raises(UserError, match=f"groups={groups}"):
         local_response_norm(normals(*shape), 5, groups=groups)
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled", "native"])
+@pytest.mark.parametrize(
+    ("value", "beta", "nan_in_y", "nan_in_dx"),
+    [
+        (float("nan"), 0.75, range(4, 9), range(2, 11)),
+        (float("-inf"), 0.75, [6], range(4, 9)),
+        (1e25, 0.75, [], []),
+        (float("nan"), 0.0, [6], range(2, 11)),
+        (float("inf"), 0.0, [], range(4, 9)),
+    ],
+)
+def test_non_finite_values_are_where_the_docstring_says(backend, value, beta, nan_in_y, nan_in_dx):
+    x = torch.ones(1, 12, 2, 1)
+    x[0, 6, 0] = value
+    with torch.compiler.set_stance("force_eager"):
+        y, [dx] = outcome(lambda x: local_response_norm(x, 5, 0.3, beta, 2.0, backend=backend), x)
+    if beta == 0 and backend == "native":
+        nan_in_dx = [6]
+    for result, where in ((y, nan_in_y), (dx, nan_in_dx)):
+        assert result[0, :, 0, 0].isnan().nonzero().flatten().tolist() == list(where)
+        assert result[0, :, 1].isfinite().all()  # the pixel beside it
+    if value == float("-inf") and beta:
+        assert not y[0, [4, 5, 7, 8], 0].any()

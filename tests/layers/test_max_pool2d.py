@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -273,8 +274,8 @@ def test_second_derivative_is_refused(ties):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dilation": 2}, "dilation 1 only"),
-        ({"ties": "last"}, "ties='last' is no rule for equal maxima: choose one of first, all"),
+        ({"dilation": 2}, r"dilation=\(2, 2\) must be 1"),
+        ({"ties": "last"}, "ties='last' must be one of first, all"),
         ({"kernel_size": 12}, "at most 128 places"),
         ({"stride": 0}, "must be at least 1"),
         ({"padding": 2}, "from 0 to half of kernel_size"),
@@ -294,3 +295,56 @@ def test_what_cannot_be_is_refused_in_one_line(arguments, message):
 def test_module_refuses_what_it_has_not(arguments):
     with pytest.raises(UserError, match=next(iter(arguments))):
         MaxPool2d(3, **arguments)
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled", "native"])
+@RULES
+@pytest.mark.parametrize(
+    ("window", "maximum", "winners"),
+    [
+        ([1, NAN, 3, 2], NAN, {"first": [1], "all": []}),
+        ([NAN, 3, NAN, 2], NAN, {"first": [2], "all": []}),
+        ([INF, 3, INF, 2], INF, {"first": [0], "all": [0, 2]}),
+        ([-INF] * 4, -INF, {"first": [0], "all": [0, 1, 2, 3]}),
+    ],
+)
+def test_non_finite_values_are_where_the_docstring_says(backend, ties, window, maximum, winners):
+    x = torch.tensor(window).view(1, 1, 2, 2)
+    with torch.compiler.set_stance("force_eager"):
+        y, [dx] = outcome(lambda x: max_pool2d(x, 2, ties=ties, backend=backend), x)
+    torch.testing.assert_close(y.item(), maximum, equal_nan=True)
+    expected = winners[ties]
+    if backend == "compiled" and window[0] != window[0] and ties == "first":
+        expected = [0]  # the first of two NaNs
+    if backend == "native" and ties == "all":
+        expected = []
+    assert dx.flatten().nonzero().flatten().tolist() == expected
+
+
+def test_attributes_that_are_set_later_count():
+    module = MaxPool2d(3)
+    module.return_indices = True
+    with pytest.raises(UserError, match="return_indices"):
+        module(X)
+    module = MaxPool2d(3)
+    module.dilation = 2
+    with pytest.raises(UserError, match="dilation"):
+        module(X)
+
+
+@pytest.mark.parametrize("size", [np.int64(3), torch.tensor(3), (3,), [3, 3]])
+def test_sizes_in_every_spelling_of_torch(size):
+    torch.testing.assert_close(max_pool2d(X, size, 2), max_pool2d(X, 3, 2))
+
+
+@pytest.mark.parametrize("size", [(3, 3, 3), (), True, 3.0, "3", None])
+def test_other_sizes_are_refused_in_one_line(size):
+    with pytest.raises(UserError, match=r"kernel_size=.* must be an integer or a tuple of 1 or 2 integers"):
+        max_pool2d(X, size)
+
+
+def test_a_stride_beyond_the_image_is_one_window():
+    torch.testing.assert_close(max_pool2d(X, 3, 2**40), max_pool2d(X, 3, 100))

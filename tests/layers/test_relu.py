@@ -77,9 +77,16 @@ def test_module_copies_pickles_compiles_and_prints():
 def test_takes_the_arguments_of_torch_and_refuses_to_work_in_place():
     assert ReLU(False)(torch.tensor([-1.0])) == 0
     for make in (lambda: ReLU(inplace=True), lambda: relu(torch.ones(1), True)):
-        with pytest.raises(UserError, match="inplace=True is not offered: use inplace=False"):
+        with pytest.raises(UserError, match="inplace=True must be False"):
             make()
 
 
 def test_second_derivative_is_refused():
     assert_once_differentiable(relu, X)
+
+
+def test_attributes_that_are_set_later_count():
+    module = ReLU()
+    module.inplace = True
+    with pytest.raises(UserError, match="inplace=True"):
+        module(X)

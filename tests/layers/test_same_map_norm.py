@@ -117,8 +117,8 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize(
     ("constants", "message"),
     [
-        ({"size": 4}, "size=4 is even, and an even square has no centre. Try size=5"),
-        ({"size": -1}, "size=-1 is no window"),
+        ({"size": 4}, "size=4 must be odd, for the square to have a centre: try size=5"),
+        ({"size": -1}, "size=-1 must be a positive integer"),
         ({"size": 5, "alpha": -1.0}, "alpha=-1.0"),
         ({"size": 5, "k": -1.0}, "k=-1.0"),
     ],
@@ -131,5 +131,5 @@ def test_impossible_constants_are_refused(constants, message):
 
 
 def test_an_input_without_maps_is_refused():
-    with pytest.raises(UserError, match=r"Give \(N, C, H, W\)"):
+    with pytest.raises(UserError, match=r"must be \(N, C, H, W\)"):
         same_map_norm(X[0], 5)

@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from alexnet.layers import triton as kernels
+from alexnet.layers.local_response_norm import Norm
+from alexnet.layers.max_pool2d import Pool
 from alexnet.layers.triton import local_response_norm as norm
 from alexnet.layers.triton import relu_lrn_pool as block
 
@@ -82,9 +84,10 @@ def compute_capability_8(tmp_path, monkeypatch):
 def test_kernels_compile_without_a_gpu(case):
     dtype, maps, groups, beta, kernel, order, ties = CASES[case]
     x = torch.empty(2, maps, 27, 27, dtype=dtype, device="meta")
-    fixed = norm.norm_constants(x, 5, 1e-4, beta, 2.0, groups)
-    pool = block._pool_constants(x, (13, 13), kernel, (2, 2), order, groups, ties)
-    winners = block._winners_type(kernel, ties)
+    windows = Pool(kernel, (2, 2), (0, 0), True, ties)
+    fixed = norm.norm_constants(x, Norm(5, 1e-4, beta, 2.0, groups))
+    pool = block._pool_constants(x, (13, 13), groups, windows, order)
+    winners = block._winners_type(windows)
     for made in (
         norm.forward_kernel.warmup(dtype, dtype, 99, grid=(1,), **fixed),
         norm.backward_kernel.warmup(dtype, dtype, dtype, 99, grid=(1,), **fixed),
@@ -99,7 +102,7 @@ def test_kernels_compile_without_a_gpu(case):
 @NO_INTERPRETER
 @pytest.mark.usefixtures("compute_capability_8")
 def test_one_kernel_serves_every_batch():
-    fixed = norm.norm_constants(torch.empty(2, 8, 3, 3, device="meta"), 5, 1e-4, 0.75, 2.0, 2)
+    fixed = norm.norm_constants(torch.empty(2, 8, 3, 3, device="meta"), Norm(5, 1e-4, 0.75, 2.0, 2))
     kernels_made = {
         id(norm.forward_kernel.warmup(torch.float32, torch.float32, rows, grid=(1,), **fixed))
         for rows in (1, 16, 999)
@@ -126,11 +129,11 @@ def test_without_cuda_the_backend_is_refused_when_the_network_is_built(operation
 
 @NO_INTERPRETER
 def test_a_tensor_that_is_not_on_cuda_is_refused():
-    x = torch.ones(1, 4, 5, 5)
+    x, pool = torch.ones(1, 4, 5, 5), Pool((3, 3), (2, 2), (0, 0), True, "first")
     with pytest.raises(UserError, match=r"tensor on cpu.*Set backend\.local_response_norm=reference"):
         norm.local_response_norm_forward(x, 5, 1e-4, 0.75, 2.0, 1)
     with pytest.raises(UserError, match=r"tensor on cpu.*Set backend\.relu_lrn_pool=reference"):
-        block.relu_lrn_pool_forward(x, 5, 1e-4, 0.75, 2.0, (3, 3), (2, 2), True, "relu_lrn_pool", 1, "first")
+        block.relu_lrn_pool_forward(x, Norm(5, 1e-4, 0.75, 2.0, 1), pool, "relu_lrn_pool")
 
 
 def test_fast_does_not_choose_what_is_not_measured():

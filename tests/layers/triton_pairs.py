@@ -11,7 +11,8 @@ from triton import knobs
 from alexnet.errors import UserError
 from alexnet.layers import local_response_norm, relu_lrn_pool
 from alexnet.layers.backend import Pair, pair_for
-from alexnet.layers.max_pool2d import output_size
+from alexnet.layers.local_response_norm import Norm
+from alexnet.layers.max_pool2d import Pool, output_size
 from alexnet.layers.triton import local_response_norm as norm_kernels
 from alexnet.layers.triton import relu_lrn_pool as block_kernels
 
@@ -54,8 +55,13 @@ def compare_norm(x, norm=NORM, groups=1, **choices):
     assert_pairs_agree("local_response_norm", x, *norm, groups, **choices)
 
 
+def block_constants(order, ties="first", norm=NORM, pool=POOL, groups=2):
+    """What the block's pair takes."""
+    return Norm(*norm, groups), Pool(*pool[:2], (0, 0), pool[2], ties), order
+
+
 def compare_block(x, order, ties="first", norm=NORM, pool=POOL, groups=1, **choices):
-    assert_pairs_agree("relu_lrn_pool", x, *norm, *pool, order, groups, ties, **choices)
+    assert_pairs_agree("relu_lrn_pool", x, *block_constants(order, ties, norm, pool, groups), **choices)
 
 
 # Every branch of the launchers: rows that fill the last block and rows that do not, lanes without a map, one map.
@@ -123,11 +129,10 @@ def test_other_windows(pool):
 def test_bits_of_the_winners():
     x = inputs(1, 4, 6, 6).round()
     for kernel, kept in ((3, 5), torch.int16), ((4, 4), torch.int32):
-        compare_block(x, "relu_lrn_pool", "all", pool=(kernel, (2, 2), True))
-        winners = block_kernels.relu_lrn_pool_forward(x, *NORM, kernel, *POOL[1:], "relu_lrn_pool", 1, "all")[
-            2
-        ]
-        assert winners.dtype == kept
+        pool = kernel, (2, 2), True
+        compare_block(x, "relu_lrn_pool", "all", pool=pool)
+        constants = block_constants("relu_lrn_pool", "all", pool=pool, groups=1)
+        assert block_kernels.relu_lrn_pool_forward(x, *constants)[2].dtype == kept
     with pytest.raises(UserError, match=r"room for 31 places.*Set backend\.relu_lrn_pool=reference"):
         relu_lrn_pool(x, *NORM, 6, 2, ties="all", backend="triton")
 
@@ -192,7 +197,7 @@ def test_narrow_types_are_computed_in_float32_and_rounded_once(dtype, order):
     # A unit in the last place: the interpreter cuts bfloat16 off where the chip rounds.
     ulp = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     x = inputs(2, 12, 7, 6).to(dtype)
-    norm, block = (*NORM, 2), (*NORM, *POOL, order, 2, "first")
+    norm, block = Norm(*NORM, 2), block_constants(order)
     for operation, constants in (("local_response_norm", norm), ("relu_lrn_pool", block)):
         reference, triton = pair_for(operation, "reference"), pair_for(operation, "triton")
         y = reference.forward(x.float(), *constants)[0]
@@ -206,7 +211,7 @@ def test_narrow_types_are_computed_in_float32_and_rounded_once(dtype, order):
 @ORDERS
 def test_kept_are_the_input_and_one_byte_an_output(order):
     x = inputs(2, 6, 7, 8)
-    y, *saved = block_kernels.relu_lrn_pool_forward(x, *NORM, *POOL, order, 2, "first")
+    y, *saved = block_kernels.relu_lrn_pool_forward(x, *block_constants(order))
     assert saved[0] is x
     assert (len(saved), saved[1].dtype, saved[1].numel()) == (2, torch.int8, y.numel())
     assert y.shape[-2:] == output_size((7, 8), (3, 3), (2, 2), (0, 0), True)
@@ -248,7 +253,7 @@ def test_a_wrong_second_term_is_noticed(bug, monkeypatch):
 
 
 def test_a_norm_across_the_towers_is_noticed():
-    forward, backward = pair_for("local_response_norm", "triton")
+    forward, backward, _ = pair_for("local_response_norm", "triton")
     for wrong in (
         Pair(lambda x, *a: forward(x, *a[:-1], 1), backward),
         Pair(forward, lambda *a: backward(*a[:-1], 1)),
@@ -261,11 +266,15 @@ def wrong_blocks():
     forward, backward = block_kernels.relu_lrn_pool_forward, block_kernels.relu_lrn_pool_backward
     other = {"relu_lrn_pool": "lrn_pool_relu", "lrn_pool_relu": "relu_lrn_pool"}
     return {
-        "forward across the towers": Pair(lambda *a: forward(*a[:-2], 1, a[-1]), backward),
-        "backward across the towers": Pair(forward, lambda *a: backward(*a[:-2], 1, a[-1])),
+        "forward across the towers": Pair(lambda x, n, *a: forward(x, n._replace(groups=1), *a), backward),
+        "backward across the towers": Pair(
+            forward, lambda dy, x, won, n, *a: backward(dy, x, won, n._replace(groups=1), *a)
+        ),
         "winners off by one": Pair(forward, lambda dy, x, won, *a: backward(dy, x, won + 1, *a)),
-        "the other order": Pair(forward, lambda *a: backward(*a[:-3], other[a[-3]], *a[-2:])),
-        "windows rounded down": Pair(lambda *a: forward(*a[:7], False, *a[8:]), backward),
+        "the other order": Pair(forward, lambda *a: backward(*a[:-1], other[a[-1]])),
+        "windows rounded down": Pair(
+            lambda x, n, pool, order: forward(x, n, pool._replace(ceil_mode=False), order), backward
+        ),
     }
 
 

@@ -17,20 +17,18 @@ from alexnet.layers.compiled import on_cuda, pointwise, relu_lrn_pool, same_map_
 conv = import_module("alexnet.layers.compiled.conv2d")  # the package's own `conv2d` is the function
 
 LINEAR: Table = {
-    "dw with images out of step": mutate(pointwise.linear_backward, "(dy, x, w", "(dy, x.roll(1, 0), w"),
+    "dw with images out of step": mutate(pointwise.linear_backward, "dy_NO.T", "dy_NO.roll(1, 0).T"),
 }
 
 RELU: Table = {
     "dy read in its own memory order, not y's": mutate(
-        pointwise.relu_backward, "as_it_lies(dy, y)", "as_it_lies(dy)"
+        pointwise.relu_backward, "flatten_dense(dy, y)", "flatten_dense(dy)"
     ),
-    "y >= 0 for y > 0: never closed": mutate(
-        pointwise._relu_gradient, "rectified_gradient(dy, y)", "dy * (y >= 0)"
-    ),
+    "y >= 0 for y > 0: never closed": mutate(pointwise._relu_gradient, "y <= 0", "y < 0"),
 }
 
 TANH: Table = {
-    "1 - y for 1 - y^2": mutate(pointwise._tanh_gradient, "squashed_gradient(dy, y)", "dy * (1 - y)"),
+    "1 - y for 1 - y^2": mutate(pointwise._tanh_gradient, "y_wide * y_wide", "y_wide"),
 }
 
 DROPOUT: Table = {
@@ -46,10 +44,10 @@ DROPOUT: Table = {
     ),
 }
 
-_winner_exchanged = mutate(pool._won, "float(place)", "float(place % 3 * 3 + place // 3)")
+_winner_exchanged = mutate(pool.has_won, "float(place)", "float(place % 3 * 3 + place // 3)")
 MAX_POOL2D: Table = {
     "= for += where windows overlap": mutate(
-        pool._paid,
+        pool._collected,
         "total + torch.where(won, dy[window].to(total.dtype), 0)",
         "torch.where(won, dy[window].to(total.dtype), total)",
     ),
@@ -58,7 +56,7 @@ MAX_POOL2D: Table = {
         ".to(dy.dtype))",
         ".to(dy.dtype))\n    planes[-1].zero_()  # what the memory held before",
     ),
-    "places counted from 1": mutate(pool._won, "float(place)", "float(place + 1)"),
+    "places counted from 1": mutate(pool.has_won, "float(place)", "float(place + 1)"),
     "winner's row and column exchanged": _winner_exchanged,
     "border of windows on the other side": mutate(
         pool.gather,
@@ -70,15 +68,15 @@ MAX_POOL2D: Table = {
     ),
     "nine places to a byte": (
         mutate(pool.pooled, "candidates), BITS", "candidates), 9", "start + BITS", "start + 9"),
-        mutate(pool._won, "place // BITS", "place // 9", "place % BITS", "place % 9"),
+        mutate(pool.has_won, "place // BITS", "place // 9", "place % BITS", "place % 9"),
     ),
     "the search begins one place late": mutate(pool.max_pool2d_forward, "x.device)", "x.device) + 1"),
 }
 
-_slope_like_gain = mutate(norm.gain_and_slope, "gain * (root * root)", "gain")
+_slope_like_gain = mutate(norm.gained_and_competing, "t * (a * root * root)", "t * a")
 LOCAL_RESPONSE_NORM: Table = {
-    "last map's neighbour in the next pixel": mutate(norm.window_sums, "term(x) * keep[i]", "term(x)"),
-    "tower boundary ignored": mutate(norm.neighbours, "C = x.shape[-1]", "C, groups = x.shape[-1], 1"),
+    "last map's neighbour in the next pixel": mutate(norm.window_sums, "kept(term(x), keep[i])", "term(x)"),
+    "tower boundary ignored": mutate(norm.neighbours, "norm.groups", "1"),
     "even window not reflected": mutate(norm.neighbours, "groups, after, before", "groups, before, after"),
     "first and last pixel left alone": mutate(
         norm.window_sums,
@@ -99,13 +97,13 @@ SAME_MAP_NORM: Table = {
     "s^-3/4 where s^-7/4 belongs": _slope_like_gain,
 }
 
-_closed_windows_have_a_winner = mutate(relu_lrn_pool.closed, "NOBODY[ties]", '(ties == "all")')
+_closed_windows_have_a_winner = mutate(relu_lrn_pool.closed, "NO_WINNER[ties]", '(ties == "all")')
 RELU_LRN_POOL: Table = {
     "the ReLU's mask forgotten, paper's order": mutate(
         norm.norm_rows_backward, "torch.where(a <= 0, 0, piece) if relu else piece", "piece"
     ),
     "towers ignored in the backward": mutate(
-        relu_lrn_pool.relu_lrn_pool_backward, "norm, groups, relu", "norm, 1, relu"
+        relu_lrn_pool.relu_lrn_pool_backward, "x_part, norm,", "x_part, norm._replace(groups=1),"
     ),
     "closed windows have a winner, 2012 order": _closed_windows_have_a_winner,
     "gathered for a window further on": mutate(
@@ -158,8 +156,11 @@ CROSS_ENTROPY: Table = {
     ),
     "smoothing forgotten in the backward": mutate(
         pointwise._loss_gradient,
-        "(1 - label_smoothing) * hit.to(p.dtype) + label_smoothing / classes",
-        "hit.to(p.dtype)",
+        "(1 - label_smoothing) * hit.to(top.dtype) + label_smoothing / classes",
+        "hit.to(top.dtype)",
+    ),
+    "logarithm added to the largest logit": mutate(
+        pointwise._loss_gradient, "(x.to(top.dtype) - top) - log_sum", "x.to(top.dtype) - (top + log_sum)"
     ),
     "a batch's losses weighed by the first": mutate(
         pointwise.cross_entropy_backward, "reshape(-1, 1)", "reshape(-1, 1)[:1]"
@@ -170,15 +171,15 @@ CROSS_ENTROPY: Table = {
 CUDA: dict[str, Table] = {
     "local_response_norm": {
         "tower boundary ignored": mutate(
-            on_cuda.window_sum, "maps = a.shape[-1] // groups", "groups, maps = 1, a.shape[-1]"
+            on_cuda.window_sum, "maps = a", "norm = norm._replace(groups=1)\n    maps = a"
         ),
         "even window not reflected": mutate(
             on_cuda.window_sum,
-            "reversed(reach(size, maps)) if reflected else reach(size, maps)",
-            "reach(size, maps)",
+            "reversed(reach(norm.size, maps)) if reflected else reach(norm.size, maps)",
+            "reach(norm.size, maps)",
         ),
         "window one map further on": mutate(on_cuda.shifted_sum, "a.narrow", "a.roll(1, dim).narrow"),
-        "s^-3/4 where s^-7/4 belongs": mutate(on_cuda.slope, "gain(s, beta) / s", "gain(s, beta)"),
+        "s^-3/4 where s^-7/4 belongs": mutate(on_cuda.competitors, "(a / s)", "a"),
     },
     "same_map_norm": {
         "sum over a row for the square": mutate(
@@ -188,16 +189,14 @@ CUDA: dict[str, Table] = {
         ),
         "divided by n, not by n^2": mutate(on_cuda.area, "size**2", "size"),
         "stored q is dy x, without the power": mutate(
-            on_cuda.competitors, "dy * a * slope(denominator(a, norm, groups), norm[2])", "dy * a"
+            on_cuda.competitors, "dy * gain(s, norm.beta) * (a / s)", "dy * a"
         ),
     },
     "max_pool2d": {
         "only the last of a pixel's windows": mutate(
             on_cuda._wins, "return wins", "return wins & (turn == (0, 0))"
         ),
-        "windows' rows and columns exchanged": mutate(
-            on_cuda._pool_gradient, "(t, s), kernel", "(s, t), kernel"
-        ),
+        "windows' rows and columns exchanged": mutate(on_cuda._pool_gradient, "(t, s), pool", "(s, t), pool"),
         "winner's row and column exchanged": _winner_exchanged,
     },
     "relu_lrn_pool": {

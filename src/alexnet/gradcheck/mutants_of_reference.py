@@ -3,7 +3,7 @@
 from alexnet.gradcheck.mutants import Table, mutants, mutate
 from alexnet.gradcheck.mutants_of_rules import MUTANTS_OF_RULES
 from alexnet.layers.conv2d import _weight_from_rows, conv2d_backward, fold, images_at_once
-from alexnet.layers.cross_entropy import cross_entropy_backward
+from alexnet.layers.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from alexnet.layers.dropout import dropout_backward, dropout_forward
 from alexnet.layers.linear import linear_backward
 from alexnet.layers.local_response_norm import local_response_norm_backward, local_response_norm_forward
@@ -44,8 +44,8 @@ TANH: Table = {
 
 DROPOUT: Table = {
     "scale forgotten in the backward": mutate(dropout_backward, "dy * scale", "dy"),
-    "another mask in the backward": mutate(dropout_backward, "where(keep", "where(keep.roll(1, -1)"),
-    "no mask in the backward": mutate(dropout_backward, "torch.where(keep, dy * scale, 0)", "dy * scale"),
+    "another mask in the backward": mutate(dropout_backward, "* keep", "* keep.roll(1, -1)"),
+    "no mask in the backward": mutate(dropout_backward, "dy * scale * keep", "dy * scale"),
     "p taken as the share kept": mutate(dropout_forward, "= dropout_mask", "= ~dropout_mask"),
     "every slice has the first rows' mask": mutate(dropout_forward, "key, first_row, x", "key, 0, x"),
     "scaled by p where 1/(1-p) was meant": mutate(
@@ -165,30 +165,42 @@ CROSS_ENTROPY: Table = {
         "images, classes = x.shape",
         "(images, classes), label_smoothing = x.shape, 0.0",
     ),
+    "logarithm added to the largest logit": (
+        mutate(cross_entropy_forward, "(x_wide - top) - log_sum", "x_wide - (top + log_sum)"),
+        mutate(
+            cross_entropy_backward,
+            "(cast(x, top.dtype) - top) - log_sum",
+            "cast(x, top.dtype) - (top + log_sum)",
+        ),
+    ),
     "target forgotten: p for p - q": mutate(cross_entropy_backward, "(p - q)", "p"),
     "uphill: q - p, as in the 2012 code": mutate(cross_entropy_backward, "p - q", "q - p"),
     "softmax over the images": mutate(
-        cross_entropy_backward, "(cast(x, lse.dtype) - lse).exp()", "cast(x, lse.dtype).softmax(0)"
+        cross_entropy_backward,
+        "((cast(x, top.dtype) - top) - log_sum).exp()",
+        "cast(x, top.dtype).softmax(0)",
     ),
 }
 
 RELU_LRN_POOL: Table = {
-    "the ReLU's mask forgotten, paper's order": mutate(
-        relu_lrn_pool_backward, "relu_backward(da, relu_y)", "da"
-    ),
-    "the ReLU's mask forgotten, 2012 order": mutate(
-        relu_lrn_pool_backward, "relu_backward(dy, relu_y)", "dy"
-    ),
+    "the ReLU's mask forgotten, paper's order": mutate(relu_lrn_pool_backward, "relu_backward(da, a)", "da"),
+    "the ReLU's mask forgotten, 2012 order": mutate(relu_lrn_pool_backward, "relu_backward(dy, y)", "dy"),
     "norm's second term dropped": _second_term_dropped,
     "towers ignored in the backward": _towers_ignored,
     "= for += in its pool": mutate(max_pool2d_backward, "+=", "="),
     "closed units get nothing in the 2012 order": mutate(
         relu_lrn_pool_backward,
-        "return local_response_norm_backward(db, *norm)",
-        "return local_response_norm_backward(db, *norm) * (norm_x > 0)",
+        "return local_response_norm_backward(db, x, s, *norm)",
+        "return local_response_norm_backward(db, x, s, *norm) * (x > 0)",
     ),
     "the 2012 order computed as the paper's": (
-        mutate(relu_lrn_pool_forward, 'order == "relu_lrn_pool"', "True"),
+        mutate(
+            relu_lrn_pool_forward,
+            'x)[0] if order == "relu_lrn_pool"',
+            "x)[0] if True",
+            "y = m if order",
+            "y = m if True or order",
+        ),
         mutate(relu_lrn_pool_backward, 'order == "relu_lrn_pool"', "True"),
     ),
 }

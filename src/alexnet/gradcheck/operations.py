@@ -1,5 +1,6 @@
 """Every operation with its cases, its rounding bounds and its identities. What these are, `cases` says."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -414,18 +415,19 @@ CONV2D = Operation(
 
 
 def _cross_entropy_rounding(at: Evaluation) -> list[Rounding]:
-    """An error e in the exponent is a factor 1 + e of p, and the exponent x - lse is rounded in proportion to its
-    size: so the largest |x - lse| counts like a number of roundings, as do K summands and two functions."""
+    """An error e in the exponent is a factor 1 + e of p, and the exponent log p is rounded in proportion to its
+    size: so the largest |log p| counts like a number of roundings, as do K summands and two functions. The size of the
+    logits themselves does not count: the largest is subtracted first, which is exact where the others are near it."""
     (x, target), options = at.inputs, at.options
-    lse = x.logsumexp(1, keepdim=True)
-    roundings = x.shape[1] + 3 * FUNCTION + 4 * int((x - lse).abs().max()) + 2 * int(x.abs().max()) + 8
+    log_p = (x - x.amax(1, keepdim=True)).log_softmax(1)
+    roundings = x.shape[1] + 3 * FUNCTION + 6 * int(log_p.abs().max()) + 8
     smoothing = options.get("label_smoothing", 0.0)
     q = smoothing / x.shape[1] + (1 - smoothing) * F.one_hot(target, x.shape[1])
     weight = at.dy.reshape(-1, 1).abs() / (len(x) if options.get("reduction", "mean") == "mean" else 1)
-    size = (x.abs().amax(1) + lse[:, 0].abs()).reshape(at.y.shape or (-1,))
+    size = (log_p.abs().amax(1) + math.log(x.shape[1])).reshape(at.y.shape or (-1,))
     total = {"none": size, "sum": size.sum()}.get(options.get("reduction", "mean"), size.mean())
     # The loss of half types stays in float32, so nothing of it is stored in the half type.
-    return [Rounding(total, roundings + len(x), 0), Rounding(weight * ((x - lse).exp() + q), roundings, 1)]
+    return [Rounding(total, roundings + len(x), 0), Rounding(weight * (log_p.exp() + q), roundings, 1)]
 
 
 def _rows_sum_to_zero(at: Evaluation) -> list[Identity]:
@@ -435,10 +437,15 @@ def _rows_sum_to_zero(at: Evaluation) -> list[Identity]:
 
 
 def _logits_case(name: str, kind: str, images: int, classes: int, times: float = 1.0, **options: Any) -> Case:
+    around = options.pop("around", 0.0)
+
+    def logits(g: torch.Generator) -> Tensor:
+        return normals(images, classes, times=times)(g) + around
+
     def labels(g: torch.Generator) -> Tensor:
         return torch.randint(classes, (images,), generator=g)
 
-    return case(name, kind, normals(images, classes, times=times), labels, **options)
+    return case(name, kind, logits, labels, **options)
 
 
 CROSS_ENTROPY = Operation(
@@ -453,6 +460,8 @@ CROSS_ENTROPY = Operation(
         _logits_case("one image, two classes", "awkward", 1, 2),
         # exp(800) overflows even float64. Far from the truth the curve is straight: nothing to difference.
         _logits_case("logits of 800", "awkward", 4, 7, times=400.0, smooth=False),
+        # Their differences are small numbers; 1e8 + log 7 is not a difference.
+        _logits_case("logits around 1e8", "awkward", 4, 7, around=1e8, smooth=False),
         _logits_case("not contiguous", "awkward", 5, 7, layout="gapped"),
         _logits_case("ILSVRC batch", "paper", 32, 1000, times=2.0),
     ],

@@ -1,18 +1,12 @@
 """Which pair of functions serves an operation.
 
-Every operation of the network is a *pair* of plain functions:
-
-    x_forward(...)           -> (y, *saved)
-    x_backward(dy, *saved, ...) -> gradients
-
-A backend is another pair with the same inputs, outputs and gradients. Each backward reads what its own
-forward saved, so pairs are never mixed.
+What a pair is: pair.py. Every backend has one for each operation, or says that it has none:
 
     reference   readable torch, derived in the layer's docstring; any device, float64 included
     compiled    the same mathematics through torch.compile
     library     conv2d only: as compiled, with the library's gradient kernel for the weights
     triton      hand-written kernels, CUDA only
-    native      no pair: torch.nn.functional under autograd; oracle, baseline and export path
+    native      not a pair: torch.nn.functional under autograd; oracle, baseline and export path
     fast        the fastest pairs known whose gradients are all ours: compiled
     fastest     the same, with the library's gradient kernel for each convolution in which ours is slower
     auto        fast on a GPU, reference elsewhere
@@ -22,18 +16,16 @@ forward saved, so pairs are never mixed.
 environment, and nothing falls back in silence.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from importlib import import_module
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from alexnet.errors import UserError
 from alexnet.layers.from_file import import_file, is_file
+from alexnet.layers.pair import PAIRS, Pair
 
 
 class Backend(StrEnum):
@@ -52,13 +44,6 @@ AUTO = {"cuda": Backend.fast}
 
 # What a module stores: the others are choices for a whole network, resolved when it is built.
 BY_NAME = tuple(b for b in Backend if b not in (Backend.auto, Backend.fast, Backend.fastest))
-
-
-class Pair(NamedTuple):
-    """A forward and the backward that reads what it saved."""
-
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
 
 
 @dataclass
@@ -89,7 +74,7 @@ class Backends:
 
         A kind of convolution that differs from the others has an entry of its own: {"conv2d 5x5 groups": "compiled"}.
         A path is kept, and its file is run: nothing else runs one, so a path out of a checkpoint never is. Raises
-        UserError when a chosen backend cannot be had there; the message names the way out.
+        UserError when a chosen backend is not available there; the message says what to set.
         """
         chosen = {name: str(getattr(self, name) or self.default) for name in OPERATIONS}
         concrete = {name: fastest_known(name, choice, device_type) for name, choice in chosen.items()}
@@ -139,10 +124,6 @@ def convolution_kind(kernel_size: int, groups: int) -> str:
     return f"conv2d {kernel_size}x{kernel_size}{' groups' if groups > 1 else ''}"
 
 
-# Layer files enter their reference pair here; the other backends are entered when first asked for.
-PAIRS: dict[tuple[str, str], Pair] = {}
-
-
 def pair_for(operation: str, backend: str) -> Pair | None:
     """The pair that serves an operation; None means native, i.e. torch's own operator under autograd."""
     if backend == Backend.native:
@@ -162,25 +143,21 @@ def pair_from_file(path: str, operation: str) -> Pair:
 
 
 def checked(operation: str, backend: str) -> str:
-    """The name as a module stores it. Raises UserError for one that is no pair."""
-    if is_file(backend):
-        if (operation, backend) not in PAIRS:
-            raise UserError(
-                f"{backend} is a file, and a file is run only where the command line names it: set "
-                f"backend.{operation}={backend}, or another backend"
-            )
-    elif backend not in BY_NAME:
-        remedy = f"choose one of {', '.join(BY_NAME)}"
-        if backend in list(Backend):
-            remedy += (
-                f", or take what Backends(default={backend!r}).resolve(device_type) names for {operation}"
-            )
-        raise UserError(f"backend={str(backend)!r} is no pair for {operation}: {remedy}")
+    """The name as a module stores it. Raises UserError for an unknown one, for one that must be resolved first and for
+    a compiled pair where a tool is missing."""
+    _check_name(operation, backend)
+    if backend in (Backend.compiled, Backend.library):
+        pair_for(operation, backend)  # now: inside somebody's torch.compile the import could not be traced
     return str(backend)
 
 
 def _load(operation: str, backend: str) -> Pair:
-    checked(operation, backend)
+    _check_name(operation, backend)
+    if torch.compiler.is_compiling():
+        raise UserError(
+            f"backend={backend} of {operation} must be loaded before torch.compile traces a call of it: use the "
+            "module, or call the function once before"
+        )
     try:
         module = import_module(f"alexnet.layers.{backend}")
     except ModuleNotFoundError as error:
@@ -192,41 +169,15 @@ def _load(operation: str, backend: str) -> Pair:
     return pair
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which an elementwise formula is computed: float32 for half types, else the type itself."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in another type; x itself if that is its type.
-
-    x.to(its own type) is an alias of x, which torch 2.11 loses track of when it traces a Function: the gradient
-    compiles to zeros.
-    """
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def to_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Operands of a matrix operation in the autocast type, when autocast is on for their device."""
-    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(None if tensor is None else _cast(tensor, dtype) for tensor in tensors)
-
-
-def to_float32(tensor: Tensor) -> Tensor:
-    """The operand of a norm or a loss: float32 when autocast is on for its device."""
-    if not torch.is_autocast_enabled(tensor.device.type):
-        return tensor
-    return _cast(tensor, torch.float32)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # float64 is asked for on purpose (checks, oracles); autocast leaves it alone, and so do we.
-    return tensor if tensor.dtype == torch.float64 else cast(tensor, dtype)
-
-
-def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Inside a pair the types are those of the operands; autocast must not change them again."""
-    return torch.autocast(tensor.device.type, enabled=False)
+def _check_name(operation: str, backend: str) -> None:
+    if is_file(backend):
+        if (operation, backend) not in PAIRS:
+            raise UserError(
+                f"{backend} is a file, and a file is run only where the command line names it: set "
+                f"backend.{operation}={backend}, or another backend"
+            )
+    elif backend not in BY_NAME:
+        remedy = f"must be one of {', '.join(BY_NAME)}"
+        if backend in list(Backend):
+            remedy += f"; Backends(default={str(backend)!r}).resolve(device_type) chooses one of them"
+        raise UserError(f"backend={str(backend)!r} of {operation} {remedy}")

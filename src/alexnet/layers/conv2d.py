@@ -69,13 +69,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, checked, no_autocast, pair_for, to_autocast, wide
-from alexnet.layers.max_pool2d import two
+from alexnet.layers.arguments import Two, check_positive, check_real, integers, no_longer, two
+from alexnet.layers.backend import Backend, checked, pair_for
+from alexnet.layers.pair import PAIRS, Pair, apply_pair, memory_format, to_autocast, wide
 
-Two = int | tuple[int, int]
 Padding = int | tuple[int, ...]  # one number, (rows, columns), or Sides
 Sides = tuple[int, int, int, int]  # (left, right, top, bottom), the order of F.pad
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -86,12 +85,12 @@ COLUMN_BYTES = 32 * 2**20
 
 
 def conv2d_forward(
-    x: Tensor, w: Tensor, b: Tensor | None, stride: tuple[int, int], padding: Sides, groups: int
+    x: Tensor, w: Tensor, b: Tensor | None, stride: Two, padding: Sides, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, C, H, W), w (O, C/G, R, S), b (O) -> y (N, O, P, Q), laid out in memory as x; keeps x and w."""
     P, Q = output_size(x, w, stride, padding)
     w_GKO = _weight_rows(w, groups).transpose(1, 2)
-    y = torch.empty((len(x), len(w), P, Q), dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    y = torch.empty((len(x), len(w), P, Q), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     for images in _chunks(x, w, P * Q):
         columns = unfold(x[images], w.shape[2:], stride, padding, groups)
         y_GMO = columns @ w_GKO if b is None else torch.baddbmm(b.reshape(groups, 1, -1), columns, w_GKO)
@@ -103,7 +102,7 @@ def conv2d_backward(
     dy: Tensor,
     x: Tensor,
     w: Tensor,
-    stride: tuple[int, int],
+    stride: Two,
     padding: Sides,
     groups: int,
     needs: tuple[bool, bool, bool],
@@ -124,9 +123,7 @@ def conv2d_backward(
     return dx, dw, db
 
 
-def unfold(
-    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, int], padding: Sides, groups: int
-) -> Tensor:
+def unfold(x: Tensor, kernel: tuple[int, ...], stride: Two, padding: Sides, groups: int) -> Tensor:
     """x (N, C, H, W) -> columns (G, N*P*Q, K): each window a row, taps in the order (r, s, c)."""
     # Channels go last first: the S C/G numbers of one kernel row then lie together and are copied as one run.
     x_NHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, *padding)).contiguous()
@@ -137,7 +134,7 @@ def unfold(
 
 
 def fold(
-    columns: Tensor, shape: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, int], padding: Sides
+    columns: Tensor, shape: tuple[int, ...], kernel: tuple[int, ...], stride: Two, padding: Sides
 ) -> Tensor:
     """The adjoint of unfold: columns (G, N*P*Q, K) -> (N, C, H, W), the copies of each pixel summed."""
     (N, C, H, W), (R, S), G = shape, kernel, len(columns)
@@ -151,7 +148,7 @@ def fold(
     return padded[:, top : top + H, left : left + W].flatten(3).permute(0, 3, 1, 2)
 
 
-def output_size(x: Tensor, w: Tensor, stride: tuple[int, int], padding: Sides) -> tuple[int, int]:
+def output_size(x: Tensor, w: Tensor, stride: Two, padding: Sides) -> Two:
     """(P, Q): how many whole windows fit into the padded input, rounded down."""
     left, right, top, bottom = padding
     P = (x.shape[2] + top + bottom - w.shape[2]) // stride[0] + 1
@@ -180,42 +177,16 @@ def _weight_from_rows(rows: Tensor, w: Tensor) -> Tensor:
     return rows.reshape(w.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2).to(w.dtype)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """As torch does: channels-last in, channels-last out."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-PAIRS["conv2d", "reference"] = Pair(conv2d_forward, conv2d_backward)
-
-
-class _Conv2d(torch.autograd.Function):
-    """Gives the pair to autograd. No mathematics here."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, geometry: tuple, pair: Pair) -> Tensor:
-        with no_autocast(x):
-            y, *saved = pair.forward(x, w, b, *geometry)
-        ctx.save_for_backward(*saved)
-        ctx.geometry, ctx.pair = geometry, pair
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with no_autocast(dy):
-            gradients = ctx.pair.backward(dy, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:3])
-        return *gradients, None, None
+PAIRS["conv2d", "reference"] = Pair(conv2d_forward, conv2d_backward, operands=3)
 
 
 def conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Two = 1,
+    stride: int | Two = 1,
     padding: Padding = 0,
-    dilation: Two = 1,
+    dilation: int | Two = 1,
     groups: int = 1,
     *,
     backend: str = Backend.reference,
@@ -224,59 +195,50 @@ def conv2d(
     -> (N, O, P, Q).
 
     padding: one number, (rows, columns) as in torch, or (left, right, top, bottom) as in F.pad; zeros.
-    Raises UserError for dilation other than 1, padding given as a word, and shapes that do not fit.
+    Raises UserError for dilation other than 1, padding given as a word, shapes that do not fit and a type that is not a
+    real floating-point type.
     """
+    stride, sides = two(stride, "conv2d: stride"), _sides(padding)
+    _check(input, weight, bias, stride, sides, two(dilation, "conv2d: dilation"), groups)
+    left, right, top, bottom = sides
+    stride = no_longer(stride, (input.shape[2] + top + bottom, input.shape[3] + left + right))
     pair = pair_for("conv2d", backend)
-    stride, sides = two(stride), _sides(padding)
-    _check(input, weight, bias, stride, sides, two(dilation), groups)
     if pair is None:
         return _native(input, weight, bias, stride, sides, groups)
-    return _Conv2d.apply(*to_autocast(input, weight, bias), (stride, sides, groups), pair)
+    return apply_pair(pair, to_autocast(input, weight, bias), (stride, sides, groups))
 
 
-def _native(
-    x: Tensor, w: Tensor, b: Tensor | None, stride: tuple[int, int], padding: Sides, groups: int
-) -> Tensor:
+def _native(x: Tensor, w: Tensor, b: Tensor | None, stride: Two, padding: Sides, groups: int) -> Tensor:
     left, right, top, bottom = padding
     if (left, top) == (right, bottom):
         return F.conv2d(x, w, b, stride, (top, left), 1, groups)
     return F.conv2d(F.pad(x, padding), w, b, stride, 0, 1, groups)
 
 
-def _sides(padding: Padding | str) -> Sides:
+def _sides(padding: Any) -> Sides:
     """Any spelling of the padding -> (left, right, top, bottom)."""
-    match padding:
-        case int():
-            return padding, padding, padding, padding
-        case (rows, columns):
-            return columns, columns, rows, rows
-        case (left, right, top, bottom):
-            return left, right, top, bottom
-    raise UserError(
-        f"padding={padding!r}: give p, (rows, columns) or (left, right, top, bottom), numbers all"
-    )
+    numbers = integers("conv2d: padding", padding, (1, 2, 4))
+    if len(numbers) == 4:
+        return numbers
+    return numbers[-1], numbers[-1], numbers[0], numbers[0]
 
 
 def _check(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    stride: tuple[int, int],
-    padding: Sides,
-    dilation: tuple[int, int],
-    groups: int,
+    x: Tensor, w: Tensor, b: Tensor | None, stride: Two, padding: Sides, dilation: Two, groups: int
 ) -> None:
+    check_real("conv2d", x, w, b)
+    check_positive("conv2d: groups", groups)
     if dilation != (1, 1):
-        raise UserError(f"conv2d has dilation 1 only, not {dilation}: use torch.nn.functional.conv2d for it")
+        raise UserError(f"conv2d: dilation={dilation} must be 1: use torch.nn.functional.conv2d for others")
     if min(padding) < 0 or min(stride) < 1:
-        raise UserError(f"conv2d needs padding >= 0 and stride >= 1, not padding={padding}, stride={stride}")
-    if x.dim() != 4 or w.dim() != 4 or x.shape[1] != w.shape[1] * groups or len(w) % groups:
+        raise UserError(f"conv2d: padding={padding} must be >= 0 and stride={stride} positive")
+    if x.dim() != 4 or w.dim() != 4 or x.shape[1] != w.shape[1] * groups or len(w) % groups or not w.numel():
         raise UserError(
-            f"conv2d: input {tuple(x.shape)} and weight {tuple(w.shape)} do not fit with groups={groups}: "
-            "give input (N, C, H, W) and weight (O, C/groups, R, S), O a multiple of groups"
+            f"conv2d: input {tuple(x.shape)} and weight {tuple(w.shape)} must be (N, C, H, W) and (O, C/groups, R, S), "
+            f"none of C, O, R, S zero, C and O multiples of groups={groups}"
         )
     if b is not None and b.shape != w.shape[:1]:
-        raise UserError(f"conv2d: bias {tuple(b.shape)} is not one number per output: give ({len(w)},)")
+        raise UserError(f"conv2d: bias {tuple(b.shape)} must be ({len(w)},), one number per output")
     if min(output_size(x, w, stride, padding)) < 1:
         raise UserError(
             f"conv2d: a {w.shape[2]}x{w.shape[3]} kernel does not fit into {x.shape[2]}x{x.shape[3]} pixels "
@@ -297,10 +259,10 @@ class Conv2d(nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Two,
-        stride: Two = 1,
+        kernel_size: int | Two,
+        stride: int | Two = 1,
         padding: Padding = 0,
-        dilation: Two = 1,
+        dilation: int | Two = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -308,26 +270,32 @@ class Conv2d(nn.Conv2d):
         backend: str = Backend.reference,
         **factory: Any,
     ) -> None:
-        if two(dilation) != (1, 1) or padding_mode != "zeros":
-            raise UserError(
-                f"Conv2d has dilation 1 and padding_mode 'zeros' only, not {dilation} and {padding_mode!r}: "
-                "use torch.nn.Conv2d for them"
-            )
-        sides = _sides(padding)
-        super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=bias, **factory)
-        self.padding = (sides[2], sides[0]) if sides[::2] == sides[1::2] else sides
+        for name, value in {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "groups": groups,
+        }.items():
+            check_positive(f"Conv2d: {name}", value)
+        kernel, stride = two(kernel_size, "Conv2d: kernel_size"), two(stride, "Conv2d: stride")
+        check_positive("Conv2d: kernel_size", min(kernel))
+        left, right, top, bottom = sides = _sides(padding)
+        super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=bias, **factory)
+        self.padding = (top, left) if (left, top) == (right, bottom) else sides
+        self.dilation, self.padding_mode = two(dilation, "Conv2d: dilation"), padding_mode  # type: ignore[assignment]
         self.backend = checked("conv2d", backend)
+        self._check()
+
+    def _check(self) -> None:
+        if self.padding_mode != "zeros" or two(self.dilation) != (1, 1):
+            raise UserError(
+                f"Conv2d: padding_mode={self.padding_mode!r} must be 'zeros' and dilation={self.dilation} must be 1: "
+                "use torch.nn.Conv2d for others"
+            )
 
     def forward(self, input: Tensor) -> Tensor:
-        return conv2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,
-            groups=self.groups,
-            backend=self.backend,
-        )
+        self._check()
+        window: Any = self.stride, self.padding, self.dilation, self.groups
+        return conv2d(input, self.weight, self.bias, *window, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.backend}"

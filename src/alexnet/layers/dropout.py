@@ -48,11 +48,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, checked, pair_for
-from alexnet.layers.relu import refuse_inplace
+from alexnet.layers.arguments import check_choice, check_number, check_real, refuse_inplace
+from alexnet.layers.backend import Backend, checked, pair_for
+from alexnet.layers.pair import PAIRS, Pair, apply_pair
 
 Word = TypeVar("Word", int, Tensor)
 WORD = 0xFFFFFFFF  # the low 32 bits
@@ -105,31 +104,18 @@ def unit_words(units: int, device: torch.device | str | None) -> Tensor:
 def dropout_forward(x: Tensor, key: Tensor, p: float, first_row: int, scale: float) -> tuple[Tensor, Tensor]:
     """x (N, ...) -> y = scale m x; keeps the mask, one byte a unit."""
     keep = dropout_mask(x.shape, p, key, first_row, x.device)
-    return torch.where(keep, x * scale, 0), keep
+    return (
+        x * scale * keep,
+        keep,
+    )  # a product: a NaN of a dropped unit stays one, a run that diverged must show it
 
 
 def dropout_backward(dy: Tensor, keep: Tensor, p: float, first_row: int, scale: float) -> Tensor:
     """dy (N, ...) -> dx. (p and first_row are already in keep; a pair that keeps only the key needs them.)"""
-    return torch.where(keep, dy * scale, 0)
+    return dy * scale * keep
 
 
 PAIRS["dropout", "reference"] = Pair(dropout_forward, dropout_backward)
-
-
-class _Dropout(torch.autograd.Function):
-    """Gives the pair to autograd. No mathematics here."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, key: Tensor, constants: tuple[Any, ...], pair: Pair) -> Tensor:
-        y, *saved = pair.forward(x, key, *constants)
-        ctx.save_for_backward(*saved)
-        ctx.constants, ctx.pair = constants, pair
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.pair.backward(dy, *ctx.saved_tensors, *ctx.constants), None, None, None
 
 
 def dropout(
@@ -150,6 +136,7 @@ def dropout(
     """
     _check(p, mode)
     refuse_inplace("dropout", inplace)
+    check_real("dropout", input)
     if not training:
         return input if mode == "inverted" else input * (1 - p)
     key = _key_tensor(key, input.device)
@@ -157,7 +144,7 @@ def dropout(
     pair = pair_for("dropout", backend)
     if pair is None:
         return input * dropout_mask(input.shape, p, key, first_row, input.device) * scale
-    return _Dropout.apply(input, key, (p, first_row, scale), pair)
+    return apply_pair(pair, (input, key), (p, first_row, scale))
 
 
 def _key_tensor(key: int | Tensor | None, device: torch.device | str | None) -> Tensor:
@@ -173,12 +160,8 @@ def _inverse(kept: float) -> float:
 
 
 def _check(p: float, mode: str) -> None:
-    if not 0 <= p <= 1:
-        raise UserError(
-            f"dropout: p={p} is no probability. p is the share dropped, 0 to 1 (the paper's is 0.5)"
-        )
-    if mode not in MODES:
-        raise UserError(f"dropout: mode={mode!r} is unknown. Choose one of {', '.join(MODES)}")
+    check_number("dropout: p", p, 0, 1)
+    check_choice("dropout: mode", mode, MODES)
 
 
 class Dropout(nn.Dropout):
@@ -203,7 +186,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor, key: int | Tensor | None = None, first_row: int = 0) -> Tensor:
         rule: dict[str, Any] = {"key": key, "first_row": first_row, "mode": self.mode}
-        return dropout(input, self.p, self.training, **rule, backend=self.backend)
+        return dropout(input, self.p, self.training, self.inplace, **rule, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, mode={self.mode}, backend={self.backend}"

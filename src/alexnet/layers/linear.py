@@ -21,15 +21,15 @@ Shapes: N images (or any leading dimensions), I inputs, O outputs; x (N, I), w (
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from alexnet.layers.backend import PAIRS, Backend, Pair, checked, no_autocast, pair_for, to_autocast, wide
+from alexnet.errors import UserError
+from alexnet.layers.arguments import check_real
+from alexnet.layers.backend import Backend, checked, pair_for
+from alexnet.layers.pair import PAIRS, Pair, apply_pair, to_autocast, wide
 
-# A name's last capitals are its dimensions: dy_NO is (N, O). Pairs, and which of them serves: backend.py.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+# A name's last capitals are its dimensions: dy_NO is (N, O).
 
 
 def linear_forward(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,9 @@ def linear_forward(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tens
     return (y if b is None else y + b), x, w
 
 
-def linear_backward(dy: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool, bool]) -> Gradients:
+def linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
     """dy (..., O) -> dx (..., I), dw (O, I), db (O); None where `needs` says no."""
     dy_NO, x_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dx = dy @ w if needs[0] else None
@@ -47,35 +49,25 @@ def linear_backward(dy: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool, b
     return dx, dw, db
 
 
-PAIRS["linear", "reference"] = Pair(linear_forward, linear_backward)
-
-
-class _Linear(torch.autograd.Function):
-    """Gives the pair to autograd. No mathematics here."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, pair: Pair) -> Tensor:
-        with no_autocast(x):
-            y, *saved = pair.forward(x, w, b)
-        ctx.save_for_backward(*saved)
-        ctx.pair = pair
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with no_autocast(dy):
-            return *ctx.pair.backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[:3]), None
+PAIRS["linear", "reference"] = Pair(linear_forward, linear_backward, operands=3)
 
 
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = Backend.reference
 ) -> Tensor:
-    """`torch.nn.functional.linear` with the gradients above. input (..., I), weight (O, I) -> (..., O)."""
+    """`torch.nn.functional.linear` with the gradients above. input (..., I), weight (O, I), bias (O) -> (..., O).
+
+    Raises UserError for other shapes and for a type that is not a real floating-point type.
+    """
+    check_real("linear", input, weight, bias)
+    fits = input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (input, weight, bias) if t is not None)
+        raise UserError(f"linear: {shapes} must be input (..., I), weight (O, I) and bias (O)")
     pair = pair_for("linear", backend)
     if pair is None:
         return F.linear(input, weight, bias)
-    return _Linear.apply(*to_autocast(input, weight, bias), pair)
+    return apply_pair(pair, to_autocast(input, weight, bias))
 
 
 class Linear(nn.Linear):

@@ -34,7 +34,7 @@ depend on i and leaves the sum:
           = dy[c] s[c]^-beta  -  (2 alpha beta/n) x[c] sum_{i in W*(c)} dy[i] x[i] s[i]^(-beta-1)
 
 The first term is the gain of the unit. The second is the competition: a unit that grows makes its neighbours
-quieter. Both share t[c] = dy[c] s[c]^-beta, so the code takes one power:
+smaller. Both share t[c] = dy[c] s[c]^-beta, so the code takes one power:
 
     dx[c] = t[c]  -  (2 alpha beta/n) x[c] sum_{i in W*(c)} t[i] x[i] / s[i]
 
@@ -50,29 +50,37 @@ Who differs, for the paper's n = 5, alpha = 1e-4, beta = 0.75, k = 2:
     Caffe       divides alpha by n, k = 1; window crosses the towers; odd n only
     torch       divides alpha by n, k = 1 by default, whole tensor; even n as above. The meaning used here
 
+Non-finite values stay with their pixel and tower. Map m holds one; s[i] has it for the maps i whose window holds m:
+
+    x[m]                        y                                       dx
+    NaN                         NaN in those maps i                     NaN in the maps whose W* holds such an i
+    +inf, -inf                  NaN in m itself, 0 in the other i       NaN in the maps whose W* holds m
+    finite, its square is not   0 in all those i                        0 in m, finite elsewhere
+    NaN, inf with beta = 0      y = x: s^0 is 1, even for NaN           as above, 0 NaN is NaN; native: NaN in m itself
+
 Shapes: N images, C maps in `groups` towers of C/groups, any number of further dimensions (none, L, or H x W);
 x, s, y, dy, dx alike.
 """
 
-from typing import Any
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import (
-    PAIRS,
-    Backend,
-    Pair,
-    cast,
-    checked,
-    no_autocast,
-    pair_for,
-    to_float32,
-    wide,
-)
+from alexnet.layers.arguments import check_number, check_positive, check_real
+from alexnet.layers.backend import Backend, checked, pair_for
+from alexnet.layers.pair import PAIRS, Pair, apply_pair, cast, to_float32, wide
+
+
+class Norm(NamedTuple):
+    """The constants, in the order of the functions below."""
+
+    size: int
+    alpha: float
+    beta: float
+    k: float
+    groups: int  # towers; 0: none, the window lies inside one map (same_map_norm.py)
 
 
 def window_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:
@@ -121,24 +129,6 @@ def local_response_norm_backward(
 PAIRS["local_response_norm", "reference"] = Pair(local_response_norm_forward, local_response_norm_backward)
 
 
-class _LocalResponseNorm(torch.autograd.Function):
-    """Gives the pair to autograd. No mathematics here."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, constants: tuple[Any, ...], pair: Pair) -> Tensor:
-        with no_autocast(x):
-            y, *saved = pair.forward(x, *constants)
-        ctx.save_for_backward(*saved)
-        ctx.constants, ctx.pair = constants, pair
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with no_autocast(dy):
-            return ctx.pair.backward(dy, *ctx.saved_tensors, *ctx.constants), None, None
-
-
 def local_response_norm(
     input: Tensor,
     size: int,
@@ -151,35 +141,28 @@ def local_response_norm(
 ) -> Tensor:
     """`torch.nn.functional.local_response_norm` with the gradient above, inside `groups` towers.
 
-    input (N, C), (N, C, L) or (N, C, H, W); float32 under autocast. Raises UserError for a window or constants
-    that cannot be, and for maps that the towers cannot share.
+    input (N, C), (N, C, L) or (N, C, H, W); float32 under autocast. Raises UserError unless size is positive, alpha
+    >= 0, k > 0, C a multiple of groups and the type a real floating-point type.
     """
-    check_norm("local_response_norm", size, alpha, k, groups)
+    check_norm("local_response_norm", size, alpha, beta, k, groups)
+    check_real("local_response_norm", input)
     if input.dim() < 2 or input.shape[1] % groups:
         raise UserError(
-            f"local_response_norm: input {tuple(input.shape)} has no maps that groups={groups} towers can share "
-            "evenly. Give (N, C, ...) with C divisible by groups"
+            f"local_response_norm: input {tuple(input.shape)} must be (N, C, ...) with C a multiple of groups={groups}"
         )
     pair = pair_for("local_response_norm", backend)
     if pair is None:
         return _native(input, size, alpha, beta, k, groups)
-    return _LocalResponseNorm.apply(to_float32(input), (size, alpha, beta, k, groups), pair)
+    return apply_pair(pair, (to_float32(input),), Norm(int(size), alpha, beta, k, int(groups)))
 
 
-def check_norm(name: str, size: int, alpha: float, k: float, groups: int = 1) -> None:
-    """Raises UserError for constants with which s could be zero, negative, or nothing at all."""
-    if groups < 1:
-        raise UserError(f"{name}: groups={groups} is no number of towers. Use 1 or more (the paper: 2)")
-    if size < 1:
-        raise UserError(f"{name}: size={size} is no window. Use size=1 or more (the paper's n is 5)")
-    if alpha < 0:
-        raise UserError(
-            f"{name}: alpha={alpha} can make s negative. Use alpha=0 or more (the paper's is 1e-4)"
-        )
-    if k <= 0:
-        raise UserError(
-            f"{name}: k={k} divides by zero where a window is silent. Use k > 0 (the paper's is 2)"
-        )
+def check_norm(name: str, size: int, alpha: float, beta: float, k: float, groups: int = 1) -> None:
+    """Raises UserError for constants with which s could be zero, negative or NaN."""
+    check_positive(f"{name}: groups", groups)
+    check_positive(f"{name}: size", size)
+    check_number(f"{name}: alpha", alpha, 0)
+    check_number(f"{name}: beta", beta, float("-inf"))
+    check_number(f"{name}: k", k, 0, above=True)
 
 
 def _native(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
@@ -202,7 +185,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         groups: int = 1,
         backend: str = Backend.reference,
     ) -> None:
-        check_norm("LocalResponseNorm", size, alpha, k, groups)
+        check_norm("LocalResponseNorm", size, alpha, beta, k, groups)
         super().__init__(size, alpha, beta, k)
         self.groups = groups
         self.backend = checked("local_response_norm", backend)

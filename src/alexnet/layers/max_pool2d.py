@@ -22,7 +22,7 @@ the sum has the same order every time: a *gather*. Steps overlap, hence `+=`, no
 Ties. If m pixels share the maximum, y has no derivative there, and a rule has to choose:
 
     ties="first"   the first in row-major order wins alone: torch, Caffe (pooling_layer.cpp:178)
-    ties="all"     each of the m wins, and each is paid in full: 2012 (conv_util.cu:1559 of the public successor:
+    ties="all"     each of the m wins and receives all of dy: 2012 (conv_util.cu:1559 of the public successor:
                    every pixel *equal* to the maximum takes the window's gradient), so m times dy flows on
 
 On a constant image, 3x3 windows send on 9 dy under `all` and 1 dy under `first`. In the network it hardly
@@ -36,30 +36,45 @@ the edge, provided it starts inside the image or its left padding (torch's rule;
 
     P = floor or ceil of (H + 2 pad - R) / u, plus 1;   one less if (P - 1) u >= H + pad
 
-Padding is never chosen: it is -inf here, and the place of the first pixel inside stands until one is larger. A
-NaN beats every number, and the last NaN wins (torch); under `all` it equals nothing, and nobody is paid.
+Padding is never chosen: it is -inf here, and the first pixel inside the image wins until one is larger. A NaN counts as
+larger than every number, as in torch, and equals nothing:
+
+    in the window               y       dy goes to, ties="first"            ties="all"
+    a NaN                       NaN     the last NaN; compiled: the first   no pixel
+    +inf                        +inf    the first +inf                      every +inf; native: no pixel
+    -inf in every pixel         -inf    the first pixel                     every pixel; native: no pixel
 
 Shapes: x (N, C, H, W), y (N, C, P, Q), RxS window, stride (u, v).
 """
 
 from collections.abc import Iterator
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, checked, no_autocast, pair_for, wide
+from alexnet.layers.arguments import Two, check_choice, check_real, no_longer, two
+from alexnet.layers.backend import Backend, checked, pair_for
+from alexnet.layers.pair import PAIRS, Pair, apply_pair, memory_format, wide
 
-Two = tuple[int, int]  # (rows, columns)
 Size = tuple[int, ...]  # the last two of a shape
 Sides = tuple[int, int, int, int]  # (left, right, top, bottom), the order of F.pad
 Index = tuple[EllipsisType, slice, slice]
 TIES = ("first", "all")
 MOST_PLACES = 128  # places of a window that an int8 can name: up to 11x11
+
+
+class Pool(NamedTuple):
+    """The windows, in the order of the functions below."""
+
+    kernel: Two
+    stride: Two
+    padding: Two
+    ceil_mode: bool
+    ties: str
 
 
 def max_pool2d_forward(
@@ -69,7 +84,7 @@ def max_pool2d_forward(
     P, Q = output_size(x.shape[-2:], kernel, stride, padding, ceil_mode)
     x_padded = F.pad(x, _sides(x.shape[-2:], (P, Q), kernel, stride, padding), value=float("-inf"))
     y = torch.full_like(x_padded[..., :P, :Q], float("-inf"))
-    place = torch.zeros_like(y, dtype=torch.int8) + _first_inside(P, Q, kernel, stride, padding, x.device)
+    place = torch.zeros_like(y, dtype=torch.int8) + first_inside(P, Q, kernel, stride, padding, x.device)
     for k, window in enumerate(_windows((P, Q), kernel, stride)):
         candidate = x_padded[window]
         if ties == "first":
@@ -94,9 +109,8 @@ def max_pool2d_backward(
     (H, W), windows = size, list(_windows(dy.shape[-2:], kernel, stride))
     left, right, top, bottom = sides = _sides(size, dy.shape[-2:], kernel, stride, padding)
     shape = (*dy.shape[:-2], top + H + bottom, left + W + right)
-    dx = torch.empty(
-        shape, dtype=wide(dy.dtype), device=dy.device, memory_format=_memory_format(place, y)
-    ).zero_()
+    layout = memory_format(next(kept for kept in (place, y) if kept is not None))
+    dx = torch.empty(shape, dtype=wide(dy.dtype), device=dy.device, memory_format=layout).zero_()
     for window, won in zip(windows, _winners(place, x, y, windows, sides), strict=True):
         dx[window] += torch.where(won, dy, 0)
     return dx[..., top : top + H, left : left + W].to(dy.dtype)
@@ -142,40 +156,14 @@ def _sides(size: Size, windows: Size, kernel: Two, stride: Two, padding: Two) ->
     return left, right, top, bottom
 
 
-def _first_inside(P: int, Q: int, kernel: Two, stride: Two, padding: Two, device: torch.device) -> Tensor:
+def first_inside(P: int, Q: int, kernel: Two, stride: Two, padding: Two, device: torch.device) -> Tensor:
     """(P, Q) int8: the place of each window's first pixel that is not padding."""
     r = (padding[0] - stride[0] * torch.arange(P, device=device)).clamp(min=0)
     s = (padding[1] - stride[1] * torch.arange(Q, device=device)).clamp(min=0)
     return (r[:, None] * kernel[1] + s).to(torch.int8)
 
 
-def _memory_format(*kept: Tensor | None) -> torch.memory_format:
-    """The layout of the forward's tensors: channels-last in, channels-last out, as torch does."""
-    x = next(tensor for tensor in kept if tensor is not None)
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
 PAIRS["max_pool2d", "reference"] = Pair(max_pool2d_forward, max_pool2d_backward)
-
-
-class _MaxPool2d(torch.autograd.Function):
-    """Gives the pair to autograd. No mathematics here."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, geometry: tuple, pair: Pair) -> Tensor:
-        with no_autocast(x):
-            y, *saved = pair.forward(x, *geometry)
-        ctx.save_for_backward(*saved)
-        ctx.size, ctx.geometry, ctx.pair = x.shape[-2:], geometry, pair
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with no_autocast(dy):
-            return ctx.pair.backward(dy, *ctx.saved_tensors, ctx.size, *ctx.geometry), None, None
 
 
 def max_pool2d(
@@ -194,13 +182,14 @@ def max_pool2d(
     ties: "first" (torch) or "all" (2012), see above. Raises UserError for dilation other than 1, windows of more
     than 128 places, padding over half a window and images without a whole window.
     """
-    kernel, padding = two(kernel_size), two(padding)
-    stride = kernel if stride is None else two(stride)
-    check_pool(input, kernel, stride, padding, two(dilation), ceil_mode, ties)
+    kernel, stride, padding, dilation = _windows_of(kernel_size, stride, padding, dilation)
+    check_pool(input, kernel, stride, padding, dilation, ceil_mode, ties)
+    stride = no_longer(stride, (input.shape[-2] + 2 * padding[0], input.shape[-1] + 2 * padding[1]))
     pair = pair_for("max_pool2d", backend)
     if pair is None:
         return _native(input, kernel, stride, padding, ceil_mode, ties)
-    return _MaxPool2d.apply(input, (kernel, stride, padding, ceil_mode, ties), pair)
+    pool = Pool(kernel, stride, padding, ceil_mode, ties)
+    return apply_pair(pair, (input,), pool, of_backward=(input.shape[-2:], *pool))
 
 
 def _native(x: Tensor, kernel: Two, stride: Two, padding: Two, ceil_mode: bool, ties: str) -> Tensor:
@@ -212,13 +201,14 @@ def _native(x: Tensor, kernel: Two, stride: Two, padding: Two, ceil_mode: bool, 
     x_padded = F.pad(x, _sides(x.shape[-2:], y.shape[-2:], kernel, stride, padding), value=float("-inf"))
     windows = [x_padded[window] for window in _windows(y.shape[-2:], kernel, stride)]
     winners = torch.stack([torch.where(window == y, window, 0) for window in windows]).sum(0)
-    # inf - inf is no number: an infinite maximum keeps its value, and pays nobody here.
+    # inf - inf is NaN: an infinite maximum keeps its value, and here no pixel receives its gradient.
     return torch.where(y.isfinite(), y + (winners - winners.detach()), y)
 
 
-def two(value: int | Two) -> Two:
-    """One number for both axes, (both) or (rows, columns), as everywhere in torch."""
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+def _windows_of(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Two, Two, Two, Two]:
+    kernel = two(kernel_size, "kernel_size")
+    stride = kernel if stride is None else two(stride, "stride")
+    return kernel, stride, two(padding, "padding"), two(dilation, "dilation")
 
 
 def check_pool(
@@ -226,6 +216,7 @@ def check_pool(
 ) -> None:
     """Raises UserError for what no pair pools."""
     check_window(kernel, stride, padding, dilation, ties)
+    check_real("max_pool2d", x)
     if x.dim() not in (3, 4) or min(output_size(x.shape[-2:], kernel, stride, padding, ceil_mode)) < 1:
         raise UserError(
             f"max_pool2d: input {tuple(x.shape)} holds no window of {kernel[0]}x{kernel[1]}: give (N, C, H, W) "
@@ -235,13 +226,14 @@ def check_pool(
 
 def check_window(kernel: Two, stride: Two, padding: Two, dilation: Two, ties: str) -> None:
     """Raises UserError for windows that no pair has, whatever the input."""
-    if ties not in TIES:
-        raise UserError(f"ties={ties!r} is no rule for equal maxima: choose one of {', '.join(TIES)}")
+    check_choice("max_pool2d: ties", ties, TIES)
     if dilation != (1, 1):
-        raise UserError(f"max_pool2d has dilation 1 only, not {dilation}: use torch.nn.functional.max_pool2d")
+        raise UserError(
+            f"max_pool2d: dilation={dilation} must be 1: use torch.nn.functional.max_pool2d for others"
+        )
     if min(kernel) < 1 or min(stride) < 1 or kernel[0] * kernel[1] > MOST_PLACES:
         raise UserError(
-            f"max_pool2d: kernel_size={kernel} and stride={stride} must be at least 1, and a window has at "
+            f"max_pool2d: kernel_size={kernel} and stride={stride} must be at least 1, and a window must have at "
             f"most {MOST_PLACES} places: give a smaller kernel_size"
         )
     if any(not 0 <= pad <= size // 2 for pad, size in zip(padding, kernel, strict=True)):
@@ -266,25 +258,22 @@ class MaxPool2d(nn.MaxPool2d):
         ties: str = "first",
         backend: str = Backend.reference,
     ) -> None:
-        if return_indices:
-            raise UserError("MaxPool2d has no return_indices=True: use torch.nn.MaxPool2d for indices")
-        step = two(kernel_size) if stride is None else two(stride)
-        check_window(two(kernel_size), step, two(padding), two(dilation), ties)
-        super().__init__(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
+        check_window(*_windows_of(kernel_size, stride, padding, dilation), ties)
+        super().__init__(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
         self.ties = ties
+        self._check()
         self.backend = checked("max_pool2d", backend)
 
+    def _check(self) -> None:
+        if self.return_indices:
+            raise UserError(
+                "MaxPool2d: return_indices=True must be False: use torch.nn.MaxPool2d for indices"
+            )
+
     def forward(self, input: Tensor) -> Tensor:
-        return max_pool2d(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.ceil_mode,
-            ties=self.ties,
-            backend=self.backend,
-        )
+        self._check()
+        windows = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        return max_pool2d(input, *windows, ties=self.ties, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ties={self.ties}, backend={self.backend}"

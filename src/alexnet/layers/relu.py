@@ -5,7 +5,8 @@ Forward, element by element:
     y = max(x, 0)
 
 How x reaches the loss: only through its own y, whose slope is 1 where x > 0 and 0 where x < 0. At x = 0 the two
-slopes disagree; any number between them is a subgradient, and 0 is everybody's choice.
+slopes disagree; any number between them is a subgradient. Paper, 2012 code (neuron.cuh:167-171), Caffe and torch
+take 0.
 
 Backward, given dy = ∂L/∂y of the loss L:
 
@@ -14,22 +15,17 @@ Backward, given dy = ∂L/∂y of the loss L:
 The two conditions are the same, so the backward reads y. The next layer keeps y anyway (a convolution needs it
 for its weight gradient), so the unit keeps nothing of its own, and the memory of x can go.
 
-Paper, 2012 code (neuron.cuh:167-171), Caffe and torch agree, including the 0 at x = 0.
-
-A NaN stays a NaN and lets dy through, as in torch: a diverged run must show.
+A NaN stays a NaN and passes dy on, as in torch: a run that diverged must show it.
 
 Shapes: any; x, y, dy, dx alike.
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from alexnet.errors import UserError
-from alexnet.layers.backend import PAIRS, Backend, Pair, checked, pair_for
+from alexnet.layers.arguments import check_real, refuse_inplace
+from alexnet.layers.backend import Backend, checked, pair_for
+from alexnet.layers.pair import PAIRS, Pair, apply_pair
 
 
 def relu_forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,36 +42,15 @@ def relu_backward(dy: Tensor, y: Tensor) -> Tensor:
 PAIRS["relu", "reference"] = Pair(relu_forward, relu_backward)
 
 
-class _ReLU(torch.autograd.Function):
-    """Gives the pair to autograd. No mathematics here."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, pair: Pair) -> Tensor:
-        y, *saved = pair.forward(x)
-        ctx.save_for_backward(*saved)
-        ctx.pair = pair
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.pair.backward(dy, *ctx.saved_tensors), None
-
-
 def relu(input: Tensor, inplace: bool = False, *, backend: str = Backend.reference) -> Tensor:
     """`torch.nn.functional.relu` with the gradient above; the type is kept, under autocast too.
 
-    Raises UserError for inplace=True.
+    Raises UserError for inplace=True and for a type that is not a real floating-point type.
     """
     refuse_inplace("relu", inplace)
+    check_real("relu", input)
     pair = pair_for("relu", backend)
-    return F.relu(input) if pair is None else _ReLU.apply(input, pair)
-
-
-def refuse_inplace(name: str, inplace: bool) -> None:
-    """Raises UserError: an output is a tensor of its own here, so that every pair can keep what it needs."""
-    if inplace:
-        raise UserError(f"{name}: inplace=True is not offered: use inplace=False")
+    return F.relu(input) if pair is None else apply_pair(pair, (input,))
 
 
 class ReLU(nn.ReLU):
@@ -87,7 +62,7 @@ class ReLU(nn.ReLU):
         self.backend = checked("relu", backend)
 
     def forward(self, input: Tensor) -> Tensor:
-        return relu(input, backend=self.backend)
+        return relu(input, self.inplace, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"backend={self.backend}"

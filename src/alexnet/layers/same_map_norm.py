@@ -33,26 +33,14 @@ reaches the cross-map norm only (layer.py:1185-1186).
 Shapes: N images, C maps, H x W pixels; x, s, y, dy, dx alike (N, C, H, W).
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import (
-    PAIRS,
-    Backend,
-    Pair,
-    cast,
-    checked,
-    no_autocast,
-    pair_for,
-    to_float32,
-    wide,
-)
+from alexnet.layers.arguments import check_real
+from alexnet.layers.backend import Backend, checked, pair_for
 from alexnet.layers.local_response_norm import check_norm, inverse_power, window_sum
+from alexnet.layers.pair import PAIRS, Pair, apply_pair, cast, to_float32, wide
 
 
 def square_sum(x: Tensor, size: int) -> Tensor:
@@ -83,24 +71,6 @@ def same_map_norm_backward(
 PAIRS["same_map_norm", "reference"] = Pair(same_map_norm_forward, same_map_norm_backward)
 
 
-class _SameMapNorm(torch.autograd.Function):
-    """Gives the pair to autograd. No mathematics here."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, constants: tuple[Any, ...], pair: Pair) -> Tensor:
-        with no_autocast(x):
-            y, *saved = pair.forward(x, *constants)
-        ctx.save_for_backward(*saved)
-        ctx.constants, ctx.pair = constants, pair
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with no_autocast(dy):
-            return ctx.pair.backward(dy, *ctx.saved_tensors, *ctx.constants), None, None
-
-
 def same_map_norm(
     input: Tensor,
     size: int,
@@ -112,22 +82,25 @@ def same_map_norm(
 ) -> Tensor:
     """Response norm over size x size pixels of one map; alpha is divided by size**2.
 
-    input (N, C, H, W) -> the same; float32 under autocast. Raises UserError for an even window or constants that
-    cannot be.
+    input (N, C, H, W) -> the same; float32 under autocast. Raises UserError unless size is odd and positive, alpha
+    >= 0, k > 0, the input of four dimensions and of a real floating-point type.
     """
-    _check("same_map_norm", size, alpha, k)
+    _check("same_map_norm", size, alpha, beta, k)
+    check_real("same_map_norm", input)
     if input.dim() != 4:
-        raise UserError(f"same_map_norm: input {tuple(input.shape)} is no stack of maps. Give (N, C, H, W)")
+        raise UserError(f"same_map_norm: input {tuple(input.shape)} must be (N, C, H, W)")
     pair = pair_for("same_map_norm", backend)
     if pair is None:
         return _native(input, size, alpha, beta, k)
-    return _SameMapNorm.apply(to_float32(input), (size, alpha, beta, k), pair)
+    return apply_pair(pair, (to_float32(input),), (int(size), alpha, beta, k))
 
 
-def _check(name: str, size: int, alpha: float, k: float) -> None:
-    check_norm(name, size, alpha, k)
+def _check(name: str, size: int, alpha: float, beta: float, k: float) -> None:
+    check_norm(name, size, alpha, beta, k)
     if size % 2 == 0:
-        raise UserError(f"{name}: size={size} is even, and an even square has no centre. Try size={size + 1}")
+        raise UserError(
+            f"{name}: size={size} must be odd, for the square to have a centre: try size={size + 1}"
+        )
 
 
 def _native(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
@@ -150,7 +123,7 @@ class SameMapNorm(nn.Module):
         backend: str = Backend.reference,
     ) -> None:
         super().__init__()
-        _check("SameMapNorm", size, alpha, k)
+        _check("SameMapNorm", size, alpha, beta, k)
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
         self.backend = checked("same_map_norm", backend)
 

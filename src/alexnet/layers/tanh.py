@@ -20,13 +20,12 @@ Paper, Caffe and torch agree. The 2012 code's neuron is tanh[a,b], y = a tanh(b 
 Shapes: any; x, y, dy, dx alike.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from alexnet.layers.backend import PAIRS, Backend, Pair, cast, checked, pair_for, wide
+from alexnet.layers.arguments import check_real
+from alexnet.layers.backend import Backend, checked, pair_for
+from alexnet.layers.pair import PAIRS, Pair, apply_pair, cast, wide
 
 
 def tanh_forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,26 +43,14 @@ def tanh_backward(dy: Tensor, y: Tensor) -> Tensor:
 PAIRS["tanh", "reference"] = Pair(tanh_forward, tanh_backward)
 
 
-class _Tanh(torch.autograd.Function):
-    """Gives the pair to autograd. No mathematics here."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, pair: Pair) -> Tensor:
-        y, *saved = pair.forward(x)
-        ctx.save_for_backward(*saved)
-        ctx.pair = pair
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.pair.backward(dy, *ctx.saved_tensors), None
-
-
 def tanh(input: Tensor, *, backend: str = Backend.reference) -> Tensor:
-    """`torch.tanh` with the gradient above; the type is kept, under autocast too."""
+    """`torch.tanh` with the gradient above; the type is kept, under autocast too.
+
+    Raises UserError for a type that is not a real floating-point type.
+    """
+    check_real("tanh", input)
     pair = pair_for("tanh", backend)
-    return torch.tanh(input) if pair is None else _Tanh.apply(input, pair)
+    return torch.tanh(input) if pair is None else apply_pair(pair, (input,))
 
 
 class Tanh(nn.Tanh):

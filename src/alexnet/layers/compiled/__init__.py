@@ -10,12 +10,12 @@
 Every graph serves one layer, type and layout and any batch of two images or more (compile.py). Inductor keeps what it
 compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine waits.
 
-Layout: convolution, norms, pool and block work on channels-last tensors and hand them out; the pointwise pairs keep
-the layout they are given. An output may be a view of what was computed: torch refuses to change it in place.
+Layout: convolution, norms, pool and block work on channels-last tensors and return such; the pointwise pairs keep the
+layout they are given.
 
-Non-finite values: on a CPU, response norm and block read past the last map of a pixel and multiply what they find by 0.
-A NaN there, or a value whose square overflows, also makes the neighbouring pixel NaN; the reference and CUDA confine it
-to its own pixel. Among several NaNs of a pooling window the first wins here, the last in the reference.
+Non-finite values: as in the reference, whose files have tables of them, but for two. Among several NaNs of a pooling
+window the first wins here, the last in the reference. On CUDA, a bfloat16 convolution of at most 4 channels at a stride
+turns an infinity also into NaNs of windows that end just before it (conv2d.py).
 """
 
 import shutil
@@ -29,20 +29,9 @@ import torch
 from torch import Tensor
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import Pair
+from alexnet.layers.pair import PAIRS, Pair, pair_of
 
-MODULES = {
-    "local_response_norm": "local_response_norm",
-    "max_pool2d": "max_pool2d",
-    "relu_lrn_pool": "relu_lrn_pool",
-    "same_map_norm": "same_map_norm",
-    "conv2d": "conv2d",
-    "relu": "pointwise",
-    "tanh": "pointwise",
-    "dropout": "pointwise",
-    "cross_entropy": "pointwise",
-    "linear": "pointwise",
-}
+POINTWISE = ("relu", "tanh", "dropout", "cross_entropy", "linear")  # in one module; the others have their own
 
 
 def load(operation: str) -> Pair:
@@ -55,22 +44,33 @@ def load(operation: str) -> Pair:
         raise UserError(
             f"backend.{operation}=compiled cannot be used here: {missing}. Install it, or set backend=reference"
         )
-    module = import_module(f"alexnet.layers.compiled.{MODULES[operation]}")
-    pair = Pair(getattr(module, f"{operation}_forward"), getattr(module, f"{operation}_backward"))
-    on_cuda = import_module("alexnet.layers.compiled.on_cuda").ON_CUDA.get(operation)
-    return pair if on_cuda is None else by_device(pair, on_cuda)
+    module = "pointwise" if operation in POINTWISE else operation
+    pair = pair_of(import_module(f"alexnet.layers.compiled.{module}"), operation)
+    on_cuda = import_module("alexnet.layers.compiled.on_cuda").ON_CUDA.get(operation, pair)
+    return by_tensor(PAIRS[operation, "reference"], pair, on_cuda)
 
 
-def by_device(pair: Pair, on_cuda: Pair) -> Pair:
-    """`on_cuda` for tensors on a CUDA device, `pair` for all others."""
+def by_tensor(reference: Pair, on_cpu: Pair, on_cuda: Pair) -> Pair:
+    """The pair for a tensor: `on_cuda` on a CUDA device; `reference` where there is nothing to compute: no elements,
+    or a meta tensor, which has a shape and no data; else `on_cpu`."""
+
+    def pair_for(x: Tensor) -> Pair:
+        if x.is_cuda and x.numel():
+            return on_cuda
+        return reference if x.is_meta or not x.numel() else on_cpu
 
     def forward(x: Tensor, *arguments: Any) -> Any:
-        return (on_cuda if x.is_cuda else pair).forward(x, *arguments)
+        y, *saved = pair_for(x).forward(x, *arguments)
+        if torch.compiler.is_compiling():
+            return y, *saved
+        own = y.data  # y may be a view of what was computed, and autograd refuses to change a view in place
+        return own, *[own if s is y else s for s in saved]
 
     def backward(dy: Tensor, *arguments: Any) -> Any:
-        return (on_cuda if dy.is_cuda else pair).backward(dy, *arguments)
+        saved = next(a for a in arguments if isinstance(a, Tensor))  # the loss is a number: dy says nothing
+        return pair_for(saved).backward(dy, *arguments)
 
-    return Pair(forward, backward)
+    return on_cpu._replace(forward=forward, backward=backward)
 
 
 def missing_tool() -> str | None:

@@ -30,12 +30,13 @@ tap is a shift: with the line position m of output (n,p,q) and W' columns from r
     dw[:,:,r,s] = D X(delta)',   D[o,m] = dy,   X(delta)[c,m] = x[c, m + delta],   delta = (r - top) W' + s - left
 
 a matrix product of two views: x is copied once, not R S times as in im2col. Both factors have the summed index
-contiguous, which is what the library multiplies fastest on a CPU. On CUDA these views do not serve: a shift by one
+contiguous, which is what the library multiplies fastest on a CPU. On CUDA these views are too slow: a shift by one
 number is 2 bytes in half types, where an operand must start at a multiple of 16.
 
 Stride u: *space to depth*. The pixels of every u x v block become u v channels, and the kernel, filled up with
 zeros to a multiple of the stride, becomes one of ceil(R/u) x ceil(S/v) taps at stride 1. The same numbers are
-multiplied, plus those zeros: exact. In bf16 conv1 runs so in the forward too (3 channels fill no vector; 48 do).
+multiplied, plus those zeros: exact for finite x. In bf16 conv1 runs so in the forward too, as 48 channels fill a vector
+of the processor and 3 do not.
 
 Measured on a CPU core with AVX-512 and no AMX, as a share of the library's speed, float32 | bfloat16, `paper` with
 batch 16 and, in bfloat16, `mini` (maps of 13 and 6 pixels) with batch 128. Every share is below 1: on a CPU `fastest`
@@ -60,15 +61,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet.compile import batched, compiled
-from alexnet.layers.backend import wide
 from alexnet.layers.compiled.layout import bordered
 from alexnet.layers.conv2d import Gradients, Sides, output_size, unfold
+from alexnet.layers.pair import wide
 
 Two = tuple[int, int]
 NO_SIDES = (0, 0, 0, 0)
-FEW_CHANNELS = 4  # the most for which space to depth pays in the forward
-FEW_TAPS = 9  # the most for which columns beat shifted products
-MANY_ZEROS = 1.2  # length of a line over its positions that count, from which columns beat shifted products
+FEW_CHANNELS = 4  # the most for which space to depth is faster in the forward
+FEW_TAPS = 9  # the most for which columns are faster than shifted products
+MANY_ZEROS = 1.2  # length of a line over its positions that count, from which columns are faster
 COLUMN_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # columns built at once
 ALIGNED = 8  # numbers: 16 bytes of a half type
 
@@ -77,16 +78,23 @@ def conv2d_forward(
     x: Tensor, w: Tensor, b: Tensor | None, stride: Two, padding: Sides, groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (N, C, H, W), w (O, C/G, R, S), b (O) -> y (N, O, P, Q); keeps x, x as it was convolved, and w."""
-    if deepens(x, stride):
+    if uses_space_to_depth(x, stride):
         blocks = space_to_depth(x, w, stride, padding, groups)
-        y = F.conv2d(blocks, kernel_to_depth(w, stride), b, 1, 0, 1, groups)
-        return y, x, blocks, w
+        if _zeros_matter(x):
+            return _convolve(x, w, b, stride, padding, groups), x, blocks, w
+        return F.conv2d(blocks, kernel_to_depth(w, stride), b, 1, 0, 1, groups), x, blocks, w
     x = x.contiguous(memory_format=torch.channels_last)
     return _convolve(x, w, b, stride, padding, groups), x, x, w
 
 
-def deepens(x: Tensor, stride: Two) -> bool:
+def uses_space_to_depth(x: Tensor, stride: Two) -> bool:
+    """Whether the forward runs on blocks of pixels as channels."""
     return max(stride) > 1 and x.shape[1] <= FEW_CHANNELS and x.dtype == torch.bfloat16
+
+
+def _zeros_matter(x: Tensor) -> bool:
+    """Whether the added taps may change an output: 0 times an infinity is NaN. CUDA is not asked, it would wait."""
+    return torch.compiler.is_compiling() or (not x.is_cuda and not bool(x.isfinite().all()))
 
 
 def _convolve(x: Tensor, w: Tensor, b: Tensor | None, stride: Two, padding: Sides, groups: int) -> Tensor:
@@ -109,17 +117,19 @@ def conv2d_backward(
     """dy (N, O, P, Q) -> dx, dw, db, all ours; None where `needs` says no."""
     dx = input_gradient(dy, x, w, stride, padding, groups) if needs[0] else None
     dw = None
-    if needs[1] and takes_columns(dy, x, w, stride, padding):
+    if needs[1] and uses_im2col(dy, x, w, stride, padding):
         dw = product_of_columns(dy, x, w, stride, padding, groups, x.device.type)
     elif needs[1] and max(stride) > 1:
-        blocks = convolved if deepens(x, stride) else space_to_depth(x, w, stride, padding, groups)
+        blocks = (
+            convolved if uses_space_to_depth(x, stride) else space_to_depth(x, w, stride, padding, groups)
+        )
         dw = kernel_from_depth(shifted_products(dy, blocks, NO_SIDES, groups), w, stride)
     elif needs[1]:
         dw = shifted_products(dy, x, padding, groups)
     return dx, dw, bias_gradient(dy) if needs[2] else None
 
 
-def takes_columns(dy: Tensor, x: Tensor, w: Tensor, stride: Two, padding: Sides) -> bool:
+def uses_im2col(dy: Tensor, x: Tensor, w: Tensor, stride: Two, padding: Sides) -> bool:
     """Whether the weight gradient is a product of columns rather than shifted products; figures above."""
     left, right, top, bottom = padding
     # A window that lies wholly in the padding begins before the zeros of its row do.
@@ -295,7 +305,7 @@ def library_backward(
     if not needs[1]:
         return dx, None, bias_gradient(dy) if needs[2] else None
     dy = dy.contiguous(memory_format=torch.channels_last)
-    deep = deepens(x, stride)
+    deep = uses_space_to_depth(x, stride)
     operand, kernel = convolved, kernel_to_depth(w, stride) if deep else w
     left, right, top, bottom = padding
     step, sides = ([1, 1], [0, 0]) if deep else (list(stride), [top, left])

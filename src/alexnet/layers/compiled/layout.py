@@ -25,11 +25,14 @@ def bordered(x: Tensor, left: int, right: int, top: int, bottom: int, value: flo
 
 
 def constant(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Caches a small tensor that depends on numbers only. Made outside inference mode, so it serves everywhere."""
+    """Caches a small tensor that depends on numbers only. Made outside inference mode, it can be used in any mode."""
 
     @cache
     def made(*arguments: Any) -> Any:
         with torch.inference_mode(False):
             return make(*arguments)
 
-    return made
+    def made_or_traced(*arguments: Any) -> Any:
+        return make(*arguments) if torch.compiler.is_compiling() else made(*arguments)
+
+    return made_or_traced

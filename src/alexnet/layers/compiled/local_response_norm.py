@@ -2,7 +2,7 @@
 
 The maps of one pixel lie together in memory, so a tensor is M rows of C numbers, one row a pixel, and the
 neighbour j maps away is the same tensor read j numbers further on. At the end of a row that would be the next
-pixel: those terms are multiplied by 0, from a table of C ones and zeros per neighbour that also ends every tower.
+pixel: those terms are replaced by 0, by a table of C ones and zeros per neighbour that also ends every tower.
 Such reads run as fast as a copy; padding the last dimension instead is 2 to 4 times slower. Only the first and the
 last row would read outside the tensor, so these two are computed apart.
 
@@ -10,18 +10,18 @@ Kept: x. The powers are computed again in the backward, which is cheaper than to
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet.compile import batched, compiled
-from alexnet.layers.backend import wide
 from alexnet.layers.compiled.layout import constant
-from alexnet.layers.local_response_norm import inverse_power
+from alexnet.layers.local_response_norm import Norm, inverse_power
+from alexnet.layers.pair import wide
 
 Reach = tuple[int, int]  # neighbours (before, after)
-Norm = tuple[int, float, float, float]  # size, alpha, beta, k
 
 
 @constant
@@ -53,7 +53,7 @@ def window_sums(
     flat = rows.reshape(-1)
 
     def total(neighbours: list[Tensor]) -> Tensor:
-        return sum(term(x) * keep[i] for i, x in enumerate(neighbours))  # type: ignore[return-value]
+        return sum(kept(term(x), keep[i]) for i, x in enumerate(neighbours))  # type: ignore[return-value]
 
     def edge(row: Tensor) -> Tensor:
         padded = F.pad(row, (before, after))
@@ -66,9 +66,14 @@ def window_sums(
     return [edge(rows[:1]), between, edge(rows[-1:])]
 
 
+def kept(terms: Tensor, keep: Tensor) -> Tensor:
+    """The terms where the table says 1, else 0: a product would make the neighbour's NaN one of this pixel too."""
+    return torch.where(keep > 0, terms, 0.0)
+
+
 def norm_rows(x: Tensor, keep: Tensor, before: int, norm: Norm, relu: bool) -> Tensor:
     """x (N, ..., C) -> y, of x or of max(x, 0)."""
-    size, alpha, beta, k = norm
+    size, alpha, beta, k, _ = norm
     rows, pixels = x.flatten(0, -2), x.shape[1:-1].numel()
     sums = window_sums(rows, pixels, lambda x: response(x, relu) ** 2, keep, before)
     y = [
@@ -79,18 +84,18 @@ def norm_rows(x: Tensor, keep: Tensor, before: int, norm: Norm, relu: bool) -> T
 
 
 def norm_rows_backward(
-    dy: Tensor, x: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm, relu: bool
+    dy: Tensor, x: Tensor, keep: Tensor, reflected: Tensor, before: int, norm: Norm, relu: bool
 ) -> list[Tensor]:
     """dy, x (N, ..., C) -> the `pieces` of dx. `before` is that of the forward's window; the backward's is the
     reflected one."""
-    size, alpha, beta, k = norm
+    size, alpha, beta, k, _ = norm
     drows, rows, pixels = dy.flatten(0, -2), x.flatten(0, -2), x.shape[1:-1].numel()
     sums = window_sums(rows, pixels, lambda x: response(x, relu) ** 2, keep, before)
     t, q = [], []
     for d, a, total in zip(pieces(drows, pixels), pieces(rows, pixels), sums, strict=True):
-        gain, slope = gain_and_slope(k + alpha / size * total, beta)
-        t.append(d * gain)
-        q.append(d * response(a, relu) * slope)
+        t_piece, q_piece = gained_and_competing(d, response(a, relu), k + alpha / size * total, beta)
+        t.append(t_piece)
+        q.append(q_piece)
     # q gets a row of zeros at each end, so that no neighbour of the backward is outside it.
     nothing = torch.zeros_like(rows[:1], dtype=q[0].dtype)
     flat, C = torch.cat([nothing, *q, nothing]).reshape(-1), rows.shape[1]
@@ -99,7 +104,7 @@ def norm_rows_backward(
     for d, a in zip(t, pieces(rows, pixels), strict=True):
         end = row + len(d)
         shifts = enumerate(range(-after, before + 1))
-        competition = sum(flat[row * C + j : end * C + j].view(-1, C) * keep_reflected[i] for i, j in shifts)
+        competition = sum(kept(flat[row * C + j : end * C + j].view(-1, C), reflected[i]) for i, j in shifts)
         a = response(a, relu)
         piece = d - 2 * alpha * beta / size * a * competition
         dx.append((torch.where(a <= 0, 0, piece) if relu else piece).to(rows.dtype))
@@ -113,13 +118,13 @@ def response(x: Tensor, relu: bool) -> Tensor:
     return x.clamp(min=0) if relu else x
 
 
-def gain_and_slope(s: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """s^-beta and s^(-beta-1)."""
-    gain = inverse_power(s, beta)
+def gained_and_competing(d: Tensor, a: Tensor, s: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """t = d s^-beta and q = t a / s, in an order in which no product underflows where q does not."""
+    t = d * inverse_power(s, beta)
     if beta == 0.75:
-        root = s.rsqrt()
-        return gain, gain * (root * root)  # the same root as in the gain: no division
-    return gain, gain / s
+        root = s.rsqrt()  # the same root as in the power: no division
+        return t, t * (a * root * root)
+    return t, t * (a / s)
 
 
 @compiled
@@ -128,8 +133,8 @@ def _forward(rows: Tensor, keep: Tensor, before: int, norm: Norm) -> Tensor:
 
 
 @compiled
-def _backward(dy: Tensor, x: Tensor, keep: Tensor, keep_reflected: Tensor, before: int, norm: Norm) -> Tensor:
-    dx = norm_rows_backward(dy, x, keep, keep_reflected, before, norm, relu=False)
+def _backward(dy: Tensor, x: Tensor, keep: Tensor, reflected: Tensor, before: int, norm: Norm) -> Tensor:
+    dx = norm_rows_backward(dy, x, keep, reflected, before, norm, relu=False)
     return torch.cat(dx).view(x.shape)
 
 
@@ -139,50 +144,44 @@ def _backward_into(
     dy: Tensor,
     x: Tensor,
     keep: Tensor,
-    keep_reflected: Tensor,
+    reflected: Tensor,
     before: int,
     norm: Norm,
     relu: bool,
 ) -> None:
     """Given the pieces one by one, the compiler writes each where it belongs; into one tensor it would copy them."""
-    for piece, value in zip(
-        dx, norm_rows_backward(dy, x, keep, keep_reflected, before, norm, relu), strict=True
-    ):
+    values = norm_rows_backward(dy, x, keep, reflected, before, norm, relu)
+    for piece, value in zip(dx, values, strict=True):
         piece.copy_(value)
 
 
-def local_response_norm_forward(
-    x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
-) -> tuple[Tensor, Tensor]:
-    """x (N, C, ...) -> y; keeps x."""
+def local_response_norm_forward(x: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
+    """x (N, C, ...) and size, alpha, beta, k, groups -> y; keeps x."""
+    norm = Norm(*constants)
     (rows,) = batched(x.movedim(1, -1).contiguous())
-    keep, _, before = neighbours(rows, size, groups)
-    return _forward(rows, keep, before, (size, alpha, beta, k)).movedim(-1, 1), x
+    keep, _, before = neighbours(rows, norm)
+    return _forward(rows, keep, before, norm).movedim(-1, 1), x
 
 
-def local_response_norm_backward(
-    dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
-) -> Tensor:
+def local_response_norm_backward(dy: Tensor, x: Tensor, *constants: Any) -> Tensor:
     """dy (N, C, ...) -> dx."""
+    norm = Norm(*constants)
     dy, x = batched(dy.movedim(1, -1).contiguous(), x.movedim(1, -1).contiguous())
-    keep, keep_reflected, before = neighbours(x, size, groups)
-    return _backward(dy, x, keep, keep_reflected, before, (size, alpha, beta, k)).movedim(-1, 1)
+    return _backward(dy, x, *neighbours(x, norm), norm).movedim(-1, 1)
 
 
-def backward_into(dx: Tensor, dy: Tensor, x: Tensor, norm: Norm, groups: int, relu: bool) -> None:
+def backward_into(dx: Tensor, dy: Tensor, x: Tensor, norm: Norm, relu: bool) -> None:
     """dx of the norm, with relu=True that of the ReLU in front of it too; all three (N, ..., C) contiguous."""
     dy, x = batched(dy, x)
-    keep, keep_reflected, before = neighbours(x, norm[0], groups)
-    rows, pixels = dx.flatten(0, -2), x.shape[1:-1].numel()
-    parts = pieces(rows, pixels)
+    parts = pieces(dx.flatten(0, -2), x.shape[1:-1].numel())
     if len(x) > 1:  # a single image is a constant, and so are its rows
         parts = [batched(part)[0] for part in parts]
-    _backward_into(parts, dy, x, keep, keep_reflected, before, norm, relu)
+    _backward_into(parts, dy, x, *neighbours(x, norm), norm, relu)
 
 
-def neighbours(x: Tensor, size: int, groups: int) -> tuple[Tensor, Tensor, int]:
+def neighbours(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, int]:
     """x (..., C) -> the tables of W and of W reflected, and how many neighbours W has before its map."""
-    C = x.shape[-1]
-    before, after = reach(size, C // groups)
+    C, groups = x.shape[-1], norm.groups
+    before, after = reach(norm.size, C // groups)
     where = (wide(x.dtype), x.device)
     return inside(C, groups, before, after, *where), inside(C, groups, after, before, *where), before

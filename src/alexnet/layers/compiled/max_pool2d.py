@@ -12,37 +12,35 @@ needs, and each pixel is written once, into a strided view of dx.
 Comparisons are made on floats, because the compiler leaves comparisons of bytes scalar (ten times slower).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet.compile import batched, compiled
-from alexnet.layers.backend import wide
 from alexnet.layers.compiled.layout import bordered, channels_last, constant
-from alexnet.layers.max_pool2d import Size, Two, output_size
+from alexnet.layers.max_pool2d import Pool, Size, Two, first_inside, output_size
+from alexnet.layers.pair import wide
 
 BITS = 7  # places to an int8
 
 
-def max_pool2d_forward(
-    x: Tensor, kernel: Two, stride: Two, padding: Two, ceil_mode: bool, ties: str
-) -> tuple[Tensor, ...]:
-    """x (N, C, H, W) or (C, H, W) -> y; keeps the winners, (N, P, Q, C) bytes."""
+def max_pool2d_forward(x: Tensor, *constants: Any) -> tuple[Tensor, ...]:
+    """x (N, C, H, W) or (C, H, W) and the constants of `Pool` -> y; keeps the winners, (N, P, Q, C) bytes."""
+    pool = Pool(*constants)
     x_NHWC = channels_last(x if x.dim() == 4 else x[None])
-    windows = output_size(x.shape[-2:], kernel, stride, padding, ceil_mode)
-    first = first_place(*windows, kernel, stride, padding, x.device) if any(padding) else None
-    y, *winners = _forward(*batched(x_NHWC), first, windows, kernel, stride, padding, ties)
+    windows = output_size(x.shape[-2:], *pool[:4])
+    first = first_place(*windows, pool, x.device) if any(pool.padding) else None
+    y, *winners = _forward(*batched(x_NHWC), first, windows, pool)
     return _as(y, x.dim()), *winners
 
 
-def max_pool2d_backward(
-    dy: Tensor,
-    *saved: Tensor | Size | Two | bool | str,
-) -> Tensor:
+def max_pool2d_backward(dy: Tensor, *winners_and_constants: Any) -> Tensor:
     """dy (N, C, P, Q), the winners, (H, W) and the forward's constants -> dx (N, C, H, W)."""
-    *winners, size, kernel, stride, padding, _, ties = saved
+    *winners, size, pool = *winners_and_constants[:-5], Pool(*winners_and_constants[-5:])
     dy_NPQC = channels_last(dy if dy.dim() == 4 else dy[None])
-    return _as(gather(dy_NPQC, winners, size, kernel, stride, padding, ties), dy.dim())  # type: ignore[arg-type]
+    return _as(gather(dy_NPQC, winners, size, pool), dy.dim())
 
 
 def _as(x_NHWC: Tensor, dimensions: int) -> Tensor:
@@ -51,25 +49,22 @@ def _as(x_NHWC: Tensor, dimensions: int) -> Tensor:
 
 
 @constant
-def first_place(P: int, Q: int, kernel: Two, stride: Two, padding: Two, device: torch.device) -> Tensor:
-    """(P, Q, 1): where a window's search begins, its first place that is no padding."""
-    r = (padding[0] - stride[0] * torch.arange(P, device=device)).clamp(min=0)
-    s = (padding[1] - stride[1] * torch.arange(Q, device=device)).clamp(min=0)
-    return (r[:, None] * kernel[1] + s)[..., None].float()
+def first_place(P: int, Q: int, pool: Pool, device: torch.device) -> Tensor:
+    """(P, Q, 1): where a window's search begins, its first place that is not padding."""
+    return first_inside(P, Q, pool.kernel, pool.stride, pool.padding, device)[..., None].float()
 
 
-def pooled(
-    x: Tensor, first: Tensor | None, windows: Two, kernel: Two, stride: Two, padding: Two, ties: str
-) -> tuple[Tensor, list[Tensor]]:
+def pooled(x: Tensor, first: Tensor | None, windows: Two, pool: Pool) -> tuple[Tensor, list[Tensor]]:
     """x (N, H, W, C) -> the maxima (N, P, Q, C) in the type they are compared in, and the winners as floats."""
-    candidates = [c.to(wide(x.dtype)) for c in _candidates(x, windows, kernel, stride, padding)]
+    candidates = [c.to(wide(x.dtype)) for c in _candidates(x, windows, pool)]
     y = candidates[0]
     for x_k in candidates[1:]:
         y = torch.maximum(y, x_k)
-    if ties == "first":
-        place = torch.zeros_like(y)  # of a NaN, which equals nothing
+    if pool.ties == "first":
+        place = torch.zeros_like(y)
         for number in reversed(range(len(candidates))):
-            place = torch.where(candidates[number] == y, float(number), place)
+            x_k = candidates[number]
+            place = torch.where((x_k == y) | (x_k != x_k), float(number), place)
         return y, [place if first is None else torch.maximum(place, first)]
     winners = []
     for start in range(0, len(candidates), BITS):
@@ -78,63 +73,63 @@ def pooled(
     return y, winners  # type: ignore[return-value]
 
 
-def _candidates(x: Tensor, windows: Two, kernel: Two, stride: Two, padding: Two) -> list[Tensor]:
+def _candidates(x: Tensor, windows: Two, pool: Pool) -> list[Tensor]:
     """For each place of a window, row-major, the pixels that stand there: (N, P, Q, C) views.
 
     A window that reaches beyond the last row or column reads that row or column again: its maximum stays, the first
     winner stays, and no pixel asks for a place outside. Reading minus infinity instead takes three times as long.
     """
-    if any(padding):
-        x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]), value=float("-inf"))
+    (rows, columns), (below, beside) = pool.kernel, pool.padding
+    if any(pool.padding):
+        x = F.pad(x, (0, 0, beside, beside, below, below), value=float("-inf"))
 
     def along(axis: int, place: int) -> slice | Tensor:
-        count, step, size = windows[axis], stride[axis], x.shape[axis + 1]
+        count, step, size = windows[axis], pool.stride[axis], x.shape[axis + 1]
         if place + (count - 1) * step < size:
             return slice(place, place + (count - 1) * step + 1, step)
         return (place + step * torch.arange(count, device=x.device)).clamp(max=size - 1)
 
-    return [x[:, along(0, r)][:, :, along(1, s)] for r in range(kernel[0]) for s in range(kernel[1])]
+    return [x[:, along(0, r)][:, :, along(1, s)] for r in range(rows) for s in range(columns)]
 
 
 @compiled
-def _forward(
-    x: Tensor, first: Tensor | None, windows: Two, kernel: Two, stride: Two, padding: Two, ties: str
-) -> tuple[Tensor, ...]:
-    y, winners = pooled(x, first, windows, kernel, stride, padding, ties)
+def _forward(x: Tensor, first: Tensor | None, windows: Two, pool: Pool) -> tuple[Tensor, ...]:
+    y, winners = pooled(x, first, windows, pool)
     return y.to(x.dtype), *(w.to(torch.int8) for w in winners)
 
 
-def gather(
-    dy: Tensor, winners: list[Tensor], size: Size, kernel: Two, stride: Two, padding: Two, ties: str
-) -> Tensor:
+def gather(dy: Tensor, winners: list[Tensor], size: Size, pool: Pool) -> Tensor:
     """dy (N, P, Q, C) -> dx (N, H, W, C)."""
+    kernel, stride, padding, _, ties = pool
     N, P, Q, C = dy.shape
     reach = [-(-kernel[a] // stride[a]) - 1 for a in (0, 1)]  # windows before its own that reach a pixel
     ends = [(size[a] - 1 + padding[a]) // stride[a] + 1 for a in (0, 1)]
     sides = (reach[1], ends[1] - Q, reach[0], ends[0] - P)
     dy_bordered, *winners_bordered = batched(
-        bordered(dy, *sides), *(bordered(w, *sides, NOBODY[ties]) for w in winners)
+        bordered(dy, *sides), *(bordered(w, *sides, NO_WINNER[ties]) for w in winners)
     )
-    dx = dy.new_empty((N, *size, C))
+    # At a stride larger than the window there are pixels in no window: they get zeros, the others are all written.
+    gaps = any(stride[a] > kernel[a] for a in (0, 1))
+    dx = dy.new_zeros((N, *size, C)) if gaps else dy.new_empty((N, *size, C))
     planes, remainders, starts = [], [], []
-    for rho in range(stride[0]):
-        for sigma in range(stride[1]):
+    for rho in range(min(stride[0], kernel[0])):
+        for sigma in range(min(stride[1], kernel[1])):
             rows, columns = (rho - padding[0]) % stride[0], (sigma - padding[1]) % stride[1]
             if rows < size[0] and columns < size[1]:
                 planes.append(apart(dx[:, rows :: stride[0], columns :: stride[1]]))
                 remainders.append((rho, sigma))
                 starts.append(((rows + padding[0]) // stride[0], (columns + padding[1]) // stride[1]))
-    _gather(list(batched(*planes)), dy_bordered, winners_bordered, remainders, starts, kernel, stride, ties)
+    _gather(list(batched(*planes)), dy_bordered, winners_bordered, remainders, starts, pool)
     return dx
 
 
 def apart(plane: Tensor) -> Tensor:
     """The same memory under a storage of its own: planes share no element, but the compiler sees that they share
     memory and would write the whole of it once for each."""
-    return torch.from_dlpack(plane)
+    return plane if torch.compiler.is_compiling() else torch.from_dlpack(plane)
 
 
-NOBODY = {"first": -1, "all": 0}  # the winners of a window that is not there
+NO_WINNER = {"first": -1, "all": 0}  # the winners of a window that is not there
 
 
 @compiled
@@ -144,38 +139,30 @@ def _gather(
     winners: list[Tensor],
     remainders: list[Two],
     starts: list[Two],
-    kernel: Two,
-    stride: Two,
-    ties: str,
+    pool: Pool,
 ) -> None:
     """Writes dx plane by plane, each (N, A, B, C): the pixels of one pair of remainders."""
     for plane, remainder, start in zip(planes, remainders, starts, strict=True):
-        plane.copy_(_paid(plane.shape, dy, winners, remainder, start, kernel, stride, ties).to(dy.dtype))
+        plane.copy_(_collected(plane.shape, dy, winners, remainder, start, pool).to(dy.dtype))
 
 
-def _paid(
-    shape: torch.Size,
-    dy: Tensor,
-    winners: list[Tensor],
-    remainder: Two,
-    start: Two,
-    kernel: Two,
-    stride: Two,
-    ties: str,
+def _collected(
+    shape: torch.Size, dy: Tensor, winners: list[Tensor], remainder: Two, start: Two, pool: Pool
 ) -> Tensor:
-    """What the windows pay to the pixels (N, A, B, C) of one pair of remainders."""
+    """What the pixels (N, A, B, C) of one pair of remainders receive from the windows that they won."""
+    kernel, stride = pool.kernel, pool.stride
     total = torch.zeros((), dtype=wide(dy.dtype), device=dy.device).expand(shape)
     (A, B), ahead = shape[1:3], [-(-kernel[a] // stride[a]) - 1 for a in (0, 1)]
     for t, r in enumerate(range(remainder[0], kernel[0], stride[0])):
         for u, s in enumerate(range(remainder[1], kernel[1], stride[1])):
             row, column = start[0] - t + ahead[0], start[1] - u + ahead[1]
             window = (slice(None), slice(row, row + A), slice(column, column + B))
-            won = _won([w[window] for w in winners], r * kernel[1] + s, ties)
+            won = has_won([w[window] for w in winners], r * kernel[1] + s, pool.ties)
             total = total + torch.where(won, dy[window].to(total.dtype), 0)
     return total
 
 
-def _won(winners: list[Tensor], place: int, ties: str) -> Tensor:
+def has_won(winners: list[Tensor], place: int, ties: str) -> Tensor:
     if ties == "first":
         return winners[0].float() == float(place)
     half = (winners[place // BITS].float() * 2.0 ** -(place % BITS)).floor() * 0.5

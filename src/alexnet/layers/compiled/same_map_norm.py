@@ -1,25 +1,26 @@
 """Response normalisation inside one map, compiled; derivation in layers/same_map_norm.py. Kept: x."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet.compile import batched, compiled
-from alexnet.layers.backend import wide
 from alexnet.layers.compiled.layout import channels_last
-from alexnet.layers.compiled.local_response_norm import Norm, gain_and_slope
+from alexnet.layers.compiled.local_response_norm import gained_and_competing
 from alexnet.layers.local_response_norm import inverse_power
+from alexnet.layers.pair import wide
 
 
-def same_map_norm_forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
-    """x (N, C, H, W) -> y; keeps x."""
-    return _forward(*batched(channels_last(x)), (size, alpha, beta, k)).permute(0, 3, 1, 2), x
+def same_map_norm_forward(x: Tensor, *norm: Any) -> tuple[Tensor, Tensor]:
+    """x (N, C, H, W) and size, alpha, beta, k -> y; keeps x."""
+    return _forward(*batched(channels_last(x)), norm).permute(0, 3, 1, 2), x
 
 
-def same_map_norm_backward(dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+def same_map_norm_backward(dy: Tensor, x: Tensor, *norm: Any) -> Tensor:
     """dy (N, C, H, W) -> dx."""
-    pixels = batched(channels_last(dy), channels_last(x))
-    return _backward(*pixels, (size, alpha, beta, k)).permute(0, 3, 1, 2)
+    return _backward(*batched(channels_last(dy), channels_last(x)), norm).permute(0, 3, 1, 2)
 
 
 def square_sum(x: Tensor, size: int) -> Tensor:
@@ -31,7 +32,7 @@ def square_sum(x: Tensor, size: int) -> Tensor:
 
 
 @compiled
-def _forward(x: Tensor, norm: Norm) -> Tensor:
+def _forward(x: Tensor, norm: tuple[Any, ...]) -> Tensor:
     size, alpha, beta, k = norm
     x_wide = x.to(wide(x.dtype))
     s = k + alpha / size**2 * square_sum(x_wide * x_wide, size)
@@ -39,9 +40,9 @@ def _forward(x: Tensor, norm: Norm) -> Tensor:
 
 
 @compiled
-def _backward(dy: Tensor, x: Tensor, norm: Norm) -> Tensor:
+def _backward(dy: Tensor, x: Tensor, norm: tuple[Any, ...]) -> Tensor:
     size, alpha, beta, k = norm
     x_wide = x.to(wide(x.dtype))
-    gain, slope = gain_and_slope(k + alpha / size**2 * square_sum(x_wide * x_wide, size), beta)
-    competition = square_sum(dy * x_wide * slope, size)
-    return (dy * gain - 2 * alpha * beta / size**2 * x_wide * competition).to(x.dtype)
+    s = k + alpha / size**2 * square_sum(x_wide * x_wide, size)
+    t, q = gained_and_competing(dy, x_wide, s, beta)
+    return (t - 2 * alpha * beta / size**2 * x_wide * square_sum(q, size)).to(x.dtype)

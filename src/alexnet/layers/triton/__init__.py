@@ -16,21 +16,20 @@ import torch
 from triton import knobs
 
 from alexnet.errors import UserError
-from alexnet.layers.backend import Pair
+from alexnet.layers.pair import Pair, pair_of
 
 KERNELS = ("local_response_norm", "relu_lrn_pool")
 
 
 def load(operation: str) -> Pair:
-    """The pair of an operation. Raises UserError where there is no kernel for it, or nothing to run one on."""
+    """The pair of an operation. Raises UserError where there is no kernel for it, or no device to run one on."""
     if operation not in KERNELS:
         raise UserError(
-            f"backend.{operation}=triton: there is no such kernel, only {' and '.join(KERNELS)}. "
+            f"backend.{operation}=triton must be one of the operations with a kernel: {', '.join(KERNELS)}. "
             f"Set backend.{operation}=compiled, or =reference"
         )
     if not torch.cuda.is_available() and not knobs.runtime.interpret:
         raise UserError(
             f"backend.{operation}=triton cannot be used here: torch sees no CUDA device. Set backend=reference"
         )
-    module = import_module(f"alexnet.layers.triton.{operation}")
-    return Pair(getattr(module, f"{operation}_forward"), getattr(module, f"{operation}_backward"))
+    return pair_of(import_module(f"alexnet.layers.triton.{operation}"), operation)

@@ -32,6 +32,7 @@ from torch import Tensor
 from triton import knobs
 
 from alexnet.errors import UserError
+from alexnet.layers.local_response_norm import Norm
 
 BLOCK = 1024  # numbers a program owns: 8 for each thread of its four warps
 MOST_MAPS = 2048  # of a tower; a program owns whole rows, and longer ones take the compiler minutes
@@ -51,14 +52,9 @@ def present(there: tl.tensor, c: tl.tensor, MAPS: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def responses(
-    x: tl.tensor,
-    row: tl.tensor,
-    c: tl.tensor,
-    there: tl.tensor,
-    MAPS: tl.constexpr,
-    RELU: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> tl.tensor:
+    x: tl.tensor, row: tl.tensor, c: tl.tensor, there: tl.tensor,
+    MAPS: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """What the norm sees of maps c: x, or max(x, 0); zero where nothing is."""
     a = tl.load(x + offsets(row, c, MAPS), mask=present(there, c, MAPS), other=0.0).to(WIDE)
     if RELU:
@@ -68,18 +64,10 @@ def responses(
 
 @triton.jit
 def denominators(
-    x: tl.tensor,
-    row: tl.tensor,
-    c: tl.tensor,
-    there: tl.tensor,
-    MAPS: tl.constexpr,
-    RELU: tl.constexpr,
-    WIDE: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    ALPHA_N: tl.constexpr,
-    K: tl.constexpr,
-) -> tl.tensor:
+    x: tl.tensor, row: tl.tensor, c: tl.tensor, there: tl.tensor,
+    MAPS: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    ALPHA_N: tl.constexpr, K: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """s of maps c of the rows."""
     total = tl.zeros((row.shape[0], c.shape[0]), WIDE)
     for i in tl.static_range(BEFORE + 1 + AFTER):
@@ -116,20 +104,10 @@ def competition(
 
 @triton.jit
 def norm_gradient(
-    dy: tl.tensor,
-    x: tl.tensor,
-    row: tl.tensor,
-    c: tl.tensor,
-    there: tl.tensor,
-    MAPS: tl.constexpr,
-    RELU: tl.constexpr,
-    WIDE: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    ALPHA_N: tl.constexpr,
-    BETA: tl.constexpr,
-    K: tl.constexpr,
-) -> tl.tensor:
+    dy: tl.tensor, x: tl.tensor, row: tl.tensor, c: tl.tensor, there: tl.tensor,
+    MAPS: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    ALPHA_N: tl.constexpr, BETA: tl.constexpr, K: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """dy in registers, x in memory -> dx in registers; with RELU that of the ReLU in front included."""
     a = responses(x, row, c, there, MAPS, RELU, WIDE)
     s = denominators(x, row, c, there, MAPS, RELU, WIDE, BEFORE, AFTER, ALPHA_N, K)
@@ -142,19 +120,10 @@ def norm_gradient(
 
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
-    x: tl.tensor,
-    y: tl.tensor,
-    rows: tl.tensor,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    MAPS: tl.constexpr,
-    WIDE: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    ALPHA_N: tl.constexpr,
-    BETA: tl.constexpr,
-    K: tl.constexpr,
-) -> None:
+    x: tl.tensor, y: tl.tensor, rows: tl.tensor,
+    ROWS: tl.constexpr, LANES: tl.constexpr, MAPS: tl.constexpr, WIDE: tl.constexpr, BEFORE: tl.constexpr,
+    AFTER: tl.constexpr, ALPHA_N: tl.constexpr, BETA: tl.constexpr, K: tl.constexpr,
+) -> None:  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c, there = tl.arange(0, LANES), row < rows
     a = responses(x, row, c, there, MAPS, False, WIDE)
@@ -164,20 +133,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
-    dy: tl.tensor,
-    x: tl.tensor,
-    dx: tl.tensor,
-    rows: tl.tensor,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    MAPS: tl.constexpr,
-    WIDE: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    ALPHA_N: tl.constexpr,
-    BETA: tl.constexpr,
-    K: tl.constexpr,
-) -> None:
+    dy: tl.tensor, x: tl.tensor, dx: tl.tensor, rows: tl.tensor,
+    ROWS: tl.constexpr, LANES: tl.constexpr, MAPS: tl.constexpr, WIDE: tl.constexpr, BEFORE: tl.constexpr,
+    AFTER: tl.constexpr, ALPHA_N: tl.constexpr, BETA: tl.constexpr, K: tl.constexpr,
+) -> None:  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c, there = tl.arange(0, LANES), row < rows
     dy_wide = responses(dy, row, c, there, MAPS, False, WIDE)
@@ -185,32 +144,29 @@ def backward_kernel(
     tl.store(dx + offsets(row, c, MAPS), gradient, mask=present(there, c, MAPS))
 
 
-def local_response_norm_forward(
-    x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
-) -> tuple[Tensor, Tensor]:
-    """x (N, C, ...) -> y; keeps x."""
+def local_response_norm_forward(x: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
+    """x (N, C, ...) and size, alpha, beta, k, groups -> y; keeps x."""
     x_rows = x.movedim(1, -1).contiguous()  # (N, ..., C): a view where x is channels-last
-    y, rows = torch.empty_like(x_rows), x_rows.numel() // (x.shape[1] // groups)
-    fixed = norm_constants(x, size, alpha, beta, k, groups)
+    y, fixed = torch.empty_like(x_rows), norm_constants(x, Norm(*constants))
+    rows = x.numel() // fixed["MAPS"]
     with device_of("local_response_norm", x):
         forward_kernel[programs(rows, fixed)](x_rows, y, rows, **fixed)
     return y.movedim(-1, 1), x
 
 
-def local_response_norm_backward(
-    dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
-) -> Tensor:
+def local_response_norm_backward(dy: Tensor, x: Tensor, *constants: Any) -> Tensor:
     """dy (N, C, ...) -> dx."""
     dy_rows, x_rows = dy.movedim(1, -1).contiguous(), x.movedim(1, -1).contiguous()
-    dx, rows = torch.empty_like(x_rows), x_rows.numel() // (x.shape[1] // groups)
-    fixed = norm_constants(x, size, alpha, beta, k, groups)
+    dx, fixed = torch.empty_like(x_rows), norm_constants(x, Norm(*constants))
+    rows = x.numel() // fixed["MAPS"]
     with device_of("local_response_norm", x):
         backward_kernel[programs(rows, fixed)](dy_rows, x_rows, dx, rows, **fixed)
     return dx.movedim(-1, 1)
 
 
-def norm_constants(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> dict[str, Any]:
+def norm_constants(x: Tensor, norm: Norm) -> dict[str, Any]:
     """What a kernel is compiled for: one kernel a layer and type, whatever the batch. Raises UserError."""
+    size, alpha, beta, k, groups = norm
     maps = x.shape[1] // groups
     if maps > MOST_MAPS:
         raise UserError(

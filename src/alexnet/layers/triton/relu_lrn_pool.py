@@ -38,7 +38,8 @@ import triton.language as tl
 from torch import Tensor
 
 from alexnet.errors import UserError
-from alexnet.layers.max_pool2d import Two, output_size
+from alexnet.layers.local_response_norm import Norm
+from alexnet.layers.max_pool2d import Pool, output_size
 from alexnet.layers.triton.local_response_norm import (
     denominators,
     device_of,
@@ -51,38 +52,18 @@ from alexnet.layers.triton.local_response_norm import (
     responses,
 )
 
-NOBODY = {"first": -1, "all": 0}  # the winners of a window that has none
+NO_WINNER = {"first": -1, "all": 0}  # what a window without a winner keeps
 MOST_BITS = 31
 
 
 @triton.jit(do_not_specialize=["windows"])
 def forward_kernel(
-    x: tl.tensor,
-    y: tl.tensor,
-    won: tl.tensor,
-    windows: tl.tensor,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    G: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    U: tl.constexpr,
-    V: tl.constexpr,
-    ALL: tl.constexpr,
-    NONE: tl.constexpr,
-    RELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    MAPS: tl.constexpr,
-    WIDE: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    ALPHA_N: tl.constexpr,
-    BETA: tl.constexpr,
-    K: tl.constexpr,
-) -> None:
+    x: tl.tensor, y: tl.tensor, won: tl.tensor, windows: tl.tensor,
+    H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    S: tl.constexpr, U: tl.constexpr, V: tl.constexpr, ALL: tl.constexpr, NONE: tl.constexpr,
+    RELU: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, MAPS: tl.constexpr, WIDE: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, ALPHA_N: tl.constexpr, BETA: tl.constexpr, K: tl.constexpr,
+) -> None:  # fmt: skip
     window = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, LANES)
     g, q, p = window % G, window // G % Q, window // (G * Q) % P
@@ -113,25 +94,11 @@ def forward_kernel(
 
 @triton.jit
 def pooled_gradient(
-    dy: tl.tensor,
-    won: tl.tensor,
-    row: tl.tensor,
-    c: tl.tensor,
-    inside: tl.tensor,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    G: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    U: tl.constexpr,
-    V: tl.constexpr,
-    ALL: tl.constexpr,
-    NONE: tl.constexpr,
-    MAPS: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> tl.tensor:
+    dy: tl.tensor, won: tl.tensor, row: tl.tensor, c: tl.tensor, inside: tl.tensor,
+    H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    S: tl.constexpr, U: tl.constexpr, V: tl.constexpr, ALL: tl.constexpr, NONE: tl.constexpr,
+    MAPS: tl.constexpr, WIDE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """db of the rows: what the windows that they lie in send to them."""
     g, j, i = row % G, row // G % W, row // (G * W) % H
     n = row // (G * W * H)
@@ -151,33 +118,12 @@ def pooled_gradient(
 
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
-    dy: tl.tensor,
-    won: tl.tensor,
-    x: tl.tensor,
-    dx: tl.tensor,
-    rows: tl.tensor,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    G: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    U: tl.constexpr,
-    V: tl.constexpr,
-    ALL: tl.constexpr,
-    NONE: tl.constexpr,
-    RELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    MAPS: tl.constexpr,
-    WIDE: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    ALPHA_N: tl.constexpr,
-    BETA: tl.constexpr,
-    K: tl.constexpr,
-) -> None:
+    dy: tl.tensor, won: tl.tensor, x: tl.tensor, dx: tl.tensor, rows: tl.tensor,
+    H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    S: tl.constexpr, U: tl.constexpr, V: tl.constexpr, ALL: tl.constexpr, NONE: tl.constexpr,
+    RELU: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, MAPS: tl.constexpr, WIDE: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, ALPHA_N: tl.constexpr, BETA: tl.constexpr, K: tl.constexpr,
+) -> None:  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c, there = tl.arange(0, LANES), row < rows
     db = pooled_gradient(dy, won, row, c, there, H, W, P, Q, G, R, S, U, V, ALL, NONE, MAPS, WIDE)
@@ -185,78 +131,52 @@ def backward_kernel(
     tl.store(dx + offsets(row, c, MAPS), gradient, mask=present(there, c, MAPS))
 
 
-def relu_lrn_pool_forward(
-    x: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    kernel: Two,
-    stride: Two,
-    ceil_mode: bool,
-    order: str,
-    groups: int,
-    ties: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def relu_lrn_pool_forward(x: Tensor, norm: Norm, pool: Pool, order: str) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, C, H, W) -> y (N, C, P, Q); keeps x and the winners (N, P, Q, C)."""
-    windows = output_size(x.shape[-2:], kernel, stride, (0, 0), ceil_mode)
+    windows = output_size(x.shape[-2:], *pool[:4])
     x_NHWC = x.permute(0, 2, 3, 1).contiguous()
     y = x_NHWC.new_empty((len(x), *windows, x.shape[1]))
-    winners = torch.empty_like(y, dtype=_winners_type(kernel, ties))
-    fixed = norm_constants(x, size, alpha, beta, k, groups)
-    pool = _pool_constants(x, windows, kernel, stride, order, groups, ties)
+    winners = torch.empty_like(y, dtype=_winners_type(pool))
+    fixed = norm_constants(x, norm)
     rows = y.numel() // fixed["MAPS"]
+    fixed |= _pool_constants(x, windows, norm.groups, pool, order)
     with device_of("relu_lrn_pool", x):
-        forward_kernel[programs(rows, fixed)](x_NHWC, y, winners, rows, **pool, **fixed)
+        forward_kernel[programs(rows, fixed)](x_NHWC, y, winners, rows, **fixed)
     return y.permute(0, 3, 1, 2), x, winners
 
 
 def relu_lrn_pool_backward(
-    dy: Tensor,
-    x: Tensor,
-    winners: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    kernel: Two,
-    stride: Two,
-    ceil_mode: bool,
-    order: str,
-    groups: int,
-    ties: str,
+    dy: Tensor, x: Tensor, winners: Tensor, norm: Norm, pool: Pool, order: str
 ) -> Tensor:
     """dy (N, C, P, Q), x, the winners -> dx (N, C, H, W)."""
     dy_NPQC, x_NHWC = dy.permute(0, 2, 3, 1).contiguous(), x.permute(0, 2, 3, 1).contiguous()
     dx = torch.empty_like(x_NHWC)
-    fixed = norm_constants(x, size, alpha, beta, k, groups)
-    pool = _pool_constants(x, dy.shape[-2:], kernel, stride, order, groups, ties)
+    fixed = norm_constants(x, norm)
     rows = x.numel() // fixed["MAPS"]
+    fixed |= _pool_constants(x, dy.shape[-2:], norm.groups, pool, order)
     with device_of("relu_lrn_pool", x):
-        backward_kernel[programs(rows, fixed)](dy_NPQC, winners, x_NHWC, dx, rows, **pool, **fixed)
+        backward_kernel[programs(rows, fixed)](dy_NPQC, winners, x_NHWC, dx, rows, **fixed)
     return dx.permute(0, 3, 1, 2)
 
 
-def _pool_constants(
-    x: Tensor, windows: Any, kernel: Two, stride: Two, order: str, groups: int, ties: str
-) -> dict[str, Any]:
+def _pool_constants(x: Tensor, windows: Any, groups: Any, pool: Pool, order: str) -> dict[str, Any]:
     return {
         **dict(zip("HWPQ", (*x.shape[-2:], *windows), strict=True)),
-        **dict(zip("GRSUV", (groups, *kernel, *stride), strict=True)),
-        "ALL": ties == "all",
-        "NONE": NOBODY[ties],
+        **dict(zip("GRSUV", (groups, *pool.kernel, *pool.stride), strict=True)),
+        "ALL": pool.ties == "all",
+        "NONE": NO_WINNER[pool.ties],
         "RELU": order == "relu_lrn_pool",
     }
 
 
-def _winners_type(kernel: Two, ties: str) -> torch.dtype:
+def _winners_type(pool: Pool) -> torch.dtype:
     """Room for a place, or for one bit a place; the sign bit stays free."""
-    places = kernel[0] * kernel[1]
-    if ties == "first":
+    places = pool.kernel[0] * pool.kernel[1]
+    if pool.ties == "first":
         return torch.int8
     if places > MOST_BITS:
         raise UserError(
-            f'backend.relu_lrn_pool=triton: ties="all" has room for {MOST_BITS} places, and kernel_size={kernel} '
+            f'backend.relu_lrn_pool=triton: ties="all" has room for {MOST_BITS} places, and kernel_size={pool.kernel} '
             f"has {places}. Set backend.relu_lrn_pool=reference"
         )
     return torch.int16 if places < 16 else torch.int32
