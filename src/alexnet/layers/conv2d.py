@@ -281,7 +281,7 @@ class Conv2d(nn.Conv2d):
         left, right, top, bottom = sides = _sides(padding)
         super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=bias, **factory)
         self.padding = (top, left) if (left, top) == (right, bottom) else sides
-        self.dilation, self.padding_mode = two(dilation, "Conv2d: dilation"), padding_mode
+        self.dilation, self.padding_mode = two(dilation, "Conv2d: dilation"), padding_mode  # type: ignore[assignment]
         self.backend = checked("conv2d", backend)
         self._check()
 

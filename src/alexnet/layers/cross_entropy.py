@@ -191,10 +191,11 @@ def _native(
 ) -> Tensor:
     # In the type of the sums, so that the loss of half-type logits has the type of the pairs' loss.
     x = cast(x, wide(x.dtype))
-    tensors = [t if t is None or not t.is_floating_point() else t.to(x.dtype) for t in (target, weight)]
+    target = target.to(x.dtype) if target.is_floating_point() else target
+    weight = None if weight is None else weight.to(x.dtype)
     ignored = torch.iinfo(torch.int64).min if ignore_index is None else ignore_index  # never torch's own -100
     options: dict[str, Any] = {"reduction": reduction, "label_smoothing": label_smoothing}
-    return F.cross_entropy(x, *tensors, ignore_index=ignored, **options)  # type: ignore[arg-type]
+    return F.cross_entropy(x, target, weight, ignore_index=ignored, **options)
 
 
 def _check(label_smoothing: float, reduction: str) -> None:

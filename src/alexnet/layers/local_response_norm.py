@@ -80,7 +80,7 @@ class Norm(NamedTuple):
     alpha: float
     beta: float
     k: float
-    groups: int | None  # None: no towers, the window lies inside one map (same_map_norm.py)
+    groups: int  # towers; 0: none, the window lies inside one map (same_map_norm.py)
 
 
 def window_sum(x: Tensor, dim: int, before: int, after: int) -> Tensor:

@@ -45,8 +45,8 @@ PAIRS: dict[tuple[str, str], Pair] = {}
 
 def pair_of(module: ModuleType, operation: str) -> Pair:
     """The functions of a module, x_forward and x_backward, as another pair of an operation."""
-    functions = (getattr(module, f"{operation}_{way}") for way in ("forward", "backward"))
-    return Pair(*functions, operands=PAIRS[operation, "reference"].operands)
+    forward, backward = (getattr(module, f"{operation}_{way}") for way in ("forward", "backward"))
+    return PAIRS[operation, "reference"]._replace(forward=forward, backward=backward)
 
 
 def apply_pair(

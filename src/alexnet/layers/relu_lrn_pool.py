@@ -86,14 +86,13 @@ def relu_lrn_pool_backward(
     order: str,
 ) -> Tensor:
     """dy (N, C, P, Q) and what the forward kept -> dx (N, C, H, W)."""
-    pool_saved = place, pool_x, pool_y
     if order == "relu_lrn_pool":
         a = relu_forward(x)[0]  # computed again: of x and a, one is kept
-        db = max_pool2d_backward(dy, *pool_saved, x.shape[-2:], *pool)
+        db = max_pool2d_backward(dy, place, pool_x, pool_y, x.shape[-2:], *pool)
         da = local_response_norm_backward(db, a, s, *norm)
         return relu_backward(da, a)
     dm = relu_backward(dy, y)
-    db = max_pool2d_backward(dm, *pool_saved, x.shape[-2:], *pool)
+    db = max_pool2d_backward(dm, place, pool_x, pool_y, x.shape[-2:], *pool)
     return local_response_norm_backward(db, x, s, *norm)
 
 

@@ -36,7 +36,7 @@ from alexnet.layers.pair import Pair, wide
 
 FEW = 8  # terms of a window up to which q is computed again for each of them
 
-# ---- both norms; norm.groups: the towers of the response norm, None for the same-map norm --------------------------
+# ---- both norms; norm.groups: the towers of the response norm, 0 for the same-map norm -----------------------------
 
 
 def local_response_norm_forward(x: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
@@ -53,12 +53,12 @@ def local_response_norm_backward(dy: Tensor, x: Tensor, *constants: Any) -> Tens
 
 def same_map_norm_forward(x: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
     """x (N, C, H, W) and size, alpha, beta, k -> y; keeps x."""
-    return local_response_norm_forward(x, *constants, None)
+    return local_response_norm_forward(x, *constants, 0)
 
 
 def same_map_norm_backward(dy: Tensor, x: Tensor, *constants: Any) -> Tensor:
     """dy (N, C, H, W) -> dx."""
-    return local_response_norm_backward(dy, x, *constants, None)
+    return local_response_norm_backward(dy, x, *constants, 0)
 
 
 def norm_gradient(dy: Tensor, x: Tensor, norm: Norm, relu: bool) -> Tensor:
@@ -119,12 +119,12 @@ def gain(s: Tensor, beta: float) -> Tensor:
 
 def area(norm: Norm) -> int:
     """Responses in an uncut window."""
-    return norm.size**2 if norm.groups is None else norm.size
+    return norm.size**2 if norm.groups == 0 else norm.size
 
 
 def window_sum(a: Tensor, norm: Norm, reflected: bool = False) -> Tensor:
     """a (N, ..., C) -> for each response the sum over its window, or over the windows that hold it."""
-    if norm.groups is None:
+    if norm.groups == 0:
         return square_sum(a, norm.size)
     maps = a.shape[-1] // norm.groups
     before, after = reversed(reach(norm.size, maps)) if reflected else reach(norm.size, maps)

@@ -162,7 +162,7 @@ def _loss_gradient(
     if target.dim() == 1:  # compared, where the reference scatters: one pass
         hit = torch.arange(classes, device=x.device) == target[:, None]
         q = (1 - label_smoothing) * hit.to(top.dtype) + label_smoothing / classes
-        total = 1.0
+        total: float | Tensor = 1.0
     else:
         q, total = target, target.sum(1, keepdim=True)
     p = ((x.to(top.dtype) - top) - log_sum).exp()
