@@ -76,7 +76,7 @@ def batches(store: Store, rows: Tensor, size: int, seed: int, epoch: int) -> Ite
 
 def network_input(crops: Tensor, store: Store) -> Tensor:
     """(N, c, c, 3) bytes -> (N, 3, c, c): less the middle of the mean image (section 2)."""
-    return (crops.float() - torch.tensor(store.mean[MIDDLE]).float()).permute(0, 3, 1, 2)
+    return (crops.float() - torch.tensor(store.mean)[MIDDLE].float()).permute(0, 3, 1, 2)
 
 
 def forward(w: Weights, x: Tensor, key: int | None) -> tuple[Tensor, list[Any]]:
