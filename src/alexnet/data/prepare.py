@@ -101,7 +101,8 @@ class PrepareConfig:
         if os.path.isabs(self.name) or ".." in Path(self.name).parts:
             raise UserError(f"name={self.name} must be a name inside data_dir: set data_dir to another place")
         for key, least in (("px", 1), ("min_side", 1), ("max_pixels", 1), ("n_train", 10), ("n_val", 1),
-                           ("workers", 0), ("n_classes", 2), ("images_per_class", 1)):  # fmt: skip
+                           ("workers", 0), ("n_classes", 2), ("images_per_class", 1), ("seed", 0),
+                           ("holdout_seed", 0)):  # fmt: skip
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UserError(f"{key}={value} must be an integer of at least {least}")
