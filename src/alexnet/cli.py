@@ -122,7 +122,7 @@ def _leave(error: Exception, name: str, config_dir: Path) -> None:
     line = one_line(error, name, config_dir)
     if line is None:
         raise error
-    print(f"error: {line}", file=sys.stderr)
+    print("error: " + line.replace("\n", "\\n"), file=sys.stderr)  # a file may have a line break in its name
     raise SystemExit(2) from None
 
 
