@@ -24,8 +24,9 @@ from alexnet.gradcheck.mutants import Kill, Mutant, mutate, try_to_kill
 from alexnet.gradcheck.mutants_of_reference import MUTANTS
 from alexnet.gradcheck.operations import ALL, CONV2D, LOCAL_RESPONSE_NORM, RELU
 from alexnet.layers import Backends
-from alexnet.layers.backend import OPERATIONS, PAIRS
+from alexnet.layers.backend import OPERATIONS
 from alexnet.layers.local_response_norm import local_response_norm_backward
+from alexnet.layers.pair import PAIRS
 from alexnet.layers.relu import relu_backward
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ten_steps.json"

@@ -9,9 +9,10 @@ from alexnet.gradcheck.mutants import Mutant, mutate, try_to_kill
 from alexnet.gradcheck.mutants_of_compiled import MUTANTS_OF_COMPILED
 from alexnet.gradcheck.operations import ALL
 from alexnet.layers import Backends
-from alexnet.layers.backend import OPERATIONS, PAIRS
+from alexnet.layers.backend import OPERATIONS
 from alexnet.layers.compiled import pointwise
 from alexnet.layers.compiled.on_cuda import ON_CUDA
+from alexnet.layers.pair import PAIRS
 from alexnet.layers.relu import relu_backward
 
 # Compiled as well: they take a second.

@@ -11,8 +11,9 @@ import pytest
 from alexnet.errors import UserError
 from alexnet.gradcheck import diagnosis, exercises, reader
 from alexnet.gradcheck.exercises import EXERCISES, exercise_named, imports, skeleton
-from alexnet.layers.backend import OPERATIONS, PAIRS, pair_from_file
+from alexnet.layers.backend import OPERATIONS, pair_from_file
 from alexnet.layers.from_file import import_file
+from alexnet.layers.pair import PAIRS
 
 OF_OPERATIONS = [exercise for exercise in EXERCISES if exercise.is_operation]
 

@@ -15,7 +15,7 @@ from alexnet.gradcheck import run as gradcheck
 from alexnet.gradcheck.config import CheckGradients
 from alexnet.gradcheck.exercises import exercise_named
 from alexnet.layers import Backends
-from alexnet.layers.backend import PAIRS
+from alexnet.layers.pair import PAIRS
 from alexnet.training import assemble
 from alexnet.training.checkpoint import load
 from alexnet.training.run import train

@@ -30,8 +30,8 @@ from alexnet.errors import UserError
 from alexnet.gradcheck.cases import Case, Draw, Options, case
 from alexnet.gradcheck.derivation import title
 from alexnet.gradcheck.operations import by_name
-from alexnet.layers.backend import PAIRS
 from alexnet.layers.from_file import file_hash
+from alexnet.layers.pair import PAIRS
 
 DIRECTORY = Path("exercises")
 

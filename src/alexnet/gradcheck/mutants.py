@@ -33,7 +33,7 @@ import torch
 from alexnet.gradcheck import rules
 from alexnet.gradcheck.checks import Result, results_of
 from alexnet.gradcheck.operations import by_name
-from alexnet.layers.backend import PAIRS, Pair
+from alexnet.layers.pair import PAIRS, Pair
 
 
 @dataclass(frozen=True)

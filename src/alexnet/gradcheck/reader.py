@@ -28,8 +28,9 @@ from alexnet.gradcheck.checks import Result, results_of
 from alexnet.gradcheck.diagnosis import Fault, diagnosis, smallest_example
 from alexnet.gradcheck.exercises import EXERCISES, Exercise, record_path
 from alexnet.gradcheck.operations import by_name
-from alexnet.layers.backend import PAIRS, Pair, pair_from_file
+from alexnet.layers.backend import pair_from_file
 from alexnet.layers.from_file import file_hash, import_file
+from alexnet.layers.pair import PAIRS, Pair
 from alexnet.system import write_json
 
 MINE = "mine"  # the name under which the reader's pair stands in PAIRS

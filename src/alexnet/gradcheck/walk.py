@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alexnet import layers
-from alexnet.layers.backend import PAIRS
+from alexnet.layers.pair import PAIRS
 from alexnet.optim import krizhevsky_update
 
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 0.0005
