@@ -63,7 +63,7 @@ def test_a_run_with_a_copied_right_gradient_has_the_bits_of_the_ordinary_one(
     for config in (ordinary, mine):
         train(config)
     assert_equal_bits(assemble.run_directory(mine), assemble.run_directory(ordinary))
-    assert f"gradients   yours: {operation}, own.py (sha256 " in capsys.readouterr().out
+    assert f"gradients   yours: {operation} from own.py (sha256 " in capsys.readouterr().out
     record = json.loads((assemble.run_directory(mine) / "run.json").read_text())
     assert record["config"]["backend"][operation] == record["resolved"]["yours"][operation]
     assert record["resolved"]["backend"][operation] == str(path)

@@ -198,7 +198,7 @@ def _summary(record: RunRecord) -> str:
         lines += [table(results), "", f"top-1 error {errors}; {protocol}"]
     yours = content["resolved"].get("yours", {})
     if yours:
-        lines.append(f"gradients   yours: {', '.join(f'{name}, {file}' for name, file in yours.items())}")
+        lines.append(f"gradients   yours: {', '.join(f'{name} from {file}' for name, file in yours.items())}")
         lines.append(f"            this project's: all others ({', '.join(_named_backends(content))})")
     return "\n".join(
         [
