@@ -311,7 +311,7 @@ def test_streamed_evaluation_equals_resident(data: ImageData, num_workers: int) 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_streaming_reads_ahead_in_threads_that_end(data: ImageData, num_workers: int) -> None:
     for _ in loader_of(data, Resident.never, num_workers):
-        assert len(readers()) == num_workers
+        assert 1 <= len(readers()) <= num_workers  # a reader that is idle already is taken again
         break  # an abandoned epoch
     assert not readers()
     list(loader_of(data, Resident.never, num_workers))
