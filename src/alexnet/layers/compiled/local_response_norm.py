@@ -2,7 +2,7 @@
 
 The maps of one pixel lie together in memory, so a tensor is M rows of C numbers, one row a pixel, and the
 neighbour j maps away is the same tensor read j numbers further on. At the end of a row that would be the next
-pixel: those terms are replaced by 0, by a table of C ones and zeros per neighbour that also ends every tower.
+pixel: those terms are replaced by 0, by a table of C bit masks per neighbour that also ends every tower.
 Such reads run as fast as a copy; padding the last dimension instead is 2 to 4 times slower. Only the first and the
 last row would read outside the tensor, so these two are computed apart.
 
@@ -26,11 +26,11 @@ Reach = tuple[int, int]  # neighbours (before, after)
 
 @constant
 def inside(C: int, groups: int, before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(before + 1 + after, C): 1 where map c has a neighbour j maps away in its own tower, else 0."""
+    """(before + 1 + after, C): all bits where map c has a neighbour j maps away in its own tower, else none."""
     c = torch.arange(C, device=device)
     first = c // (C // groups) * (C // groups)
     j = torch.arange(-before, after + 1, device=device)[:, None]
-    return ((c + j >= first) & (c + j < first + C // groups)).to(dtype)
+    return -((c + j >= first) & (c + j < first + C // groups)).to(dtype)  # -1 has all bits set
 
 
 def reach(size: int, maps: int) -> Reach:
@@ -67,8 +67,8 @@ def window_sums(
 
 
 def kept(terms: Tensor, keep: Tensor) -> Tensor:
-    """The terms where the table says 1, else 0: a product would make the neighbour's NaN one of this pixel too."""
-    return torch.where(keep > 0, terms, 0.0)
+    """The terms whose bits the table keeps, else 0: a product with 0 would keep the NaN of another pixel."""
+    return (terms.view(keep.dtype) & keep).view(terms.dtype)
 
 
 def norm_rows(x: Tensor, keep: Tensor, before: int, norm: Norm, relu: bool) -> Tensor:
@@ -183,5 +183,5 @@ def neighbours(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, int]:
     """x (..., C) -> the tables of W and of W reflected, and how many neighbours W has before its map."""
     C, groups = x.shape[-1], norm.groups
     before, after = reach(norm.size, C // groups)
-    where = (wide(x.dtype), x.device)
+    where = torch.int64 if x.dtype == torch.float64 else torch.int32, x.device
     return inside(C, groups, before, after, *where), inside(C, groups, after, before, *where), before
