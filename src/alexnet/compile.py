@@ -7,7 +7,7 @@ nothing. A batch of one image is a graph of its own, since torch treats the size
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -38,15 +38,18 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compiled(function: Callable[..., Any], options: dict[str, Any] | None) -> Callable[..., Any]:
-    # False: constant unless declared variable.
-    graphs = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    @cache
+    def graphs() -> Callable[..., Any]:
+        """Made at the first call, since it loads the compiler, which takes seconds."""
+        # dynamic=False: constant unless declared variable.
+        return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():  # inside somebody else's graph: a part of it
             return function(*arguments)
         _allow_variants()
-        return graphs(*arguments)
+        return graphs()(*arguments)
 
     return call
 
