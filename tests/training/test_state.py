@@ -30,8 +30,11 @@ SHORT = ["optim.epochs=1", "evaluate=false", "checkpoint_every=2"]
 @pytest.fixture(scope="module")
 def runs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The directories of a run that went to its end, and of one that crashed after step 5."""
-    where = [f"data_dir={data_dir}", f"output_dir={tmp_path_factory.mktemp('runs')}", *SMALL_NET, *SHORT]
-    straight, broken = (compose_train([*where, "experiment=none", f"name={name}"]) for name in ("a", "b"))
+    shared = ["experiment=quickstart", f"data_dir={data_dir}", "name=test", *SMALL_NET, *SHORT]
+    straight, broken = (
+        compose_train([*shared, f"output_dir={tmp_path_factory.mktemp(name)}"])
+        for name in ("straight", "broken")
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("alexnet.training.run._picture", lambda *_: "not drawn")
         train(straight)
