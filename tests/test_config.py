@@ -17,8 +17,10 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from alexnet import system
-from alexnet.cli import CONF, as_chosen, command, load, one_line, plain, typed
+from alexnet.cli import CONF, arguments, as_chosen, command, load, one_line, plain, typed
+from alexnet.cli import compose as compose_as
 from alexnet.errors import UserError
+from alexnet.evaluate import Evaluate
 from alexnet.layers import Backend
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import build_optimizer, build_scheduler, krizhevsky_update
@@ -168,6 +170,13 @@ def test_a_home_directory_is_written_out_once(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_configuration_from_python_is_named_as_on_the_command_line(overrides: list[str], name: str) -> None:
     assert compose_train(overrides).name == name
+
+
+@pytest.mark.parametrize("path", ["ck/epoch=1-step=8.ckpt", "with space/a=b.ckpt"])
+def test_a_value_may_hold_an_equals_sign(path: str) -> None:
+    assert compose_as("evaluate", Evaluate, [f"checkpoint={path}"]).checkpoint == path
+    swept = ["seed=0,1", "+callbacks.x={_target_: a=b}", "'a=b'", "name=[a=b]", "-m", "optim.lr=0.1"]
+    assert arguments("evaluate", swept) == swept
 
 
 def test_plain_data_comes_back_as_the_same_dataclass() -> None:

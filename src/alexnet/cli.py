@@ -82,9 +82,12 @@ def command(
 
 
 def arguments(name: str, typed: Sequence[str]) -> list[str]:
-    """What Hydra gets of a command line. A home directory is written out: ~ is a sign of its grammar."""
+    """What Hydra gets of a command line. ~ and = are signs of its grammar: a home directory is written out, and a value
+    that holds a = is quoted (checkpoint=ck/epoch=1-step=8.ckpt)."""
     at_home = [re.sub(r"(?<==)~(?=/|$)", os.path.expanduser("~"), argument, count=1) for argument in typed]
-    return as_chosen(at_home) if name == "train" else at_home
+    # Not what begins with a sign of the grammar, nor the several values of a sweep.
+    quoted = [re.sub(r"^([\w.@/+~]+=)([^'\"\[{,(]*=[^,']*)$", r"\1'\2'", argument) for argument in at_home]
+    return as_chosen(quoted) if name == "train" else quoted
 
 
 def as_chosen(arguments: Sequence[str]) -> list[str]:
