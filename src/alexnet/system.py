@@ -216,7 +216,7 @@ def replaced(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its place at the end. Raises UserError if `path` is a link, a
     device or a directory: it would be gone."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UserError(f"{path} is no regular file, and would be replaced by one: choose another path")
+        raise UserError(f"{path} must be a regular file, since it is replaced by one: choose another path")
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial

@@ -142,7 +142,7 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "file")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "link", tmp_path / "pipe", tmp_path, Path("/dev/null")):
-        with pytest.raises(UserError, match="is no regular file"):
+        with pytest.raises(UserError, match="must be a regular file"):
             write_whole(path, "new")
     assert (tmp_path / "file").read_text() == "kept"
 

@@ -258,7 +258,7 @@ def decoded_text(data: bytes, what: str) -> str:
         utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         return data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} is no text in UTF-8 or UTF-16: save it as UTF-8") from error
+        raise UserError(f"{what} must be text in UTF-8 or UTF-16: save it as UTF-8") from error
 
 
 def words_of(files: Files, given: Path | None) -> dict[str, str]:

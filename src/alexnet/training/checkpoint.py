@@ -116,11 +116,11 @@ def read(path: str | Path) -> dict[str, Any]:
     }:
         return of_torchvision(content)
     if not isinstance(content, dict) or not isinstance(content.get("hyper_parameters"), dict):
-        raise UserError(f"checkpoint={path} is no checkpoint of scripts/train.py: it has no hyper_parameters")
+        raise UserError(f"checkpoint={path} was not written by scripts/train.py: it has no hyper_parameters")
     missing = sorted({"model", "augment", "optim", "classes"} - set(content["hyper_parameters"]))
     if missing:
         raise UserError(
-            f"checkpoint={path} is no checkpoint of scripts/train.py: its hyper_parameters lack {', '.join(missing)}"
+            f"checkpoint={path} was not written by scripts/train.py: its hyper_parameters lack {', '.join(missing)}"
         )
     return content
 
@@ -231,5 +231,5 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _rename(name: str) -> str:
     layer, _, parameter = name.rpartition(".")
     if layer not in TORCHVISION_LAYERS:
-        raise UserError(f"{name!r} is no parameter of torchvision's alexnet")
+        raise UserError(f"{name!r} must be a parameter of torchvision's alexnet")
     return f"{TORCHVISION_LAYERS[layer]}.{parameter}"
