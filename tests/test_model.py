@@ -129,7 +129,7 @@ def test_torchvision_s_weights_load_strictly_and_give_equal_logits() -> None:
 
 
 def test_a_foreign_state_dict_is_refused() -> None:
-    with pytest.raises(UserError, match="no parameter of torchvision's alexnet"):
+    with pytest.raises(UserError, match="must be a parameter of torchvision's alexnet"):
         from_torchvision({"features.1.weight": torch.zeros(1)})
 
 
