@@ -405,8 +405,9 @@ def test_what_cannot_run_is_refused_before_any_training(
 def test_unknown_claims_and_senseless_settings_are_refused():
     with pytest.raises(UserError, match=r"claim=s3_3_lrm is unknown: did you mean s3_3_lrn"):
         reproduce(Reproduce(claims=["s3_3_lrm"]))
-    with pytest.raises(UserError, match="seeds=0"):
-        Reproduce(seeds=0)
+    for seeds in (0, 10**22):
+        with pytest.raises(UserError, match=f"seeds={seeds} must be in 1 to 1000"):
+            Reproduce(seeds=seeds)
     with pytest.raises(UserError, match="budget_minutes=0"):
         Reproduce(budget_minutes=0)
 

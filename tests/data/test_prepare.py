@@ -531,6 +531,7 @@ def test_synthetic_is_prepared_like_any_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"n_train": 10**9}, "n_train=1000000000 must be at most"),
         ({"px": 0}, "px=0 must be an integer of at least 1"),
         ({"workers": -1}, "workers=-1"),
         ({"holdout_fraction": 1.0}, r"holdout_fraction=1.0 must be in \[0, 1\)"),

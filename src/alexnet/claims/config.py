@@ -7,6 +7,9 @@ from pathlib import Path
 from alexnet.errors import UserError
 
 
+MOST_SEEDS = 1000  # every run of them is listed before the first starts
+
+
 class Scale(StrEnum):
     smoke = "smoke"  # synthetic pictures, minutes on two cores: does everything run?
     cpu = "cpu"  # some classes of Tiny ImageNet and a narrow net
@@ -44,7 +47,7 @@ class Reproduce:
         return directory if self.claims == ["all"] else directory / "+".join(self.claims)
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UserError(f"seeds={self.seeds} must be a positive integer; 3 give an interval")
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise UserError(f"seeds={self.seeds} must be in 1 to {MOST_SEEDS}; 3 give an interval")
         if self.budget_minutes is not None and self.budget_minutes <= 0:
             raise UserError(f"budget_minutes={self.budget_minutes:g} must be positive; null is no limit")

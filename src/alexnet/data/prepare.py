@@ -51,6 +51,7 @@ from alexnet.errors import UserError
 
 log = logging.getLogger(__name__)
 
+MOST_DRAWN = 10_000_000  # synthetic images, each of which is listed first
 CHUNK = 64  # images handed to a process at a time,
 CHUNK_BYTES = 1 << 24  # or fewer, if their files together are larger than this
 STATISTICS_CHUNK = 256  # images summed at a time
@@ -106,6 +107,9 @@ class PrepareConfig:
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UserError(f"{key}={value} must be an integer of at least {least}")
+        for key in ("n_train", "n_val"):
+            if getattr(self, key) > MOST_DRAWN:
+                raise UserError(f"{key}={getattr(self, key)} must be at most {MOST_DRAWN:,}")
         for key in ("val_fraction", "holdout_fraction"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)} must be in [0, 1)")
