@@ -6,7 +6,6 @@ from pathlib import Path
 
 from alexnet.errors import UserError
 
-
 MOST_SEEDS = 1000  # every run of them is listed before the first starts
 
 
