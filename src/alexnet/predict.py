@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alexnet.data.prepare import Resample, decode, fit
+from alexnet.data.pictures import Resample, decode, fit
 from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.system import command_line, device_type_of, environment, write_json
