@@ -1,6 +1,7 @@
 """A reduced scale=smoke: real claims, a net of a few units, three steps per run."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,3 +38,15 @@ def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Reprod
         patch.setattr("alexnet.training.run._picture", lambda *_: "not drawn")  # takes as long as training
         reproduce(settings)
     return settings
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are files, but none is rendered: that takes longer than everything else of a report."""
+
+    def save(_: Any, path: str | Path) -> Path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("<svg/>")
+        return Path(path)
+
+    monkeypatch.setattr("alexnet.figures._save", save)

@@ -105,6 +105,7 @@ def test_what_is_missing_is_listed_with_its_command(finished: Reproduce, capsys)
     assert "2 runs are missing" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_of_nothing_is_a_list_of_commands(data_dir, tmp_path, capsys):
     reproduce(reduced(data_dir, tmp_path, "s3_3_lrn", "s3_1_relu", "figure1", "figure3", report=True))
     out = capsys.readouterr().out
@@ -117,6 +118,7 @@ def test_a_report_of_nothing_is_a_list_of_commands(data_dir, tmp_path, capsys):
         assert "2 runs whose rate the tuning runs above decide" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_several_states_of_the_code_are_marked(finished: Reproduce, tmp_path, capsys):
     shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
     mixed = dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
@@ -155,6 +157,7 @@ def test_two_tests_are_compared_on_the_same_nets(finished: Reproduce, tmp_path):
     assert {test["val/top1_error"].shape for test in tests.values()} == {(1, 40)}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_diverged_run_is_in_no_curve_and_one_without_an_epoch_stops_no_page(finished: Reproduce, tmp_path):
     shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
     lost = dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
@@ -170,6 +173,7 @@ def test_a_diverged_run_is_in_no_curve_and_one_without_an_epoch_stops_no_page(fi
     assert "diverged: no pair of runs is left to compare</b>; 2 of 2 pairs diverged" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_page_says_at_its_top_what_is_missing(finished: Reproduce, tmp_path):
     shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
     partial = dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
