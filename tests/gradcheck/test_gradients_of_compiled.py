@@ -88,6 +88,6 @@ def test_ten_steps_are_those_of_the_reference(backend):
     ours = network.train_ours(network.STEPS_NET, chosen, "cpu", torch.float64)
     reference = network.train_ours(network.STEPS_NET, Backends().resolve("cpu"), "cpu", torch.float64)
     assert set(chosen.values()) == {"compiled"} | ({"library"} if backend == "fastest" else set())
-    assert network._off(ours, reference) < network.LOSS_BOUND
+    assert network.loss_error(ours, reference) < network.LOSS_BOUND
     for name, w in reference.weights.items():
         assert network.relative(ours.weights[name], w) < network.WEIGHT_BOUND

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert json.loads((assemble.run_directory(broken) / "run.json").read_text())["state"] == "finished"
 
 
+@pytest.fixture
+def none_ignored() -> Iterator[None]:
+    """As a terminal starts a process: under nohup and in the background some signals are ignored from the start."""
+    inherited = {n: signal.signal(n, signal.SIG_DFL) for n in SIGNALS}
+    yield
+    for n, handler in inherited.items():
+        signal.signal(n, handler)
+
+
+@pytest.mark.usefixtures("none_ignored")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_is_noted_in_a_step_and_leaves_at_once_elsewhere(number: int) -> None:
     before = [signal.getsignal(n) for n in SIGNALS]
