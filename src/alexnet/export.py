@@ -9,7 +9,6 @@ The graphs take crops as they are decoded, RGB in 0..255, float32 (N, 3, crop, c
 return logits (N, classes). config.json says how a crop is cut and what the classes are.
 """
 
-import json
 import shutil
 import warnings
 from dataclasses import dataclass, fields
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from alexnet.data.augment import InputScale
 from alexnet.errors import UserError
 from alexnet.layers import Backends
-from alexnet.system import command_line, write_json
+from alexnet.system import command_line, read_json, write_json
 from alexnet.training.checkpoint import CONFIG, WEIGHTS, find, load
 from alexnet.training.classifier import Classifier
 
@@ -161,7 +160,7 @@ def tool(module: str, extra: str) -> Any:
 def describe(classifier: Classifier, source: Path, config: Export, directory: Path) -> None:
     """config.json and the model card README.md."""
     path = directory / CONFIG
-    known = json.loads(path.read_text()) if path.exists() else {"model_type": "alexnet"}
+    known = read_json(path) if path.exists() else {"model_type": "alexnet"}
     hparams, crop = classifier.hparams, classifier.augment.config.crop_px
     steps = (
         f"short side to {hparams['px']} pixels, centre square, centre crop of {crop} pixels, RGB in 0..255"
@@ -171,7 +170,7 @@ def describe(classifier: Classifier, source: Path, config: Export, directory: Pa
     known |= {"opset": OPSET} if config.format == Format.onnx else {}
     write_json(path, known)
     run = source.parent.parent / "run.json"
-    (directory / "README.md").write_text(card(json.loads(run.read_text()) if run.exists() else {}, known))
+    (directory / "README.md").write_text(card(read_json(run) if run.exists() else {}, known))
 
 
 def card(record: dict[str, Any], known: dict[str, Any]) -> str:

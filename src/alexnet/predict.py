@@ -7,7 +7,6 @@ the same files.
 
 import csv
 import glob
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from alexnet.data.pictures import Resample, decode, fit
+from alexnet.data.files import Folder, shown
+from alexnet.data.pictures import HEAD, Resample, decode, fit, is_picture, reason
 from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.system import command_line, device_type_of, environment, write_json
@@ -30,7 +29,6 @@ from alexnet.training.scoring import average, log_probabilities
 CHUNK = 1024  # pictures decoded at a time
 SHEET = 40  # pictures on the contact sheet at most
 STDIN = "-"
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".jfif"}
 
 
 @dataclass
@@ -100,8 +98,8 @@ def predict(config: Predict) -> bool:
         probabilities = average(outputs).exp()
         predictions += top_classes(names, probabilities, config.top)
         sheet += list(zip(pixels, probabilities, strict=True))[: SHEET - len(sheet)]
-    for name, reason in unread.items():
-        print(f"{name}: {reason}", file=sys.stderr)
+    for name, why in unread.items():
+        print(f"{shown(name)}: {why}", file=sys.stderr)
     if not predictions:
         raise UserError(f"images={config.images}: none of {len(unread)} pictures can be read")
     classes = classifiers[0].classes
@@ -129,30 +127,24 @@ def pictures(images: Any) -> Iterator[Picture]:
             yield from standard_input(sys.stdin.buffer.read())
             continue
         path = Path(str(given)).expanduser()
-        found = (
-            [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        )
+        found = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
         if not found:
             raise UserError(f"images={given}: there is no such file or folder, and no file has such a name")
-        for one in found:
-            files = (
-                sorted(f for f in one.rglob("*") if f.suffix.lower() in ENDINGS) if one.is_dir() else [one]
-            )
+        for one in map(Path, found):
+            files = [one / name for name in sorted(Folder(one).pictures)] if one.is_dir() else [one]
             if not files:
-                raise UserError(f"images={one} holds no picture ({', '.join(sorted(ENDINGS))})")
+                raise UserError(f"images={one} holds no picture")
             yield from (Picture(str(file), file) for file in files)
 
 
 def standard_input(content: bytes) -> Iterator[Picture]:
     """A picture by its content, else the names of pictures, one a line."""
-    try:
-        Image.open(io.BytesIO(content)).close()
-    except Image.UnidentifiedImageError:
-        for line in content.decode(errors="surrogateescape").splitlines():
-            if line.strip():
-                yield Picture(line, Path(line))
-    else:
+    if is_picture(content[:HEAD]):
         yield Picture("standard input", content)
+        return
+    for line in content.decode(errors="surrogateescape").splitlines():
+        if line.strip():
+            yield Picture(line, Path(line))
 
 
 def decoded(
@@ -174,14 +166,6 @@ def decoded(
             names, pixels = [], []
     if names:
         yield names, np.stack(pixels)
-
-
-def reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def top_classes(names: Sequence[str], probabilities: Tensor, top: int) -> list[Prediction]:

@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_what_was_there_and_the_next_run_goes_on(
     assert_same_bits(ended(runs[0])[0], ended(crashed)[0])
 
 
-@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "a/../../b", ""])
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/../../b", ""])
 def test_a_name_stays_in_output_dir(compose: Callable[..., Any], name: str) -> None:
     config = compose()
     config.name = name

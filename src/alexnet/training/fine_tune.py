@@ -4,11 +4,11 @@ Every layer is taken over, but fc8 where the classes differ: it keeps its new ra
 convolutions stay as they were; they get no gradient. The input is scaled by the statistics of the new images.
 """
 
-import hashlib
 from typing import Any
 
 from torch import Tensor
 
+from alexnet.data.store import sha256
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.training.checkpoint import find, read
@@ -32,7 +32,7 @@ def take_weights(net: AlexNet, origin: str, classes: list[dict[str, str]]) -> di
     net.load_state_dict({name: value if name in new else given[name] for name, value in own.items()})
     return {
         "path": str(path),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": sha256(path),
         "new_layers": sorted({name.split(".")[0] for name in new}),
     }
 
