@@ -25,8 +25,8 @@ from alexnet.layers import Backend
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import build_optimizer, build_scheduler, krizhevsky_update
 from alexnet.training import assemble
-from alexnet.training.classifier import Speedups
 from alexnet.training.config import Train, compose_train
+from alexnet.training.network import Speedups
 
 GROUPS = ("model", "backend", "data", "augment", "optim", "trainer", "callbacks", "logger", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]

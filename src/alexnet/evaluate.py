@@ -19,7 +19,7 @@ from alexnet.system import command_line, device_type_of, environment, write_json
 from alexnet.training.by_class import Calibration, calibration, confusion_matrix, errors_by_class
 from alexnet.training.by_class import table as by_class_table
 from alexnet.training.checkpoint import find, load
-from alexnet.training.classifier import Classifier
+from alexnet.training.network import Network
 from alexnet.training.scoring import PaperRow, Result, average, log_probabilities, paper_rows, score, table
 
 WORST = 10  # classes that are printed
@@ -125,9 +125,9 @@ def _by_class(
     print(f"picture {classes_figure(confusion, errors, bins, path.with_suffix('.png'), title)}")
 
 
-def _store(config: Evaluate, classifier: Classifier) -> Store:
+def _store(config: Evaluate, classifier: Network) -> Store:
     split = "val" if config.split == "val" else "train"
-    path = Path(config.store or Path(config.data_dir) / classifier.hparams["data"] / split)
+    path = Path(config.store or Path(config.data_dir) / classifier.arguments["data"] / split)
     if not (path / "manifest.json").exists() and (path / split / "manifest.json").exists():
         path = path / split  # the data set's directory was named
     store = open_store(path)
@@ -138,7 +138,7 @@ def _store(config: Evaluate, classifier: Classifier) -> Store:
     return store
 
 
-def _same_classes(path: Path, classifier: Classifier, store: Store) -> None:
+def _same_classes(path: Path, classifier: Network, store: Store) -> None:
     ours, theirs = ([c["wnid"] for c in classes] for classes in (classifier.classes, store.classes))
     unnamed = not any(ours) and len(ours) == len(
         theirs
@@ -148,10 +148,10 @@ def _same_classes(path: Path, classifier: Classifier, store: Store) -> None:
             f"checkpoint={path} knows {len(ours)} classes ({', '.join(ours[:3])}, ...), {store.path} holds "
             f"{len(theirs)} ({', '.join(theirs[:3])}, ...): give the store it was trained for, store=<directory>"
         )
-    if store.px != classifier.hparams["px"]:
+    if store.px != classifier.arguments["px"]:
         raise UserError(
-            f"checkpoint={path} was trained on {classifier.hparams['px']}-pixel images, {store.path} holds "
-            f"{store.px}-pixel ones: prepare a store with px={classifier.hparams['px']}"
+            f"checkpoint={path} was trained on {classifier.arguments['px']}-pixel images, {store.path} holds "
+            f"{store.px}-pixel ones: prepare a store with px={classifier.arguments['px']}"
         )
 
 

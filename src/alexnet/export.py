@@ -25,7 +25,7 @@ from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.system import command_line, read_json, write_json
 from alexnet.training.checkpoint import CONFIG, WEIGHTS, find, load
-from alexnet.training.classifier import Classifier
+from alexnet.training.network import Network
 
 OPSET = 18  # of ONNX, 2022
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
@@ -57,7 +57,7 @@ class Portable(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Network) -> None:
         super().__init__()
         augment = classifier.augment
         mean = augment.mean if augment.mean.dim() == 3 else augment.mean.view(1, 1, 3)
@@ -107,23 +107,23 @@ def name_of(checkpoint: Path) -> str:
     return f"{run.parent.name}-{run.name}" if (run / "run.json").exists() else checkpoint.stem
 
 
-def as_safetensors(classifier: Classifier, example: Tensor, directory: Path) -> Tensor:
+def as_safetensors(classifier: Network, example: Tensor, directory: Path) -> Tensor:
     save_file = tool("safetensors.torch", "safetensors").save_file
-    hyper_parameters = {**dict(classifier.hparams), "backend": Backends().resolve("cpu")}
+    hyper_parameters = {**classifier.arguments, "backend": Backends().resolve("cpu")}
     save_file({k: v.contiguous() for k, v in classifier.state_dict().items()}, directory / WEIGHTS)
     write_json(directory / CONFIG, {"model_type": "alexnet", "hyper_parameters": hyper_parameters})
     with torch.inference_mode():
         return Portable(load(directory))(example)
 
 
-def as_program(classifier: Classifier, example: Tensor, directory: Path) -> Tensor:
+def as_program(classifier: Network, example: Tensor, directory: Path) -> Tensor:
     program = traced(classifier, example)
     torch.export.save(program, directory / "model.pt2")
     with torch.inference_mode():
         return torch.export.load(directory / "model.pt2").module()(example)
 
 
-def as_onnx(classifier: Classifier, example: Tensor, directory: Path) -> Tensor:
+def as_onnx(classifier: Network, example: Tensor, directory: Path) -> Tensor:
     runtime = tool("onnxruntime", "onnx")
     tool("onnxscript", "onnx")
     path = str(directory / "model.onnx")
@@ -143,7 +143,7 @@ def as_onnx(classifier: Classifier, example: Tensor, directory: Path) -> Tensor:
     return torch.from_numpy(session.run(None, {"images": example.numpy()})[0])
 
 
-def traced(classifier: Classifier, example: Tensor) -> torch.export.ExportedProgram:
+def traced(classifier: Network, example: Tensor) -> torch.export.ExportedProgram:
     """The graph for any number of images."""
     batch = torch.export.Dim("N", min=1, max=4096)
     return torch.export.export(Portable(classifier).eval(), (example,), dynamic_shapes=({0: batch},))
@@ -157,11 +157,11 @@ def tool(module: str, extra: str) -> Any:
         raise UserError(f"{module} is missing: python -m pip install -e '.[{extra}]'") from error
 
 
-def describe(classifier: Classifier, source: Path, config: Export, directory: Path) -> None:
+def describe(classifier: Network, source: Path, config: Export, directory: Path) -> None:
     """config.json and the model card README.md."""
     path = directory / CONFIG
     known = read_json(path) if path.exists() else {"model_type": "alexnet"}
-    hparams, crop = classifier.hparams, classifier.augment.config.crop_px
+    hparams, crop = classifier.arguments, classifier.augment.config.crop_px
     steps = (
         f"short side to {hparams['px']} pixels, centre square, centre crop of {crop} pixels, RGB in 0..255"
     )

@@ -23,7 +23,7 @@ from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.system import command_line, device_type_of, environment, write_json
 from alexnet.training.checkpoint import find, load
-from alexnet.training.classifier import Classifier
+from alexnet.training.network import Network
 from alexnet.training.scoring import average, log_probabilities
 
 CHUNK = 1024  # pictures decoded at a time
@@ -112,11 +112,11 @@ def predict(config: Predict) -> bool:
     return not unread
 
 
-def refuse_different(paths: Sequence[Any], classifiers: Sequence[Classifier]) -> None:
+def refuse_different(paths: Sequence[Any], classifiers: Sequence[Network]) -> None:
     """Networks to average must have the same classes and image size."""
     first = classifiers[0]
     for path, other in zip(paths, classifiers, strict=True):
-        if other.classes != first.classes or other.hparams["px"] != first.hparams["px"]:
+        if other.classes != first.classes or other.augment.px != first.augment.px:
             raise UserError(f"checkpoint={path} has other classes or another image size than {paths[0]}")
 
 
@@ -148,11 +148,11 @@ def standard_input(content: bytes) -> Iterator[Picture]:
 
 
 def decoded(
-    config: Predict, classifier: Classifier, unread: dict[str, str]
+    config: Predict, classifier: Network, unread: dict[str, str]
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """Names and pixels (n, px, px, 3) uint8 of some pictures at a time; what cannot be read goes into `unread`."""
-    px = classifier.hparams["px"]
-    resample = config.resample or Resample(classifier.hparams.get("resample", Resample.area))
+    px = classifier.arguments["px"]
+    resample = config.resample or Resample(classifier.arguments.get("resample", Resample.area))
     names: list[str] = []
     pixels: list[np.ndarray] = []
     for picture in pictures(config.images):

@@ -173,7 +173,7 @@ def test_the_probe_sees_the_network_before_training(finished, compose):
     said = json.loads((directory / Want.probe).read_text())
     (directory / Want.probe).unlink()
     trained = load(directory)
-    fresh = type(trained)(**dict(trained.hparams), statistics=assemble.image_data(config).statistics)
+    fresh = type(trained)(**trained.arguments, statistics=assemble.image_data(config).statistics)
     rows = spread(assemble.image_data(config).split[0].numpy(), 64)
     store = assemble.image_data(config).train_store
     images, labels = torch.from_numpy(store.images[rows]), torch.from_numpy(store.labels[rows])

@@ -20,7 +20,8 @@ from alexnet.errors import UserError
 from alexnet.evaluate import Evaluate, evaluate
 from alexnet.system import full_precision_name, replaced, write_json, write_whole
 from alexnet.training import assemble
-from alexnet.training.checkpoint import AtomicCheckpointIO, read
+from alexnet.training.callbacks import AtomicCheckpointIO
+from alexnet.training.checkpoint import read
 from alexnet.training.config import compose_train
 from alexnet.training.run import train
 

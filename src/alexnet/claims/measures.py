@@ -36,9 +36,9 @@ from alexnet.errors import UserError
 from alexnet.system import git_state, read_json, replaced, write_json
 from alexnet.training import assemble
 from alexnet.training.checkpoint import load
-from alexnet.training.classifier import Classifier
 from alexnet.training.config import Train
 from alexnet.training.metrics import read_metrics
+from alexnet.training.network import Network
 from alexnet.training.probe import spread
 from alexnet.training.scoring import TOP5_CLASSES, average, log_probabilities, score
 
@@ -160,7 +160,7 @@ class Net:
         return torch.device(self.record["resolved"]["device"])
 
     @cached_property
-    def classifier(self) -> Classifier:
+    def classifier(self) -> Network:
         path = self.directory / "checkpoints" / "last.ckpt"
         classifier = load(path, self.record["resolved"]["backend"])
         return classifier.to(self.device)
@@ -211,7 +211,7 @@ def _kernels(net: Net, path: Path) -> None:
 
 def _probe(net: Net, path: Path) -> None:
     """Of the network before training: its weights depend on the seed and their names alone."""
-    write_json(path, net.classifier.initial_probe(net.data).as_dict())
+    write_json(path, net.classifier.initial_probe(net.data.train_store, net.data.split[0]).as_dict())
 
 
 def _views(views: int) -> Callable[[Net, Path], None]:

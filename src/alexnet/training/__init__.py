@@ -3,7 +3,8 @@
 config          the schema of scripts/train.py
 assemble        configuration -> data, network, trainer and record, ready to start
 run             the verb: fit, evaluate val once, draw the picture, close the record
-classifier      network, loss, update rule and augmentation as one LightningModule
+network         the network with its views of an image and its classes, without Lightning
+classifier      the network, its loss and its update rule as one LightningModule
 master_weights  float32 master weights with a bfloat16 working copy, and the fused update
 capture         the step as one CUDA graph
 callbacks       checkpoints, watchdog, progress bar

@@ -35,6 +35,7 @@ from alexnet.system import (
     set_precision,
 )
 from alexnet.training.callbacks import (
+    AtomicCheckpointIO,
     AveragedWeights,
     BestCheckpoint,
     FirstKernels,
@@ -44,12 +45,13 @@ from alexnet.training.callbacks import (
     Watchdog,
 )
 from alexnet.training.capture import CapturedStrategy, obstacle
-from alexnet.training.checkpoint import BEST, CHECKPOINTS, LAST, AtomicCheckpointIO, resume_point
-from alexnet.training.classifier import Classifier, Speedups
+from alexnet.training.checkpoint import BEST, CHECKPOINTS, LAST, resume_point
+from alexnet.training.classifier import Classifier
 from alexnet.training.config import Freeze, Train
 from alexnet.training.fine_tune import freeze_features, take_weights
 from alexnet.training.interrupt import Signals
 from alexnet.training.metrics import MetricsFile
+from alexnet.training.network import Speedups
 from alexnet.training.record import RunRecord, open_record, refuse_other
 
 # Keys that do not change what a run computes: a run may be moved, and resumed with another bar or logger.
@@ -127,7 +129,7 @@ class TrainingRun:
             return
         # Until November 2026 a checkpoint knew its network alone. It may be trained under another backend.
         there = {**content["hyper_parameters"], "backend": {}}
-        refuse_other(f"{path} is of a run", there, _shared(there, dict(self.classifier.hparams)))
+        refuse_other(f"{path} is of a run", there, _shared(there, self.classifier.arguments))
 
     def start(self) -> None:
         """Writes run.json; with `overwrite` all else in the directory goes. For the process that has its lock."""

@@ -6,6 +6,7 @@ epoch and the text of metrics.csv (metrics.py).
 """
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,43 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     TQDMProgressBar,
 )
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from alexnet.data.module import Batch
 from alexnet.errors import UserError
-from alexnet.training.checkpoint import BEST, LAST
+from alexnet.system import replaced
+from alexnet.training.checkpoint import BEST, LAST, PREVIOUS
 from alexnet.training.classifier import Classifier
 from alexnet.training.interrupt import Interrupted, Signals
 from alexnet.training.metrics import HOLDOUT, MetricsFile
 from alexnet.training.probe import explain_stall
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint appears whole or not at all, and the one before last.ckpt is kept beside it as previous.ckpt.
+
+    Lightning's own would write it to TMPDIR first, and move it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as partial:
+            with partial.open("wb") as file:  # given a path, torch does not say that a disk is full
+                torch.save(checkpoint, file)
+            if path.name == LAST and path.exists():
+                _keep(path, path.with_name(PREVIOUS))
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """`path` also under the name `previous`. At no moment is there neither."""
+    with replaced(previous) as link:
+        try:
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+        except OSError:  # a file system without links
+            os.replace(path, link)
 
 
 class LastCheckpoint(Checkpoint):
@@ -220,7 +249,12 @@ class Watchdog(Callback):
             return
         elif abs(mean / math.log(len(pl_module.classes)) - 1) < 0.01:
             data = trainer.datamodule  # type: ignore[attr-defined]
-            self._report(pl_module, mean, trainer.global_step, stop=pl_module.initial_probe(data).stalls)
+            self._report(
+                pl_module,
+                mean,
+                trainer.global_step,
+                stop=pl_module.initial_probe(data.train_store, data.split[0]).stalls,
+            )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Weights that the last step of an epoch broke are never saved."""

@@ -5,7 +5,6 @@ crop rule and the class names. It is opened with `weights_only=True`, which refu
 """
 
 import json
-import os
 import pickle
 import warnings
 import zipfile
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from alexnet.cli import compose_group, plain
@@ -23,8 +21,7 @@ from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.model import ModelConfig
 from alexnet.optim import OptimConfig
-from alexnet.system import replaced
-from alexnet.training.classifier import Classifier
+from alexnet.training.network import Network
 
 # Layers of ours under torchvision's names (torchvision.models.alexnet): the "one weird trick" network.
 TORCHVISION_LAYERS = {
@@ -46,32 +43,6 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueErro
 
 CHECKPOINTS = "checkpoints"  # their folder in a run's directory
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears whole or not at all, and the one before last.ckpt is kept beside it as previous.ckpt.
-
-    Lightning's own would write it to TMPDIR first, and move it.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as partial:
-            with partial.open("wb") as file:  # given a path, torch does not say that a disk is full
-                torch.save(checkpoint, file)
-            if path.name == LAST and path.exists():
-                _keep(path, path.with_name(PREVIOUS))
-
-
-def _keep(path: Path, previous: Path) -> None:
-    """`path` also under the name `previous`. At no moment is there neither."""
-    with replaced(previous) as link:
-        try:
-            link.unlink(missing_ok=True)
-            os.link(path, link)
-        except OSError:  # a file system without links
-            os.replace(path, link)
 
 
 def resume_point(directory: Path) -> tuple[Path | None, dict[str, Any], str]:
@@ -189,13 +160,10 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     candidates = [
         path,
-        path / "checkpoints" / "best.ckpt",
-        path / "checkpoints" / "last.ckpt",
-        path / "best.ckpt",
-        path / WEIGHTS,
         path / CHECKPOINTS / BEST,
         path / CHECKPOINTS / LAST,
         path / BEST,
+        path / WEIGHTS,
     ]
     for candidate in candidates:
         if candidate.is_file():
@@ -207,20 +175,20 @@ def find(path: str | Path) -> Path:
     raise UserError(f"checkpoint={path} does not exist. Train one: python scripts/train.py")
 
 
-def load(path: str | Path, backend: Mapping[str, str] | None = None) -> Classifier:
-    """The trained Classifier, in evaluation mode, under any backend (default: the one it was trained with)."""
+def load(path: str | Path, backend: Mapping[str, str] | None = None) -> Network:
+    """The trained network, in evaluation mode, under any backend (default: the one it was trained with)."""
     content = read(path)
     arguments = dict(content["hyper_parameters"])
     if backend is not None:
         arguments["backend"] = dict(backend)
-    classifier = Classifier(**arguments)
+    network = Network(**arguments)
     try:
-        classifier.load_state_dict(content["state_dict"])
+        network.load_state_dict(content["state_dict"])
     except (RuntimeError, KeyError) as error:
         raise UserError(
             f"checkpoint={path} does not hold the weights of its own network: it is damaged, or of another version"
         ) from error
-    return classifier.eval()
+    return network.eval()
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

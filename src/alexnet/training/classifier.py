@@ -5,8 +5,7 @@ masks from (seed, step, layer, row of the global batch, unit), initial weights f
 depends neither on the number of devices or workers nor on where a run was resumed.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,88 +17,35 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from alexnet.cli import typed
-from alexnet.data.augment import Augment, AugmentConfig
 from alexnet.data.module import Batch, ImageData
 from alexnet.layers import cross_entropy, dropout_key
-from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import Krizhevsky, OptimConfig, build_optimizer, build_scheduler, conv1_scale
 from alexnet.training.master_weights import WorkingCopies, build_fused
 from alexnet.training.metrics import HOLDOUT
+from alexnet.training.network import Network
 from alexnet.training.numerics import origin
-from alexnet.training.probe import Probe, probe, spread
-
-PROBE_IMAGES = 64
 
 
-@dataclass(frozen=True)
-class Speedups:
-    """What a backend switches on besides its pairs of functions: decided here, printed and recorded with the run."""
-
-    channels_last: bool  # weights in the layout in which compiled graphs work
-    one_pass_augmentation: bool  # crop, mirror, colour and mean in one compiled pass over memory
-    fused_update: bool  # the update in one compiled pass over memory
-    master_weights: bool  # float32; bfloat16 working copies do the work
-
-    @classmethod
-    def of(cls, backend: Mapping[str, str], master_weights: bool = False) -> "Speedups":
-        compiles = "compiled" in backend.values()
-        return cls(compiles, compiles, compiles or master_weights, master_weights)
-
-    def __str__(self) -> str:
-        return ", ".join(name.replace("_", " ") for name, on in asdict(self).items() if on)
-
-
-class Classifier(pl.LightningModule):
-    """One network in training or evaluation.
-
-    `classes` are the wnid and words of each label, `px` the side of the stored images, `data` the name of their set,
-    `resample` how they were made smaller (data/prepare.py).
-    All arguments are plain dicts, lists and numbers, so that a checkpoint is tensors and plain data and loads with
-    `weights_only=True`. `statistics` (mean image, colour eigenvectors) become buffers of `self.augment`; they are
-    None when a checkpoint brings them. With `master_weights`, training computes with bfloat16 copies of the parameters.
-    """
+class Classifier(Network, pl.LightningModule):
+    """A Network in training. With `master_weights`, it computes with bfloat16 copies of the parameters."""
 
     def __init__(
-        self,
-        model: dict[str, Any],
-        augment: dict[str, Any],
-        optim: dict[str, Any],
-        backend: dict[str, str],
-        classes: list[dict[str, str]],
-        px: int,
-        seed: int,
-        data: str = "",
-        resample: str = "area",
-        statistics: dict[str, Any] | None = None,
-        master_weights: bool = False,
+        self, optim: dict[str, Any], backend: dict[str, str], classes: list[dict[str, str]], **more: Any
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters(ignore=["statistics", "master_weights"])
+        super().__init__(optim=optim, backend=backend, classes=classes, **more)
+        self.save_hyperparameters(self.arguments)
         self.optim_config = typed(OptimConfig, optim)
-        augment_config = typed(AugmentConfig, augment)
-        self.net = AlexNet(typed(ModelConfig, model), backend, seed)
-        self.speedups = Speedups.of(backend, master_weights)
-        one_pass = self.speedups.one_pass_augmentation
-        self.augment = Augment(augment_config, px, statistics, in_one_pass=one_pass)
-        self.colour_until = augment_config.colour_until
+        self.colour_until = self.augment.config.colour_until
         self.loss_backend = backend["cross_entropy"]
-        if self.speedups.channels_last:
-            self.net.to(memory_format=torch.channels_last)
         self.copies: WorkingCopies | None = None
         self.captured = False  # the step is one CUDA graph (capture.py)
         # Looks at the loss of each step before the step changes the weights.
         self.inspect: Callable[[Classifier, Batch, int, Tensor], None] | None = None
-        self.classes = classes
-        self.seed = seed
         self.plateau: ReduceLROnPlateau | None = None
         self.plateau_state: dict[str, Any] | None = None
         self.holdout_top1 = MulticlassAccuracy(len(classes), top_k=1, average="micro")
         self.holdout_top5 = MulticlassAccuracy(len(classes), top_k=min(5, len(classes)), average="micro")
         self.holdout_loss = MeanMetric(nan_strategy="disable")  # a loss that is no number must show
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, crop, crop) as `augment` makes it -> logits (N, classes)."""
-        return self.net(x)
 
     def logits(self, x: Tensor, dropout_key: int | Tensor | None = None, first_row: int = 0) -> Tensor:
         """As training computes them: with the working copies of the weights, if there are any."""
@@ -135,15 +81,6 @@ class Classifier(pl.LightningModule):
         x = self.augment.from_crops(batch.images, batch.draws, self.colour_on)
         weights = dict(self.net.named_parameters()) if self.copies is None else self.copies.by_name
         return origin(self.net, x, weights, lambda x: self.logits(x, key, batch.first_row))
-
-    def initial_probe(self, data: ImageData) -> Probe:
-        """What the probe says of this network as it was before its first step, on a few training images."""
-        net = AlexNet(self.net.config, self.net.backends, self.seed).to(self.device)
-        rows = spread(data.split[0].numpy(), PROBE_IMAGES)
-        images, labels = (
-            torch.from_numpy(array[rows]) for array in (data.train_store.images, data.train_store.labels)
-        )
-        return probe(net, self.augment.centre(images.to(self.device)), labels.to(self.device))
 
     def outputs(self, batch: Batch, key: int | Tensor, colour_on: bool) -> dict[str, Tensor]:
         """loss: the batch's mean loss, a number with a gradient. totals: (2,) float64, the sum of its images' losses

@@ -169,7 +169,7 @@ def evaluate_split(
 
 
 def _probe(run: assemble.TrainingRun) -> None:
-    found = run.classifier.to(run.device).initial_probe(run.data)
+    found = run.classifier.to(run.device).initial_probe(run.data.train_store, run.data.split[0])
     print(f"{found.table()}\n\n{textwrap.fill(found.verdict(), 100, break_long_words=False)}")
 
 

@@ -20,11 +20,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
+from statistics import NormalDist
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -228,6 +228,8 @@ def _check(log_probs: Tensor, labels: Tensor) -> None:
 
 def _share(count: int, n: int) -> Estimate:
     """A proportion with Wilson's interval, which stays inside 0..1 and is honest near both ends."""
+    from scipy.stats import binomtest  # not above: a second of a prediction, which has no interval
+
     interval = binomtest(count, n).proportion_ci(LEVEL, method="wilson")
     return Estimate(count / n, float(interval.low), float(interval.high))
 
@@ -235,7 +237,7 @@ def _share(count: int, n: int) -> Estimate:
 def _mean(values: Tensor) -> Estimate:
     """A mean with the normal interval: mean +- 1.96 s / sqrt(n)."""
     mean = float(values.mean())
-    half = float(norm.ppf((1 + LEVEL) / 2) * values.std() / math.sqrt(values.numel()))
+    half = float(NormalDist().inv_cdf((1 + LEVEL) / 2) * values.std() / math.sqrt(values.numel()))
     return Estimate(mean, mean - half, mean + half)
 
 
