@@ -20,6 +20,7 @@ import pytest
 from test_sources import encoded, picture, write_folder, write_tar
 
 from alexnet.data import prepare as module
+from alexnet.data import sources
 from alexnet.data import store as store_module
 from alexnet.data.config import DataConfig, SourceKind
 from alexnet.data.pictures import Resample, decode, fit
@@ -231,6 +232,7 @@ KILLED = """
 import time
 from pathlib import Path
 from alexnet.data import prepare as module
+from alexnet.data import sources
 from alexnet.data import store as store_module
 from alexnet.data.prepare import PrepareConfig, prepare
 
@@ -493,6 +495,23 @@ def test_verify_finds_a_changed_pixel(folder: Path, tmp_path: Path) -> None:
 def test_verify_without_a_store_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"prepare_data\.py data=folder .*name=pets"):
         verify(config_for(tmp_path, tmp_path))
+
+
+def test_progress_in_a_file_is_lines_without_carriage_returns(folder: Path, tmp_path: Path, capsys) -> None:
+    stores(config_for(folder, tmp_path))
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    assert [line.split(":")[0] for line in said.splitlines()] == ["train", "val"]
+    assert "12/12" in said
+
+
+def test_a_long_preparation_says_a_line_a_minute(capsys) -> None:
+    stream = sources.Lines(sys.stderr)
+    for minute in range(4):
+        stream.write(f"\r {minute} of 3 ")
+        stream.last -= 61 * (minute == 1)
+    stream.write("\n")
+    assert capsys.readouterr().err.splitlines() == ["2 of 3", "3 of 3"]
 
 
 def test_a_subset_keeps_its_classes_and_words(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Which file belongs to which split and class, from folders and archives alike, and what is refused."""
 
 import io
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -309,13 +310,14 @@ def test_a_val_fraction_cuts_train_and_nothing_is_in_both(source: Source) -> Non
     ("px", "file"), [(64, "a-160.tgz"), (160, "a-160.tgz"), (256, "a-320.tgz"), (500, "a.tgz")]
 )
 def test_the_smallest_sufficient_archive_is_fetched_once(
-    tmp_path: Path, monkeypatch, px: int, file: str
+    tmp_path: Path, monkeypatch, capsys, px: int, file: str
 ) -> None:
     fetched = []
 
     def fake(url: str, root: str, md5: str) -> None:
         fetched.append((url, md5))
         Path(root, url.rsplit("/", 1)[-1]).touch()
+        print("\r 50 % \r100 %", file=sys.stderr)
 
     published = [Official("https://x/a-160.tgz", "m1", 160), Official("https://x/a-320.tgz", "m2", 320),
                  Official("https://x/a.tgz", "m3", 0)]  # fmt: skip
@@ -324,6 +326,7 @@ def test_the_smallest_sufficient_archive_is_fetched_once(
     for _ in range(2):
         assert sources.download(SourceKind.imagenette, px, tmp_path) == tmp_path / file
     assert [url for url, _ in fetched] == [f"https://x/{file}"]
+    assert "\r" not in capsys.readouterr().err
 
 
 def test_without_a_network_the_address_and_the_key_are_named(tmp_path: Path, monkeypatch) -> None:

@@ -205,6 +205,28 @@ def test_several_checkpoints_are_averaged(run: Path, data_dir: Path, tmp_path: P
     assert [r.networks for r in results] == [1, 1, 2]
 
 
+def test_best_ckpt_holds_the_network_alone_and_no_run_goes_on_from_it(
+    compose: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With averaged weights, these: last.ckpt has them beside the weights that training goes on with."""
+    config = compose("optim.ema_decay=0.9", "optim.epochs=1", "evaluate=false")
+    train(config)
+    checkpoints = assemble.run_directory(config) / "checkpoints"
+    best, last = checkpoints / "best.ckpt", checkpoints / "last.ckpt"
+    assert best.stat().st_size < 0.4 * last.stat().st_size
+    assert set(read(best)) == {"state_dict", "hyper_parameters", "identity", "epoch", "global_step"}
+    weights, whole = read(best)["state_dict"], read(last)
+    assert all(torch.equal(weights[name], value) for name, value in whole["state_dict"].items())
+    assert not torch.equal(weights["net.fc7.weight"], whole["current_model_state"]["net.fc7.weight"])
+    (checkpoints.parent / "run.json").unlink()
+    shutil.copy(best, last)
+    with pytest.raises(
+        UserError, match=r"last.ckpt holds weights alone.*init_from=.*overwrite=true"
+    ) as refused:
+        train(config)
+    assert "\n" not in str(refused.value)
+
+
 def test_any_backend_loads_any_checkpoint(run: Path) -> None:
     native = load(run, Backends(default=Backend.native).resolve("cpu"))
     x = torch.randn(3, 3, 56, 56) * 50

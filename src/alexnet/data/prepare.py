@@ -496,7 +496,8 @@ def _decode_all(
     row_of = {names[row]: int(row) for row in np.flatnonzero(building.done == 0)}
     job = partial(decode_chunk, config, building.images_path)
     bad: list[BadFile] = []
-    with _bar(building.path.name, len(names), len(names) - len(row_of)) as bar:
+    look = {"file": sources.progress_stream(), "desc": building.path.name, "unit": " images"}
+    with tqdm(total=len(names), initial=len(names) - len(row_of), **look) as bar:
         for decoded in crew.map(job, _chunks(source, row_of)):
             building.done[decoded.rows] = 1
             building.done[decoded.enlarged] = 2
@@ -504,12 +505,6 @@ def _decode_all(
             bar.update(len(decoded.rows) + len(decoded.bad))
     _report_bad(config, sorted(bad), building.path)
     return [file.name for file in sorted(bad)]
-
-
-def _bar(split: str, total: int, initial: int) -> tqdm:
-    # a batch job's log gets a line every half minute, a terminal five updates a second
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, initial=initial, unit=" images", desc=split, mininterval=interval)
 
 
 def _chunks(source: Source, row_of: dict[str, int]) -> Iterator[list[tuple[int, str, Payload]]]:

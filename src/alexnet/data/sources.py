@@ -9,11 +9,15 @@ Without val images there is no val store unless `val_fraction` is set. `syntheti
 """
 
 import hashlib
+import io
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TextIO
 from zlib import crc32
 
 import numpy as np
@@ -265,12 +269,33 @@ def download(kind: SourceKind, px: int, directory: Path) -> Path:
         )
 
         try:
-            download_url(chosen.url, str(directory), md5=chosen.md5)
+            with redirect_stderr(progress_stream()):
+                download_url(chosen.url, str(directory), md5=chosen.md5)
         except Exception as error:  # urllib, ssl and torchvision each have their own
             raise UserError(
                 f"cannot download {chosen.url} ({error}): fetch it elsewhere and set path=<the file>"
             ) from error
     return target
+
+
+class Lines(io.TextIOBase):
+    """What a progress bar writes, for a file or a pipe: no carriage returns, one line a minute and one at the end."""
+
+    def __init__(self, stream: TextIO, seconds: float = 60.0) -> None:
+        self.stream, self.seconds = stream, seconds
+        self.line, self.last = "", time.monotonic()
+
+    def write(self, text: str) -> int:
+        self.line = text.rpartition("\r")[2].strip() or self.line
+        if text == "\n" or time.monotonic() - self.last >= self.seconds:  # a bar ends with a line feed
+            print(self.line, file=self.stream, flush=True)
+            self.last = time.monotonic()
+        return len(text)
+
+
+def progress_stream() -> TextIO:
+    """Where a progress bar is written."""
+    return sys.stderr if sys.stderr.isatty() else Lines(sys.stderr)  # type: ignore[return-value]
 
 
 # Subsets --------------------------------------------------------------------------------------------------

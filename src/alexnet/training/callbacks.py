@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from alexnet.data.module import Batch
 from alexnet.errors import UserError
 from alexnet.system import replaced
-from alexnet.training.checkpoint import BEST, LAST, PREVIOUS
+from alexnet.training.checkpoint import BEST, LAST, OF_A_NETWORK, PREVIOUS
 from alexnet.training.classifier import Classifier
 from alexnet.training.interrupt import Interrupted, Signals
 from alexnet.training.metrics import HOLDOUT, MetricsFile
@@ -35,12 +35,15 @@ from alexnet.training.probe import explain_stall
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint appears whole or not at all, and the one before last.ckpt is kept beside it as previous.ckpt.
+    best.ckpt holds the network alone: without velocities, and with averaged weights only where both are kept.
 
     Lightning's own would write it to TMPDIR first, and move it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
+        if path.name == BEST:
+            checkpoint = {key: value for key, value in checkpoint.items() if key in OF_A_NETWORK}
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as partial:
             with partial.open("wb") as file:  # given a path, torch does not say that a disk is full

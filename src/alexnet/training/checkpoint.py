@@ -43,18 +43,25 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueErro
 
 CHECKPOINTS = "checkpoints"  # their folder in a run's directory
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+OF_A_NETWORK = ("state_dict", "hyper_parameters", "identity", "epoch", "global_step")  # what best.ckpt holds
 
 
 def resume_point(directory: Path) -> tuple[Path | None, dict[str, Any], str]:
     """The newest checkpoint that is whole, its content, and a warning where it is not the last one.
 
-    None where there is no checkpoint. Raises UserError if every one is damaged.
+    None where there is no checkpoint. Raises UserError if every one is damaged, or holds weights alone.
     """
     warning = ""
     there = [path for name in (LAST, PREVIOUS) if (path := directory / CHECKPOINTS / name).exists()]
     for path in there:
         try:
-            return path, read(path), warning
+            content = read(path)
+            if "optimizer_states" not in content:
+                raise UserError(
+                    f"{path} holds weights alone, as best.ckpt does, and no run goes on from them: give them to a new "
+                    f"run, init_from={path} name=..., or begin this one anew, overwrite=true"
+                )
+            return path, content, warning
         except UserError as error:
             if path == there[-1]:
                 raise
