@@ -5,10 +5,10 @@
 
 from alexnet.cli import command
 from alexnet.training.config import Train
-from alexnet.training.run import train
+from alexnet.training.run import after_sweep, train
 
 
-@command("train", Train)
+@command("train", Train, after_sweep=after_sweep)
 def main(config: Train) -> float | None:
     return train(config)
 

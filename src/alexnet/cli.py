@@ -30,6 +30,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -50,16 +51,26 @@ def register(name: str, schema: type[Any]) -> None:
 
 
 def command(
-    name: str, schema: type[Any], config_dir: Path = CONF
+    name: str,
+    schema: type[Any],
+    config_dir: Path = CONF,
+    after_sweep: Callable[[list[Any]], None] | None = None,
 ) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     """Makes a script of a function of one configuration: conf/<name>.yaml and the command line, as a `schema`.
 
+    `after_sweep` gets the configurations of a multirun (-m) when all of them are done.
     What the user can put right ends as one line on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows the traceback.
     """
 
     def decorate(main: Callable[[Any], Any]) -> Callable[[], None]:
+        swept: list[Any] = []
+
         def run(config: DictConfig) -> Any:
-            return main(load(config, HydraConfig.get().runtime.choices))
+            hydra_config = HydraConfig.get()
+            loaded = load(config, hydra_config.runtime.choices)
+            if hydra_config.mode == RunMode.MULTIRUN:
+                swept.append(loaded)
+            return main(loaded)
 
         def entry() -> None:
             _quiet()
@@ -73,6 +84,8 @@ def command(
             os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
                 app(_in_one_line(run, name, config_dir))()
+                if after_sweep and swept:
+                    after_sweep(swept)
             except Exception as error:
                 _leave(error, name, config_dir)
 

@@ -19,6 +19,8 @@ from alexnet.system import command_line, device_type_of, environment, write_json
 from alexnet.training.by_class import Calibration, calibration, confusion_matrix, errors_by_class
 from alexnet.training.by_class import table as by_class_table
 from alexnet.training.checkpoint import find, load
+from alexnet.training.compare import compare, runs_below
+from alexnet.training.compare import table as comparison
 from alexnet.training.network import Network
 from alexnet.training.scoring import PaperRow, Result, average, log_probabilities, paper_rows, score, table
 
@@ -31,6 +33,8 @@ class Evaluate:
 
     # A checkpoint file or a run directory; several are averaged as the paper's ensembles are.
     checkpoint: Any = None
+    # Instead: a directory, all runs below which are listed with their errors.
+    compare: str | None = None
     views: int = 1
     split: str = "val"
     # The store to evaluate on; None: <data_dir>/<the checkpoint's data set>.
@@ -46,8 +50,14 @@ class Evaluate:
     json: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise UserError("checkpoint is not given: use checkpoint=<file or run directory>")
+        if not self.checkpoint and not self.compare:
+            raise UserError(
+                "checkpoint is not given: use checkpoint=<file or run directory>, or compare=<directory>"
+            )
+        if self.checkpoint and self.compare:
+            raise UserError(
+                f"compare={self.compare} lists runs as they ended: leave checkpoint out, or compare"
+            )
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size} must be a positive integer")
         if self.views not in (1, 10):
@@ -68,6 +78,8 @@ def evaluate(config: Evaluate) -> list[Result]:
 
     Raises UserError if a checkpoint is missing, if their classes differ from each other's or from the store's.
     """
+    if config.compare:
+        return _compared(config, Path(config.compare))
     paths = [find(path) for path in config.checkpoints]
     device = torch.device(device_type_of(config.device, "device", "device=cpu"))
     backend = config.backend.resolve(device.type)
@@ -96,6 +108,17 @@ def evaluate(config: Evaluate) -> list[Result]:
         _by_class(judged, labels, store, reliability, path)
     print(f"\nrecord {path}")
     return results
+
+
+def _compared(config: Evaluate, root: Path) -> list[Result]:
+    """Prints every run of the tree and writes the same as JSON; nothing is computed."""
+    rows = compare(runs_below(root))
+    print(comparison(rows))
+    who = sha256(str(root.resolve()).encode()).hexdigest()[:8]
+    path = Path(config.json or Path(config.output_dir) / "evaluate" / f"compare-{who}.json")
+    _write_json(path, {"command": command_line(), "runs": rows})
+    print(f"\nrecord {path}")
+    return []
 
 
 def _by_class(

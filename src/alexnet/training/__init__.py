@@ -11,6 +11,7 @@ callbacks       checkpoints, watchdog, progress bar
 metrics         metrics.csv, written and read
 checkpoint      what a checkpoint holds, and loading it
 record          run.json
+compare         runs side by side
 scoring         images -> log-probabilities -> errors with their intervals
 probe           will this network leave the plateau at ln(classes)?
 """

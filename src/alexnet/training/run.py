@@ -1,8 +1,10 @@
 """The verb `train`: fit, evaluate val once, draw the picture, close the record."""
 
+import os
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -15,6 +17,8 @@ from alexnet.system import locked
 from alexnet.training import assemble
 from alexnet.training.callbacks import Stalled
 from alexnet.training.checkpoint import PREVIOUS, load
+from alexnet.training.compare import compare
+from alexnet.training.compare import table as comparison
 from alexnet.training.config import Train
 from alexnet.training.interrupt import Interrupted, Signals, requeue
 from alexnet.training.metrics import Metrics, read_metrics
@@ -42,6 +46,18 @@ def train(config: Train, lock: bool = True) -> float | None:
                 raise SystemExit(0) from None
             print(f"{stop}; the same command goes on{requeue(stop.number)}", file=sys.stderr, flush=True)
             raise
+
+
+def after_sweep(configs: Sequence[Train]) -> None:
+    """The runs that `train.py -m` has made, side by side."""
+    directories = [assemble.run_directory(config) for config in configs]
+    made = [directory for directory in dict.fromkeys(directories) if (directory / "run.json").exists()]
+    if made and assemble.is_rank_zero():
+        print(
+            f"\n{comparison(compare(made))}\n\nwith all runs below: python scripts/evaluate.py compare=",
+            end="",
+        )
+        print(os.path.commonpath([directory.parent for directory in made]))
 
 
 def _train(config: Train, lock: bool, signals: Signals) -> float | None:

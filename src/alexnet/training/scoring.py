@@ -253,7 +253,7 @@ def table(results: Sequence[Result], references: Sequence[PaperRow] = ()) -> str
 def _cells(r: Result) -> tuple[str, ...]:
     name = r.name or ("1 network" if r.networks == 1 else f"{r.networks} networks")
     loss, _, high = r.cross_entropy
-    errors = (_percent(r.top1_error), _percent(r.top5_error))
+    errors = (percent(r.top1_error), percent(r.top5_error))
     return name, r.split, str(r.views), f"{r.n:,}", *errors, f"{loss:.3f} ±{high - loss:.3f}"
 
 
@@ -262,5 +262,5 @@ def _reference_cells(r: PaperRow) -> tuple[str, ...]:
     return f"paper {r.name}, {r.source}", r.split, str(r.views), "", *errors, ""
 
 
-def _percent(e: Estimate | None) -> str:
+def percent(e: Estimate | None) -> str:
     return "-" if e is None else f"{100 * e.value:.2f} ({100 * e.low:.1f}-{100 * e.high:.1f})"
