@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     TQDMProgressBar,
 )
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -293,17 +294,19 @@ class Stalled(UserError):
 
 
 class FirstKernels(Callback):
-    """The kernels of conv1 as a picture at each epoch, for loggers that take pictures (TensorBoard)."""
+    """The kernels of conv1 as a picture at each epoch, for loggers that take pictures (TensorBoard, wandb)."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         from alexnet.figures import scaled_kernels  # matplotlib is an extra
 
         assert isinstance(pl_module, Classifier)
+        picture = scaled_kernels(pl_module.net.conv1.weight)
         for logger in trainer.loggers:
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
             if add_image is not None:
-                picture = scaled_kernels(pl_module.net.conv1.weight)
                 add_image("conv1", picture, trainer.global_step, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                logger.log_image("conv1", [picture], trainer.global_step)
 
 
 class Pace:

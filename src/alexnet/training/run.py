@@ -93,6 +93,15 @@ def _train(config: Train, lock: bool, signals: Signals) -> float | None:
             elif isinstance(error, Interrupted):
                 run.record.update(state="interrupted")
             raise
+        finally:
+            close_wandb()
+
+
+def close_wandb() -> None:
+    """Lightning closes every logger but this one, which would take the next run of a sweep for the same."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 def begun(run: assemble.TrainingRun) -> bool:
@@ -144,6 +153,11 @@ def finish(run: assemble.TrainingRun, config: Train) -> float | None:
         checkpoint=str(run.best_checkpoint.relative_to(run.directory)),
         picture=_picture(run, config, metrics),
     )
+    for logger in run.trainer.loggers if "val" in results else ():
+        top1, top5 = results["val"].top1_error, results["val"].top5_error
+        errors = {"val/top1_error": top1.value, **({"val/top5_error": top5.value} if top5 else {})}
+        logger.log_metrics(errors, run.trainer.global_step)
+        logger.finalize("success")
     (run.checkpoints / PREVIOUS).unlink(missing_ok=True)  # only a run that goes on needs it
     print(f"\n{_summary(run.record)}")
     return holdout_error(run.record)
