@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -167,8 +167,7 @@ def outcome(
 
 
 def tried(
-    n: int,
-    seed: int,
+    drawn: Iterable[tuple[str, list[str]]],
     data_dir: Path,
     checkpoint: Path,
     tmp_path: Path,
@@ -180,7 +179,7 @@ def tried(
     broken = []
     monkeypatch.chdir(tmp_path)
     keys_of_script = {name: keys_of(name) for name in SCHEMAS}
-    for name, overrides in sets(n, seed):
+    for name, overrides in drawn:
         keys = {key.lstrip("+~").partition("=")[0] for key in overrides}
         places = {
             "output_dir": tmp_path / "out",
@@ -214,7 +213,7 @@ def test_any_overrides_make_a_run_or_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    counts, broken = tried(n, n, data_dir, checkpoint, tmp_path, monkeypatch, capsys)
+    counts, broken = tried(sets(n, n), data_dir, checkpoint, tmp_path, monkeypatch, capsys)
     assert not broken, "\n".join(broken)
     assert min(counts["runs"], counts["refused"]) > n // 10  # the generator draws both
 

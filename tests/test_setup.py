@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from alexnet.cli import CONF
+from tests.conftest import pytest_collection_modifyitems
 
 ROOT = CONF.parent
 
@@ -95,3 +97,14 @@ def test_an_environment_of_another_place_is_made_anew(
     assert ("does not belong to this directory" in ended.stdout) == anew
     assert ("Making .venv" in ended.stdout) == anew
     assert ("Installing" in ended.stdout) == anew
+
+
+@pytest.mark.parametrize(("expression", "kept"), [("", 1), ("not slow", 1), ("soak", 2)])
+def test_the_soak_runs_only_where_it_is_named(expression: str, kept: int) -> None:
+    items = [
+        SimpleNamespace(get_closest_marker=lambda name, mark=mark: mark == name) for mark in ("soak", "slow")
+    ]
+    hook = SimpleNamespace(pytest_deselected=lambda items: None)
+    config = SimpleNamespace(option=SimpleNamespace(markexpr=expression), hook=hook)
+    pytest_collection_modifyitems(config, items)  # type: ignore[arg-type]
+    assert len(items) == kept
