@@ -344,6 +344,35 @@ def test_missing_data_names_the_command_that_makes_them(compose: Callable[..., A
     assert not (tmp_path / "train").exists()
 
 
+def test_an_unknown_option_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--foo", "--optim.lr=0.1"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as ended:
+        command("train", Train)(print)()
+    assert ended.value.code == 2
+    line = "error: unrecognized arguments: --foo --optim.lr=0.1: keys are given as key=value, without dashes, and "
+    assert capsys.readouterr().err == f"{line}--help lists them\n"
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 128 + 13)])
+def test_a_reader_that_goes_away_ends_a_script_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
+) -> None:
+    """python scripts/train.py --help | head -1"""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            command("train", Train)(lambda config: print("training", flush=True))()
+    assert ended.value.code == code
+    assert capsys.readouterr().err == ""
+
+
 def test_another_configuration_in_the_same_directory_is_refused(compose: Callable[..., Any]) -> None:
     assemble.build_run(compose()).start()
     with pytest.raises(UserError, match=r"optim.lr: 0.01 there, 0.02 now.*overwrite=true"):

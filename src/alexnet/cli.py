@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -17,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -83,11 +85,14 @@ def command(
             # Hydra prints several lines and exits with 1 unless it is told to let errors through.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
+                _refuse_options(sys.argv[1:])
                 app(_in_one_line(run, name, config_dir))()
                 if after_sweep and swept:
                     after_sweep(swept)
             except Exception as error:
                 _leave(error, name, config_dir)
+            finally:
+                _nobody_reads()
 
         return entry
 
@@ -134,7 +139,30 @@ def _in_one_line(
     return guarded
 
 
+def _refuse_options(typed: Sequence[str]) -> None:
+    """Raises UserError for an option that Hydra does not have; argparse would print its usage."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}: keys are given as key=value, without dashes, and --help lists them")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(typed)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader is gone (| head). What is left for it then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def _leave(error: Exception, name: str, config_dir: Path) -> None:
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        raise SystemExit(128 + signal.SIGPIPE) from None  # as the shell says it
     line = one_line(error, name, config_dir)
     if line is None:
         raise error
