@@ -55,6 +55,24 @@ def test_a_resumed_run_does_not_ask_for_its_origin_again(
         assemble.build_run(compose(*SAME_NET))
 
 
+def test_the_probe_judges_the_weights_that_were_loaded_and_the_watchdog_does_not_guess(
+    checkpoint: Path, compose: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    for value in content["state_dict"].values():
+        value.zero_()
+    torch.save(content, tmp_path / "zero.ckpt")
+    zero = [*SAME_NET, "optim.lr=1e-4", "watchdog_steps=5", f"init_from={tmp_path / 'zero.ckpt'}"]
+    run = assemble.build_run(compose(*zero))
+    assert run.classifier.initial_probe(run.data.train_store, run.data.split[0]).logit_signal == 0
+    run.classifier.loaded = False
+    assert run.classifier.initial_probe(run.data.train_store, run.data.split[0]).logit_signal > 0
+    train(compose(*zero))  # the plateau is said, but nobody knows that it will last
+    assert capsys.readouterr().out.count("ln(10)") == 1
+    train(compose(*zero, "probe=true"))
+    assert "Expect a plateau" in capsys.readouterr().out
+
+
 def test_the_same_classes_keep_their_last_layer(checkpoint: Path) -> None:
     classifier = load(checkpoint)
     net = AlexNet(classifier.net.config, seed=5)

@@ -206,9 +206,10 @@ def build_run(config: Train, signals: Signals | None = None, each_step: bool = F
     goes_on = (directory / CHECKPOINTS / LAST).exists() and not config.overwrite
     origin = (
         take_weights(classifier.net, config.init_from, data.classes)
-        if config.init_from and not goes_on
+        if config.init_from and (config.probe or not goes_on)
         else None
     )
+    classifier.loaded = config.init_from is not None
     if config.freeze == Freeze.features:
         freeze_features(classifier.net)
     config.backend.check_used(classifier.net.operations | {"cross_entropy"})

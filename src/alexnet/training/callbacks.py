@@ -194,7 +194,8 @@ class Watchdog(Callback):
 
     A loss that still stands at ln(classes) after `steps` steps, as if every image looked the same: the plateau on
     which the paper's initialisation can stay for thousands of steps. Networks have left it after 8,000, so this stops
-    a run only where the initialisation probe predicts the plateau too, and warns otherwise.
+    a run only where the initialisation probe predicts the plateau too, and warns otherwise. Weights that were loaded
+    (init_from) are not predicted.
     """
 
     def __init__(
@@ -253,12 +254,8 @@ class Watchdog(Callback):
             return
         elif abs(mean / math.log(len(pl_module.classes)) - 1) < 0.01:
             data = trainer.datamodule  # type: ignore[attr-defined]
-            self._report(
-                pl_module,
-                mean,
-                trainer.global_step,
-                stop=pl_module.initial_probe(data.train_store, data.split[0]).stalls,
-            )
+            stop = not pl_module.loaded and pl_module.initial_probe(data.train_store, data.split[0]).stalls
+            self._report(pl_module, mean, trainer.global_step, stop=stop)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Weights that the last step of an epoch broke are never saved."""

@@ -72,6 +72,7 @@ class Network(nn.Module):
             self.net.to(memory_format=torch.channels_last)
         self.classes = classes
         self.seed = seed
+        self.loaded = False  # training began with the weights of another network (fine_tune.py)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, crop, crop) as `augment` makes it -> logits (N, classes)."""
@@ -79,9 +80,11 @@ class Network(nn.Module):
 
     def initial_probe(self, store: Store, trained: Tensor) -> Probe:
         """What the probe says of this network as it was before its first step, on a few of the training images, whose
-        rows in the store are `trained`."""
+        rows in the store are `trained`. With loaded weights it must not have been trained yet: they are not kept."""
         device = self.augment.mean.device
         net = AlexNet(self.net.config, self.net.backends, self.seed).to(device)
+        if self.loaded:
+            net.load_state_dict(self.net.state_dict())
         rows = spread(trained.numpy(), PROBE_IMAGES)
         images, labels = (torch.from_numpy(array[rows]).to(device) for array in (store.images, store.labels))
         return probe(net, self.augment.centre(images), labels)
