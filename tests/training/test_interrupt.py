@@ -8,14 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import lightning.pytorch as pl
 import pytest
 from tests.conftest import SMALL_NET
 from tests.training.test_capture import plain_update  # noqa: F401
 from tests.training.test_resume import assert_same_bits, ended
 
 from alexnet.cli import CONF
+from alexnet.errors import UserError
 from alexnet.training import assemble
 from alexnet.training.interrupt import SIGNALS, Interrupted, Signals
 from alexnet.training.metrics import MetricsFile
@@ -141,6 +143,22 @@ def test_a_slurm_job_is_put_back_into_its_queue(
         assert "SLURM job 77 could not be requeued" in said
     files = {path.name for path in assemble.run_directory(config).rglob("*")}
     assert not any("hpc" in name for name in files)  # what Lightning would write there
+
+
+@pytest.mark.parametrize("rank_zero", [True, False])
+def test_each_rank_says_that_another_one_has_ended(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, rank_zero: bool
+) -> None:
+    def fit(run: Any) -> NoReturn:
+        raise RuntimeError(
+            "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:6537: Connection reset by peer"
+        )
+
+    monkeypatch.setattr(assemble, "is_rank_zero", lambda: rank_zero)
+    monkeypatch.setattr(assemble.TrainingRun, "fit", fit)
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    with pytest.raises(UserError, match=r"another process of this run has ended .*the same command goes on"):
+        train(compose())
 
 
 class Job:

@@ -21,8 +21,9 @@ from alexnet.evaluate import Evaluate, evaluate
 from alexnet.system import full_precision_name, replaced, write_json, write_whole
 from alexnet.training import assemble
 from alexnet.training.callbacks import AtomicCheckpointIO
-from alexnet.training.checkpoint import read
+from alexnet.training.checkpoint import find, load, read
 from alexnet.training.config import compose_train
+from alexnet.training.record import RunRecord
 from alexnet.training.run import train
 
 SHORT = ["optim.epochs=1", "evaluate=false", "checkpoint_every=2"]
@@ -70,6 +71,38 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
     assert not (crashed / "checkpoints" / "previous.ckpt").exists()  # the run is finished
 
 
+def test_a_kill_before_the_record_is_closed_leaves_no_checkpoint_behind(
+    compose: Callable[..., Any], crashed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: RunRecord, **values: Any) -> None:
+        update(self, **values)
+        if values.get("state") == "finished":
+            raise Crash
+
+    update = RunRecord.update
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecord, "update", killed)
+        with pytest.raises(Crash):
+            train(compose(*SHORT))
+    train(compose(*SHORT))
+    assert {p.name for p in (crashed / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+
+
+def test_a_checkpoint_that_was_copied_from_another_run_is_refused(
+    compose: Callable[..., Any], runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(runs[0], tmp_path / "train" / "test" / "seed1")
+    best = load(run)
+    record = json.loads((run / "run.json").read_text())
+    del record["self"]  # its own checksum
+    record["config"]["seed"] = 1
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"best.ckpt is of a run with another .*seed: 0 there, 1 now"):
+        load(run)
+    shutil.copy(run / "checkpoints" / "best.ckpt", tmp_path / "elsewhere.ckpt")
+    assert torch.equal(load(tmp_path / "elsewhere.ckpt").net.conv1.weight, best.net.conv1.weight)
+
+
 def test_two_damaged_checkpoints_are_one_line(compose: Callable[..., Any], crashed: Path) -> None:
     for name in ("last.ckpt", "previous.ckpt"):
         flip(crashed / "checkpoints" / name, 0.5)
@@ -111,6 +144,40 @@ def test_a_checkpoint_of_another_run_is_refused_also_without_run_json(
         assemble.build_run(compose(*SHORT, "optim.lr=0.02")).start()
     assert not (crashed / "run.json").exists()  # nothing was written
     assemble.build_run(compose(*SHORT)).start()
+
+
+def test_no_figure_of_a_record_can_change_unnoticed(
+    compose: Callable[..., Any], runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(runs[0], tmp_path / "train" / "test" / "seed0")
+    text = (run / "run.json").read_text()
+    for changed in (
+        text.replace('"seed": 0', '"seed": 1'),
+        text.replace('"top1_error": 0.', '"top1_error": 1.'),
+    ):
+        assert changed != text
+        (run / "run.json").write_text(changed)
+        with pytest.raises(
+            UserError, match=r"run.json was changed after it was written: restore it, or delete it"
+        ):
+            assemble.build_run(compose(*SHORT))
+    (run / "run.json").write_text(text)
+    assert assemble.build_run(compose(*SHORT)).record.finished
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_last_in_silence(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    (run / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(
+        UserError, match=r"lacks the file that its run.json names: .*last.ckpt for the last epoch"
+    ):
+        find(run)
+    assert find(run / "checkpoints" / "last.ckpt").name == "last.ckpt"
+    assert (
+        find(shutil.copytree(runs[1], tmp_path / "young")).name == "last.ckpt"
+    )  # its first epoch is not over
 
 
 @pytest.mark.parametrize(
@@ -171,6 +238,22 @@ def test_a_full_disk_leaves_what_was_there_and_the_next_run_goes_on(
             train(compose(*SHORT))
     assert {p.name for p in (crashed / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
     assert torch.load(crashed / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    train(compose(*SHORT))
+    assert_same_bits(ended(runs[0])[0], ended(crashed)[0])
+
+
+def test_the_function_that_a_checkpoint_names_is_neither_imported_nor_called(
+    compose: Callable[..., Any], runs: tuple[Path, Path], crashed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CVE-2026-58659: Lightning up to 2.6.5 imports and calls the `_instantiator` of the hyper-parameters."""
+    (crashed / "evil.py").write_text("raise SystemExit('executed')")
+    monkeypatch.syspath_prepend(str(crashed))
+    path = crashed / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["_instantiator"] = content["_instantiator"] = "evil.call"
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"is refused: its hyper_parameters hold _instantiator"):
+        load(path)
     train(compose(*SHORT))
     assert_same_bits(ended(runs[0])[0], ended(crashed)[0])
 
@@ -242,6 +325,7 @@ def test_short_names_of_precisions_mean_what_they_mean_in_lightning(
     assert run.resolved["precision"] == full
     run.start()
     record = json.loads((run.directory / "run.json").read_text())
+    del record["self"]
     record["config"]["trainer"]["precision"] = short  # as a run of before says it
     (run.directory / "run.json").write_text(json.dumps(record))
     assemble.build_run(compose(f"trainer.precision={full}"))

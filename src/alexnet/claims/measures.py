@@ -40,6 +40,7 @@ from alexnet.training.config import Train
 from alexnet.training.metrics import read_metrics
 from alexnet.training.network import Network
 from alexnet.training.probe import spread
+from alexnet.training.record import read_record
 from alexnet.training.scoring import TOP5_CLASSES, average, log_probabilities, score
 
 TRAIN_IMAGES = 2000  # seen once more in evaluation mode: a standard error of 1.1 points at most
@@ -113,8 +114,7 @@ def _damage(path: Path, written: int) -> str:
 
 
 def _is_record(path: Path) -> bool:
-    record = read_json(path)
-    return isinstance(record["state"], str) and "num_classes" in record["config"]["model"]
+    return "num_classes" in read_record(path.parent)["config"]["model"]
 
 
 def _is_basic(path: Path) -> bool:

@@ -132,7 +132,7 @@ def _manifest(path: Path, remedy: str) -> dict[str, Any]:
         wrong = "is empty" if not file.stat().st_size else "is no JSON object in UTF-8"
     elif manifest.get("format") != FORMAT:
         wrong = f"has format {manifest.get('format')}, not {FORMAT}"
-    elif manifest.get("self") != _self_hash(manifest):
+    elif manifest.get("self") != self_hash(manifest):
         wrong = "was changed after it was written"
     elif missing := [key for key, kind in MANIFEST.items() if not isinstance(manifest.get(key), kind)]:
         wrong = f"has no {missing[0]}"
@@ -291,7 +291,7 @@ def write_rows(images_path: Path, px: int, rows: Sequence[int], images: Sequence
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """manifest.json with the hash of its own contents under `self`."""
-    text = json.dumps({**manifest, "self": _self_hash(manifest)}, indent=1, ensure_ascii=False)
+    text = json.dumps({**manifest, "self": self_hash(manifest)}, indent=1, ensure_ascii=False)
     (directory / "manifest.json").write_text(text + "\n")
 
 
@@ -318,7 +318,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _self_hash(manifest: dict[str, Any]) -> str:
+def self_hash(manifest: dict[str, Any]) -> str:
+    """Of what a JSON file holds beside this hash, which stands in it under `self`."""
     rest = {key: value for key, value in manifest.items() if key != "self"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

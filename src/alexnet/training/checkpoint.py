@@ -9,6 +9,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from alexnet.layers import Backends
 from alexnet.model import ModelConfig
 from alexnet.optim import OptimConfig
 from alexnet.training.network import Network
+from alexnet.training.record import read_record, refuse_other
 
 # Layers of ours under torchvision's names (torchvision.models.alexnet): the "one weird trick" network.
 TORCHVISION_LAYERS = {
@@ -165,6 +167,11 @@ def _damage(path: Path) -> str:
 def find(path: str | Path) -> Path:
     """A checkpoint file, the best one of a run directory, or the weights of an exported network."""
     path = Path(path)
+    if (path / "run.json").is_file() and not (path / read_record(path).get("checkpoint", "")).exists():
+        raise UserError(
+            f"checkpoint={path} lacks the file that its run.json names: restore it, or give "
+            f"{path / CHECKPOINTS / LAST} for the last epoch"
+        )
     candidates = [
         path,
         path / CHECKPOINTS / BEST,
@@ -185,7 +192,13 @@ def find(path: str | Path) -> Path:
 def load(path: str | Path, backend: Mapping[str, str] | None = None) -> Network:
     """The trained network, in evaluation mode, under any backend (default: the one it was trained with)."""
     content = read(path)
+    _refuse_other_run(find(path), content)
     arguments = dict(content["hyper_parameters"])
+    if unknown := sorted(set(arguments) - set(signature(Network).parameters)):
+        raise UserError(
+            f"checkpoint={path} is refused: its hyper_parameters hold {', '.join(unknown)}, which scripts/train.py of "
+            "this version does not write"
+        )
     if backend is not None:
         arguments["backend"] = dict(backend)
     network = Network(**arguments)
@@ -196,6 +209,13 @@ def load(path: str | Path, backend: Mapping[str, str] | None = None) -> Network:
             f"checkpoint={path} does not hold the weights of its own network: it is damaged, or of another version"
         ) from error
     return network.eval()
+
+
+def _refuse_other_run(path: Path, content: dict[str, Any]) -> None:
+    """Raises UserError for a checkpoint that was copied into the directory of another run."""
+    directory = path.parent.parent
+    if "identity" in content and path.parent.name == CHECKPOINTS and (directory / "run.json").exists():
+        refuse_other(f"{path} is of a run", content["identity"], read_record(directory)["config"])
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

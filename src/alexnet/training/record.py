@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alexnet.data.store import self_hash
 from alexnet.errors import UserError
 from alexnet.system import command_line, environment, full_precision_name, read_json, write_json
 
@@ -36,7 +37,7 @@ class RunRecord:
 
     def update(self, **values: Any) -> None:
         self.content.update(values)
-        write_json(self.directory / "run.json", self.content)
+        write_json(self.directory / "run.json", self.content | {"self": self_hash(self.content)})
 
     def start(self, resolved: dict[str, Any]) -> None:
         """Written when everything else of the run could be built. A run that goes on elsewhere says what it was."""
@@ -82,6 +83,11 @@ def read_record(directory: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("state"), str):
         raise UserError(f"{path} is damaged: it lacks config or state. Restore it, or overwrite=true")
+    if content.get("self", ours := self_hash(content)) != ours:  # records of before November 2026 have none
+        raise UserError(
+            f"{path} was changed after it was written: restore it, or delete it (the same command writes it anew from "
+            "the last checkpoint)"
+        )
     trainer = content["config"].get("trainer")
     if isinstance(trainer, dict) and "precision" in trainer:
         trainer["precision"] = full_precision_name(trainer["precision"])

@@ -72,7 +72,7 @@ def _train(config: Train, lock: bool, signals: Signals) -> float | None:
             )
         return holdout_error(run.record)
     if not assemble.is_rank_zero():
-        run.fit()
+        _fit(run, config, signals)
         return None
     with locked(run.directory) if lock else nullcontext(True) as ours:
         if not ours:
@@ -144,6 +144,8 @@ def finish(run: assemble.TrainingRun, config: Train) -> float | None:
     metrics = read_metrics(run.directory / "metrics.csv")
     splits = ["holdout"] * run.has_holdout + ["val"] * config.evaluate
     results = {split: _evaluated(run, split) for split in splits}
+    # Only a run that goes on needs it. Not after the record: nobody comes back to a finished run.
+    (run.checkpoints / PREVIOUS).unlink(missing_ok=True)
     run.record.update(
         state="finished",
         seconds=round(run.seconds, 1),
@@ -158,7 +160,6 @@ def finish(run: assemble.TrainingRun, config: Train) -> float | None:
         errors = {"val/top1_error": top1.value, **({"val/top5_error": top5.value} if top5 else {})}
         logger.log_metrics(errors, run.trainer.global_step)
         logger.finalize("success")
-    (run.checkpoints / PREVIOUS).unlink(missing_ok=True)  # only a run that goes on needs it
     print(f"\n{_summary(run.record)}")
     return holdout_error(run.record)
 
