@@ -2,9 +2,10 @@
 
 The maps of one pixel lie together in memory, so a tensor is M rows of C numbers, one row a pixel, and the
 neighbour j maps away is the same tensor read j numbers further on. At the end of a row that would be the next
-pixel: those terms are replaced by 0, by a table of C bit masks per neighbour that also ends every tower.
-Such reads run as fast as a copy; padding the last dimension instead is 2 to 4 times slower. Only the first and the
-last row would read outside the tensor, so these two are computed apart.
+pixel: those terms are replaced by 0, by a table of C zeros and ones per neighbour that also ends every tower
+(by torch.where, a blend of vectors: a mask of bits goes through memory and takes four times as long). Such reads run
+as fast as a copy; padding the last dimension instead is 2 to 4 times slower. Only the first and the last row would
+read outside the tensor, so these two are computed apart.
 
 Kept: x. The powers are computed again in the backward, which is cheaper than to write and read s.
 """
@@ -26,11 +27,11 @@ Reach = tuple[int, int]  # neighbours (before, after)
 
 @constant
 def inside(C: int, groups: int, before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(before + 1 + after, C): all bits where map c has a neighbour j maps away in its own tower, else none."""
+    """(before + 1 + after, C): 1 where map c has a neighbour j maps away in its own tower, else 0."""
     c = torch.arange(C, device=device)
     first = c // (C // groups) * (C // groups)
     j = torch.arange(-before, after + 1, device=device)[:, None]
-    return -((c + j >= first) & (c + j < first + C // groups)).to(dtype)  # -1 has all bits set
+    return ((c + j >= first) & (c + j < first + C // groups)).to(dtype)
 
 
 def reach(size: int, maps: int) -> Reach:
@@ -67,8 +68,8 @@ def window_sums(
 
 
 def kept(terms: Tensor, keep: Tensor) -> Tensor:
-    """The terms whose bits the table keeps, else 0: a product with 0 would keep the NaN of another pixel."""
-    return (terms.view(keep.dtype) & keep).view(terms.dtype)
+    """The terms that the table keeps, else 0: a product with 0 would keep the NaN of another pixel."""
+    return torch.where(keep > 0, terms, 0)
 
 
 def norm_rows(x: Tensor, keep: Tensor, before: int, norm: Norm, relu: bool) -> Tensor:
@@ -183,5 +184,5 @@ def neighbours(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, int]:
     """x (..., C) -> the tables of W and of W reflected, and how many neighbours W has before its map."""
     C, groups = x.shape[-1], norm.groups
     before, after = reach(norm.size, C // groups)
-    where = torch.int64 if x.dtype == torch.float64 else torch.int32, x.device
+    where = wide(x.dtype), x.device
     return inside(C, groups, before, after, *where), inside(C, groups, after, before, *where), before
