@@ -166,6 +166,21 @@ def outcome(
     return "runs"
 
 
+def small(name: str, overrides: list[str], data_dir: Path, checkpoint: Path, place: Path) -> list[str]:
+    """The overrides, behind those that keep the set small and below `place` where it does not say otherwise."""
+    keys = {key.lstrip("+~").partition("=")[0] for key in overrides}
+    places = {
+        "output_dir": place / "out",
+        "data_dir": checkpoint.parent / "data" if name == "evaluate" else data_dir,
+        "checkpoint": checkpoint,
+        "images": checkpoint.parent / "photos",
+    }
+    own = keys_of(name)
+    there = [f"{key}={path}" for key, path in places.items() if key in own]
+    fixed = [o for o in (*there, *SMALL[name]) if o.partition("=")[0] not in keys]
+    return [*fixed, *overrides]
+
+
 def tried(
     drawn: Iterable[tuple[str, list[str]]],
     data_dir: Path,
@@ -178,19 +193,10 @@ def tried(
     counts: Counter[str] = Counter()
     broken = []
     monkeypatch.chdir(tmp_path)
-    keys_of_script = {name: keys_of(name) for name in SCHEMAS}
     for name, overrides in drawn:
-        keys = {key.lstrip("+~").partition("=")[0] for key in overrides}
-        places = {
-            "output_dir": tmp_path / "out",
-            "data_dir": checkpoint.parent / "data" if name == "evaluate" else data_dir,
-            "checkpoint": checkpoint,
-            "images": checkpoint.parent / "photos",
-        }
-        there = [f"{key}={place}" for key, place in places.items() if key in keys_of_script[name]]
-        fixed = [o for o in (*there, *SMALL[name]) if o.partition("=")[0] not in keys]
+        arguments = small(name, overrides, data_dir, checkpoint, tmp_path)
         started = time.monotonic()
-        ended = outcome(name, [*fixed, *overrides], monkeypatch, capsys)
+        ended = outcome(name, arguments, monkeypatch, capsys)
         counts[ended.partition(":")[0]] += 1
         seconds = time.monotonic() - started
         if not re.match("runs|refused", ended) or seconds > 20:

@@ -214,6 +214,21 @@ def test_mended_files_are_read_and_only_they(folder: Path, tmp_path: Path, monke
     assert len(read) == 4 + 4  # and the four of val
 
 
+def test_a_source_that_is_refused_leaves_no_directory(tmp_path: Path, monkeypatch) -> None:
+    config = config_for(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(UserError, match="nowhere"):
+        prepare(config)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("urllib.request.urlopen", full_disk)  # no network
+    with pytest.raises(UserError, match="cannot download"):
+        prepare(replace(config, source=SourceKind.imagenette, path=None))
+    assert not list(tmp_path.iterdir())
+    Path(config.root).mkdir(parents=True)  # somebody else's
+    with pytest.raises(UserError, match="nowhere"):
+        prepare(config)
+    assert Path(config.root).is_dir()
+
+
 def test_a_class_without_a_good_image_is_named(folder: Path, tmp_path: Path) -> None:
     for file in folder.glob("set/train/dog/*"):
         file.write_bytes(b"")

@@ -30,7 +30,7 @@ class Ended(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        """Exit code 2 and exactly one line; torch's warnings, if any, stand before it."""
+        """Exit code 2 and exactly one line."""
         return self.code == 2 and [line.startswith("error: ") for line in self.err.splitlines()] == [True]
 
 

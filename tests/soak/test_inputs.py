@@ -1,18 +1,24 @@
 """Mutated pictures and generated command lines: taken or refused in one line, never a crash, never a hang."""
 
 import json
+import os
 import random
+import shutil
 import sys
+import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import NoReturn
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 from tests.data.test_sources import encoded, picture
 from tests.soak.process import HUNG, Child, number, script, tally
-from tests.test_overrides import sets, stopped_before_writing, tried  # noqa: F401
+from tests.test_overrides import sets, small, stopped_before_writing, tried  # noqa: F401
 
 from alexnet.data.pictures import Resample, decode, fit
 
@@ -170,3 +176,41 @@ def test_generated_overrides(
             outcome = "crashed" if broken else "refused" if counts.get("refused") else "recovered"
             counted.add(outcome, "; ".join(broken))
         counted.more["scripts"] = scripts
+
+
+ELSEWHERE = ("/nowhere", "/dev/", "/proc/")  # places that are not this test's
+LIMIT = 20  # seconds after which a command runs
+
+
+def unreachable(*_: object, **__: object) -> NoReturn:
+    raise URLError("no network")
+
+
+def test_what_starts_also_ends_as_promised(data_dir: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Generated command lines, not only up to their first write: settings that fail late."""
+    quick = ("train", "train", "evaluate", "predict", "export", "prepare_data")
+    drawn = (d for d in sets(10**6, int(number("SEED", 0)) + 2) if d[0] in quick)
+    drawn = (d for d in drawn if not any(word in o for o in d[1] for word in ELSEWHERE))
+    with tally("overrides_to_the_end") as counted:
+        for name, overrides in islice(drawn, int(number("TO_THE_END", 300))):
+            place = tmp_path / "place"
+            shutil.rmtree(place, ignore_errors=True)
+            (place / "cwd").mkdir(parents=True)
+            stores = place / "data" if name == "prepare_data" else data_dir
+            arguments = small(name, overrides, stores, checkpoint, place)
+
+            def body(name: str = name, arguments: list[str] = arguments, place: Path = place) -> None:
+                os.chdir(place / "cwd")
+                os.environ["HOME"] = str(place / "cwd")
+                urllib.request.urlopen = unreachable
+                script(name, *arguments)()
+
+            ended = Child(body, tmp_path / "log").wait(LIMIT)
+            left = [str(path.relative_to(place)) for path in place.rglob("*") if path.name != "cwd"]
+            line = f"{name} {' '.join(overrides)}"
+            if ended.refused:
+                counted.add("refused", f"{line}: left {left} after {ended.err}" if left else "")
+            elif ended.code in (0, HUNG) or (ended.code == 1 and name == "predict"):
+                counted.add("recovered")
+            else:
+                counted.add("crashed", f"{line}: {ended.code} {ended.err[-600:]}")

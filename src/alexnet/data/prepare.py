@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import partial
@@ -224,9 +224,10 @@ def _remedy(config: PrepareConfig) -> str:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """One process at a time per data set: others wait."""
+    """One process at a time per data set: others wait. Directories that nothing came into are taken away again."""
     from alexnet.system import locked  # not above: every decoding process would load torch
 
+    made = [path for path in (root, *root.parents) if not path.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
         (root / ".lock").touch()
@@ -238,7 +239,14 @@ def _locked(root: Path) -> Iterator[None]:
         if not stack.enter_context(locked(root, ".lock", wait=0)):
             log.warning("another process prepares %s: waiting for it", root)
             stack.enter_context(locked(root, ".lock", wait=-1))
-        yield
+        try:
+            yield
+        finally:
+            if made and [path.name for path in root.iterdir()] == [".lock"]:
+                (root / ".lock").unlink()  # who waits for it makes a new one
+                with suppress(OSError):  # not empty
+                    for path in made:
+                        path.rmdir()
 
 
 @contextmanager

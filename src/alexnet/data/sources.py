@@ -14,7 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
@@ -272,6 +272,8 @@ def download(kind: SourceKind, px: int, directory: Path) -> Path:
             with redirect_stderr(progress_stream()):
                 download_url(chosen.url, str(directory), md5=chosen.md5)
         except Exception as error:  # urllib, ssl and torchvision each have their own
+            with suppress(OSError):  # it holds something, or is not there
+                directory.rmdir()
             raise UserError(
                 f"cannot download {chosen.url} ({error}): fetch it elsewhere and set path=<the file>"
             ) from error
