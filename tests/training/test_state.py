@@ -258,6 +258,16 @@ def test_the_function_that_a_checkpoint_names_is_neither_imported_nor_called(
     assert_same_bits(ended(runs[0])[0], ended(crashed)[0])
 
 
+def test_a_damaged_val_store_is_said_before_training(
+    compose: Callable[..., Any], data_dir: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    flip(data / "synthetic" / "val" / "labels.npy", 0.99)
+    with pytest.raises(UserError, match=r"val.* labels.npy"):
+        assemble.build_run(compose(f"data_dir={data}"))
+    assemble.build_run(compose(f"data_dir={data}", "evaluate=false"))
+
+
 @pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/../../b", ""])
 def test_a_name_stays_in_output_dir(compose: Callable[..., Any], name: str) -> None:
     config = compose()

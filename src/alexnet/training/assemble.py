@@ -189,6 +189,8 @@ def build_run(config: Train, signals: Signals | None = None, each_step: bool = F
         resolved["yours"] = yours
     same_run = identity(config, data)
     record = open_record(directory, same_run, resolved, fresh=config.overwrite)
+    if config.evaluate and not (record.finished or config.probe):
+        _ = data.val_store  # opened, not read: what is wrong with it is said before training, not after it
     classifier = Classifier(
         model=plain(config.model),
         augment=plain(config.augment),
