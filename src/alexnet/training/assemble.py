@@ -1,5 +1,6 @@
 """Dataclasses -> objects: what stands between a configuration and a run. The only caller of hydra's instantiate."""
 
+import os
 import shutil
 import sys
 import warnings
@@ -13,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from alexnet.cli import plain
@@ -218,6 +219,7 @@ def build_run(config: Train, signals: Signals | None = None, each_step: bool = F
     has_holdout = len(data.split[1]) > 0
     callbacks = build_callbacks(config, directory, has_holdout, same_run, signals or Signals(), each_step)
     made = build_trainer(config, directory, has_holdout, callbacks, resolved, each_step)
+    check_processes(made)
     check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)
     notes = backend_notes(config.backend.default, device_type, classifier.speedups)
     if origin:
@@ -400,6 +402,22 @@ def build_trainer(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             _convert_="all",
+        )
+
+
+def check_processes(trainer: pl.Trainer) -> None:
+    """Raises UserError unless as many processes are started as the run would wait for, half an hour long."""
+    asked = f"trainer.num_nodes={trainer.num_nodes} and trainer.devices={trainer.num_devices}"
+    if TorchElasticEnvironment.detect():
+        started, wanted = int(os.environ["WORLD_SIZE"]), trainer.num_nodes * trainer.num_devices
+        if started != wanted:
+            raise UserError(
+                f"torchrun starts {started} processes, but {asked} are {wanted}: give --nnodes and "
+                "--nproc_per_node the same numbers"
+            )
+    elif trainer.num_nodes > 1 and not SLURMEnvironment.detect() and "NODE_RANK" not in os.environ:
+        raise UserError(
+            f"{asked}: start it on every node, with torchrun --nnodes={trainer.num_nodes} or with srun"
         )
 
 
