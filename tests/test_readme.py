@@ -58,7 +58,7 @@ def test_every_path_the_readme_shows_exists() -> None:
     assert [name for name in layers if name not in found] == []
 
 
-@pytest.mark.parametrize("group", ["model", "data", "augment", "optim", "trainer", "experiment"])
+@pytest.mark.parametrize("group", ["model", "data", "augment", "optim", "trainer", "logger", "experiment"])
 def test_the_table_of_choices_is_complete(group: str) -> None:
     row = next(line for line in README.splitlines() if line.startswith(f"| `{group}` |"))
     named = set(re.findall(r"`(\w+)`", row)) - {group}
