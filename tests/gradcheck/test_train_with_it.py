@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.claims.conftest import REDUCED, reduced
 from tests.gradcheck.test_reader import written
 
+from alexnet.claims.jobs import claims_of, jobs_of
+from alexnet.claims.measures import evidence
+from alexnet.claims.runner import run_job
 from alexnet.errors import UserError
 from alexnet.evaluate import Evaluate, evaluate
 from alexnet.gradcheck import run as gradcheck
@@ -109,6 +113,21 @@ def test_evaluate_takes_the_readers_pair(own: Path, compose: Callable[..., Any])
         evaluate(Evaluate(**asked, backend=backend)) for backend in (Backends(), Backends(relu=str(own)))
     )
     assert ours == mine
+
+
+def test_reproduce_takes_the_readers_pair(own: Path, data_dir: Path, tmp_path: Path) -> None:
+    found = []
+    for name, override in (("ordinary", []), ("mine", [f"backend.linear={own}"])):
+        own.write_text(written(exercise_named("linear")))
+        settings = reduced(data_dir, tmp_path / name, "s5_decay", overrides=[*REDUCED, *override])
+        job = jobs_of(claims_of(settings), settings)[0]
+        run_job(job)
+        found.append((job.directory, evidence(job.directory)))
+    (ordinary, ours), (mine, theirs) = found
+    assert_equal_bits(mine, ordinary)
+    assert ours.results == theirs.results
+    record = json.loads((mine / "run.json").read_text())
+    assert record["resolved"]["yours"] == {"linear": record["config"]["backend"]["linear"]}
 
 
 def test_the_checks_take_the_readers_pair(own: Path, tmp_path: Path) -> None:
