@@ -8,6 +8,8 @@ from typing import Any
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch is imported; the processes that tests start inherit it
+# Each process of the suite would start compilers of its own, which import torch first; a quarter of the time.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import hydra
 import numpy as np

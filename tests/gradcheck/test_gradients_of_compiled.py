@@ -43,18 +43,35 @@ def test_checks_of_the_small_cases_hold_for_the_cuda_pairs_uncompiled(operation,
                 assert [r for r in results if not r.passed] == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("operation", "backend"), sorted({(m.where, m.backend) for m in MUTANTS_OF_COMPILED})
-)
+PAIRS_WITH_MUTANTS = sorted({(m.where, m.backend) for m in MUTANTS_OF_COMPILED})
+
+
+@pytest.mark.parametrize(("operation", "backend"), PAIRS_WITH_MUTANTS)
 def test_every_check_of_the_small_cases_holds(operation, backend):
-    """In every type that a mutant runs in: what the checks find is the mutant and nothing else."""
+    """In every type that a mutant runs in, and without the compiler as there: what the checks find is the mutant."""
     dtypes = {m.dtype for m in MUTANTS_OF_COMPILED if (m.where, m.backend) == (operation, backend)}
     (checked,) = (found for found in ALL if found.name == operation)
-    for case in checked.cases:
-        if case.kind in ("ordinary", "awkward"):
-            results = results_of(checked, case, backend, "cpu", tuple(dtypes))
-            assert [r for r in results if not r.passed] == []
+    with torch.compiler.set_stance("force_eager"):
+        for case in checked.cases:
+            if case.kind in ("ordinary", "awkward"):
+                results = results_of(checked, case, backend, "cpu", tuple(dtypes))
+                assert [r for r in results if not r.passed] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "operation", [name for name in OPERATIONS if name != "linear"]
+)  # three plain products
+def test_every_check_of_an_awkward_case_holds_compiled(operation):
+    """One case, since a case costs seconds of compilation: on many others layers/test_compiled.py compares with the
+    reference, and scripts/check_gradients.py backend=fast proves all of them."""
+    (checked,) = (found for found in ALL if found.name == operation)
+    case = [case for case in checked.cases if case.kind in ("ordinary", "awkward")][-1]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    results = list(results_of(checked, case, "compiled", "cpu", (torch.float64,)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert [r for r in results if not r.passed] == []
 
 
 def test_a_mutant_that_changes_nothing_survives():

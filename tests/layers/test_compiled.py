@@ -42,7 +42,6 @@ from alexnet.layers.compiled.relu_lrn_pool import halves
 from alexnet.layers.conv2d import _sides, conv2d_backward, conv2d_forward, two
 from alexnet.layers.local_response_norm import Norm
 from alexnet.layers.max_pool2d import Pool
-from alexnet.model import AlexNet, ModelConfig
 
 pytestmark = COMPILES
 
@@ -532,22 +531,6 @@ def test_one_graph_serves_every_batch_and_nothing_falls_back():
 @pytest.mark.usefixtures("pairs_of_cuda")
 def test_one_graph_for_cuda_serves_every_batch():
     assert_one_graph_serves_every_batch(small_net(), step)
-
-
-@pytest.mark.slow
-def test_one_graph_serves_every_batch_of_the_network():
-    def step(net, images):
-        x, labels = 50 * normals(images, 3, 56, 56, seed=images).float(), torch.arange(images) % 5
-        net.zero_grad()
-        cross_entropy(net(x, 7), labels, backend="compiled").backward()
-        return [p.grad.clone() for p in net.parameters()]
-
-    config = ModelConfig(
-        5, 56, channels=[8] * 5, hidden=[16, 16], kernel_size=[7, 5, 3, 3, 3], stride=[2, 1, 1, 1, 1]
-    )
-    assert_one_graph_serves_every_batch(
-        AlexNet(config, Backends(default="fast").resolve("cpu"), seed=0), step
-    )
 
 
 def test_other_threads_may_compile_as_much():

@@ -146,15 +146,6 @@ def test_gradients_are_clipped_inside_the_graph(
     assert_same_bits(a, b)
 
 
-@pytest.mark.slow
-def test_a_captured_run_of_compiled_pairs_ends_with_the_same_bits(
-    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (a, rows_a), (b, rows_b) = runs(compose, monkeypatch, CallAgain, "backend=fast", crash=10)
-    assert_same_bits(a, b)
-    assert rows_a == rows_b
-
-
 def test_each_signature_is_recorded_once_and_the_ragged_batch_too(
     compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, plain_update: None
 ) -> None:

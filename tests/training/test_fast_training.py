@@ -1,4 +1,8 @@
-"""Training under `fast`: what is compiled is compiled in the first step, and runs the same every time."""
+"""Training under `fast`: what is compiled is compiled in the first step, and runs the same every time.
+
+What trains a compiled network is tested here and not beside its like: in one process the second run finds the graphs
+of the first.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from tests.training.test_capture import CallAgain, runs
+from tests.training.test_resume import assert_resumed_with_master_weights, assert_same_bits
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -71,3 +77,15 @@ def test_deterministic_mode_raises_nothing_and_runs_are_bitwise_equal(
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(again[name], value) for name, value in expected.items())
+
+
+def test_a_captured_run_of_compiled_pairs_ends_with_the_same_bits(
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (a, rows_a), (b, rows_b) = runs(compose, monkeypatch, CallAgain, "backend=fast", crash=10)
+    assert_same_bits(a, b)
+    assert rows_a == rows_b
+
+
+def test_resume_with_master_weights(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_resumed_with_master_weights(compose, monkeypatch, "fast")
