@@ -79,9 +79,20 @@ def test_claims_ask_for_what_their_tests_need():
         tests={"a": Test(views=10), "b": Test(features=Features.pixels)},
         figure=Figure.retrieval,
     )
-    every = {Want.one_view, Want.basic, Want.kernels, Want.ten_views, Want.hidden}
+    every = {Want.basic, Want.ten_views, Want.hidden}
     assert wanted(claim, 1) == every | {Want.pixels, Want.figure4}
     assert wanted(claim, 2) == every
+    assert wanted(Claim("c", "", "", "", figure=Figure.kernels), 1) == {Want.basic, Want.kernels}
+
+
+def test_val_is_measured_without_a_view_that_no_claim_asks_for(finished, tmp_path, compose):
+    shutil.copytree(run(finished, "base"), moved := tmp_path / "seed1")
+    said = json.loads((moved / Want.basic).read_text())["results"]["val"]
+    for want in (Want.one_view, Want.basic):
+        (moved / want).unlink()
+    measure(moved, compose("data.name=synthetic"), [Want.basic])
+    assert json.loads((moved / Want.basic).read_text())["results"]["val"] == said
+    assert not (moved / Want.one_view).exists()
 
 
 def test_one_view_of_val_is_what_the_measures_say_of_it(finished):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 
@@ -11,11 +12,19 @@ from alexnet.claims.jobs import claims_of
 from alexnet.claims.statistics import minimum_detectable_effect
 from alexnet.errors import UserError
 
-PUBLISHED = planning.PUBLISHED / "claims_cpu" / "results.json"
+PUBLISHED = planning.PUBLISHED / "claims_cpu_2026-11-26" / "results.json"
 
 
-def test_the_plan_is_the_published_spread_at_the_seeds_that_are_asked_for(tmp_path):
-    settings = Reproduce(claims=["s3_3_lrn"], scale=Scale.cpu, seeds=6, output_dir=str(tmp_path))
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Only those results, as earlier ones."""
+    monkeypatch.setattr(planning, "PUBLISHED", tmp_path)
+    shutil.copytree(PUBLISHED.parent, tmp_path / "claims_cpu_1")
+    return tmp_path
+
+
+def test_the_plan_is_the_published_spread_at_the_seeds_that_are_asked_for(published, tmp_path):
+    settings = Reproduce(claims=["s3_3_lrn"], scale=Scale.cpu, seeds=6, output_dir=str(tmp_path / "runs"))
     said = planning.plan(claims_of(settings), settings)
     assert max(map(len, said.splitlines()[:7])) <= 100
     effect = planning.effects_of(planning.read_results(PUBLISHED))[
@@ -27,10 +36,26 @@ def test_the_plan_is_the_published_spread_at_the_seeds_that_are_asked_for(tmp_pa
     assert "42 runs, " in said  # seven arms of six seeds
     minutes = 42 * 86.8 / 21
     assert f"{minutes:.0f} minutes" in said
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [tmp_path / "claims_cpu_1"]
 
 
-def test_a_claim_that_was_never_measured_has_no_spread(tmp_path):
+def test_the_plan_takes_what_was_measured_last_and_else_what_was_measured_before(published, tmp_path):
+    settings = Reproduce(claims=["s3_3_lrn"], scale=Scale.cpu, output_dir=str(tmp_path / "runs"))
+    before = planning.plan(claims_of(settings), settings)
+    content = json.loads(PUBLISHED.read_text())
+    claim = content["claims"]["s3_3_lrn"]
+    claim["minutes"] /= 2
+    first, *others = claim["rows"]
+    first["effect"]["sd"], others[-1]["effect"] = 0.0123, None
+    (published / "claims_cpu").mkdir()
+    (published / "claims_cpu" / "results.json").write_text(json.dumps(content))
+    after = planning.plan(claims_of(settings), settings)
+    assert f"{21 * 86.8 / 21 / 2:.0f} minutes" in after
+    assert next(line.split()[5] for line in after.splitlines() if "all - none" in line) == "1.23"
+    assert before.splitlines()[-4].split()[:5] == after.splitlines()[-4].split()[:5]  # the last comparison
+
+
+def test_a_claim_that_was_never_measured_has_no_spread(published, tmp_path):
     settings = Reproduce(claims=["s5_decay"], scale=Scale.cpu, output_dir=str(tmp_path))
     assert " ? " in planning.plan(claims_of(settings), settings)
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tests.claims.conftest import reduced
 from alexnet.claims.claims import Nets, Test
 from alexnet.claims.config import Reproduce
 from alexnet.claims.jobs import claims_of
-from alexnet.claims.report import _band, curved, gathered, sections_of
+from alexnet.claims.report import _band, _mixed, conclusions, curved, gathered, sections_of, write_report
 from alexnet.claims.runner import reproduce
 
 
@@ -83,6 +84,42 @@ def test_the_numbers_are_written_as_data(finished: Reproduce):
     views = content["claims"]["s4_1_ten_views"]["rows"][0]
     assert views["effect"]["source"] == "images, nets fixed"
     assert views["effect"]["n"] == 40
+    assert [(run["arm"], run["seed"]) for run in dropout["each_run"]] == [
+        ("dropout", 1),
+        *(("none", 1), ("dropout", 2), ("none", 2)),
+    ]
+    assert all(run["seconds"] > 0 and len(run["commits"]) == 1 for run in dropout["each_run"])
+    assert content["commits"] == dropout["commits"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_conclusions_stand_at_the_top_the_news_first(finished: Reproduce, tmp_path):
+    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
+    finished = dataclasses.replace(finished, output_dir=str(tmp_path))
+    claims = claims_of(finished)
+    told = [
+        dataclasses.replace(c, conclusion={"smoke": f"so much of {c.name}"}, news=c.name == "figure4")
+        for c in claims
+    ]
+    sections = sections_of(told, finished)
+    assert [name for name, *_ in conclusions(sections, finished)] == [
+        "figure4",
+        "s4_2_dropout",
+        "s4_1_ten_views",
+    ]
+    write_report(told, finished)
+    text = (finished.report_directory / "report.html").read_text()
+    assert text.index("so much of figure4") < text.index("so much of s4_1_ten_views") < text.index("<table>")
+    assert conclusions(sections_of(claims, finished), finished) == []
+
+
+def test_claims_of_several_states_of_the_code_are_a_warning_also_where_each_is_of_one():
+    one = {"torch": ["2"], "hardware": ["cpu"], "device": ["cpu"]}
+    sections = [
+        SimpleNamespace(claim=SimpleNamespace(name=c), provenance={**one, "commits": [c]}) for c in "ab"
+    ]
+    assert _mixed(sections) == ["WARNING   the claims of this report are of 2 states of the code: a, b"]
+    assert _mixed(sections[:1]) == []
 
 
 def test_what_is_missing_is_listed_with_its_command(finished: Reproduce, capsys):

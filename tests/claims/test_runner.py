@@ -46,6 +46,16 @@ def no_training(monkeypatch):
 # Jobs
 
 
+def test_kept_records_are_finished_runs_without_weights_and_pictures(finished, tmp_path, no_training, capsys):
+    reproduce(dataclasses.replace(finished, keep=str(tmp_path)))
+    assert "kept      4 finished runs" in capsys.readouterr().out
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"run.json", "metrics.csv", "measures.json", "val_1view.npz", "nearest_hidden.npz"} <= names
+    assert not names & {"last.ckpt", "best.ckpt", "figure4.npz", "lock"}
+    there = dataclasses.replace(finished, output_dir=str(tmp_path))
+    assert {job.state for job in jobs_of(claims_of(there), there)} == {State.finished}
+
+
 def test_a_run_that_several_claims_share_is_one_job(data_dir, tmp_path):
     settings = reduced(data_dir, tmp_path, "s4_2_dropout", "s5_decay", "s4_1_ten_views", seeds=2)
     those = jobs_of(claims_of(settings), settings)
@@ -169,7 +179,7 @@ def test_training_never_sees_val_and_tuning_is_not_measured(data_dir, tmp_path):
     settings = reduced(data_dir, tmp_path, "s3_1_relu")
     those = jobs_of(claims_of(settings), settings)
     assert not any(job.config.evaluate for job in those)
-    assert [Want.one_view in job.wants for job in those] == [False] * 4 + [True] * 2
+    assert [Want.basic in job.wants for job in those] == [False] * 4 + [True] * 2
     assert {job.config.seed for job in those[:4]} == {1000}
 
 
@@ -518,7 +528,7 @@ DAMAGE = {
     "metrics.csv": b"\xff\xfe not UTF-8",
     "measures.json": b"[1, 2]",
     "val_1view.npz": b"PK cut short",
-    "conv1.npy": b"",
+    "nearest_hidden.npz": b"",
     "val_10view.npz": b"",
 }
 

@@ -171,6 +171,9 @@ class Claim:
     arms: dict[str, list[str]] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
     confounds: list[str] = field(default_factory=list)
+    # {scale: what a reader may conclude from the results, and what not}; written when they were there.
+    conclusion: dict[str, str] = field(default_factory=dict)
+    news: bool = False  # it changes what is commonly believed: said first
     overrides: list[str] = field(default_factory=list)  # of every arm
     recipe: dict[str, str] = field(default_factory=lambda: {s: _recipe(s) for s in SCALES})
     scale_overrides: dict[str, list[str]] = field(default_factory=dict)
@@ -265,7 +268,7 @@ def _check(claim: Claim, file: str) -> None:
     if claim.uses is None and not claim.arms:
         raise UserError(f"{file}: arms is empty: name at least one arm, or the claim it uses")
     values = claim.tune.values if claim.tune else {}
-    for scales in (claim.recipe, claim.scale_overrides, claim.arms_at, values):
+    for scales in (claim.recipe, claim.scale_overrides, claim.arms_at, claim.conclusion, values):
         _check_known(scales, SCALES, f"{file}: scale")
     for scale, arms in claim.arms_at.items():
         _check_known(arms, claim.arms, f"{file}: arms_at.{scale}: arm")

@@ -34,6 +34,8 @@ class Reproduce:
     plan: bool = False
     # Print this report beside another results.json, and start nothing.
     compare: str | None = None
+    # Copy the records of finished runs there, all but weights and pictures; copied back, they are finished runs.
+    keep: str | None = None
     # Overrides of every run, before those of its arm.
     overrides: list[str] = field(default_factory=list)
     output_dir: str = "outputs"

@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import shlex
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 from alexnet import system
 from alexnet.claims.claims import Claim, Run, load_claims, select
 from alexnet.claims.config import Reproduce
-from alexnet.claims.measures import Want, damage, evidence, failure, is_measured, wanted
+from alexnet.claims.measures import PICTURES, Want, damage, evidence, failure, is_measured, wanted
 from alexnet.claims.statistics import running_mean
 from alexnet.claims.tables import Evidence, arrival
 from alexnet.cli import CONF
@@ -259,6 +260,19 @@ def _changed(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if "store" not in now:
         there.pop("store", None)
     return differences(there, now)
+
+
+def keep(jobs: Iterable[Job], folder: Path) -> str:
+    """Copies run.json, metrics.csv and the measures of every finished run to <folder>/train/<name>/seed<k>."""
+    kept = [job for job in jobs if job.state is State.finished]
+    for job in kept:
+        there = folder / "train" / job.run.name / f"seed{job.run.seed}"
+        there.mkdir(parents=True, exist_ok=True)
+        for name in {"run.json", "metrics.csv", *job.wants} - PICTURES:
+            if (job.directory / name).exists():  # a run that diverged has no measures
+                shutil.copyfile(job.directory / name, there / name)
+    size = sum(path.stat().st_size for path in (folder / "train").rglob("*") if path.is_file())
+    return f"kept      {len(kept)} finished runs in {folder / 'train'}, {size / 1e6:.1f} MB"
 
 
 # The same by hand ---------------------------------------------------------------------------------------------------

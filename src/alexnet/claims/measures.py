@@ -35,7 +35,7 @@ from alexnet.data.store import Store
 from alexnet.errors import UserError
 from alexnet.system import git_state, read_json, replaced, write_json
 from alexnet.training import assemble
-from alexnet.training.checkpoint import load
+from alexnet.training.checkpoint import CHECKPOINTS, LAST, load
 from alexnet.training.config import Train
 from alexnet.training.metrics import read_metrics
 from alexnet.training.network import Network
@@ -55,7 +55,7 @@ class Want(StrEnum):
 
     one_view = "val_1view.npz"
     ten_views = "val_10view.npz"
-    basic = "measures.json"  # after the view it takes val's errors from
+    basic = "measures.json"  # after the view it takes val's errors from, if there is one
     kernels = "conv1.npy"
     probe = "probe.json"
     hidden = "nearest_hidden.npz"
@@ -63,11 +63,16 @@ class Want(StrEnum):
     figure4 = "figure4.npz"  # after the neighbours it shows
 
 
+PICTURES = {Want.figure4}  # holds images of the data set
+
+
 def wanted(claim: Claim, seed: int) -> set[Want]:
     """What a claim asks of its runs. Pixels know no seed, and Figure 4 shows one net: those of one seed will do."""
-    wants = {Want.one_view, Want.basic, Want.kernels, *(want_of(test) for test in claim.tests.values())}
+    wants = {Want.basic, *(want_of(test) for test in claim.tests.values())}
     if claim.probe:
         wants.add(Want.probe)
+    if claim.figure is Figure.kernels:
+        wants.add(Want.kernels)
     if claim.figure is Figure.retrieval:
         wants |= {Want.hidden, Want.figure4}
     return wants if seed == FIRST_SEED else wants - {Want.pixels, Want.figure4}
@@ -79,7 +84,13 @@ def want_of(test: Test) -> Want:
 
 
 def is_measured(directory: Path, wants: Collection[Want]) -> bool:
+    wants = set(wants) - (set() if weights(directory).exists() else PICTURES)  # a record (jobs.keep) has none
     return bool(failure(directory)) or all((directory / want).exists() for want in wants)
+
+
+def weights(directory: Path) -> Path:
+    """What everything here is measured of."""
+    return directory / CHECKPOINTS / LAST
 
 
 def failure(directory: Path) -> str:
@@ -161,8 +172,7 @@ class Net:
 
     @cached_property
     def classifier(self) -> Network:
-        path = self.directory / "checkpoints" / "last.ckpt"
-        classifier = load(path, self.record["resolved"]["backend"])
+        classifier = load(weights(self.directory), self.record["resolved"]["backend"])
         return classifier.to(self.device)
 
     @cached_property
@@ -184,8 +194,13 @@ def _basic(net: Net, path: Path) -> None:
     store, (trained, held_out) = net.data.train_store, (part.numpy() for part in net.data.split)
     rows = {"train": spread(trained, TRAIN_IMAGES), "holdout": held_out}
     seen = {s: (net.log_probabilities(store, r), store.labels[r]) for s, r in rows.items() if len(r)}
-    view = np.load(net.directory / Want.one_view)
-    seen["val"] = torch.from_numpy(view["log_probs"]), view["labels"]
+    path_of_view, val = net.directory / Want.one_view, net.data.val_store
+    log_probs = (
+        torch.from_numpy(np.load(path_of_view)["log_probs"])
+        if path_of_view.exists()
+        else net.log_probabilities(val)
+    )
+    seen["val"] = log_probs, val.labels
     errors = {split: score(*both, split=split, name="last epoch").as_dict() for split, both in seen.items()}
     first, second = chroma(net.classifier.net.conv1.weight).tensor_split(2)
     split = split_excess(first.numpy(), second.numpy())

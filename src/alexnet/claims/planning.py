@@ -33,13 +33,15 @@ Key = tuple[str, str, str, str]  # claim, treatment, control, metric
 def plan(claims: Sequence[Claim], settings: Reproduce) -> str:
     """A line per comparison: n asked for, the smallest true effect that it finds with 80 % power, and the minutes.
 
-    The spread and the minutes of a run are those of the results published for this scale; what was never measured
-    has no spread, and takes the mean minutes of the others.
+    The spread and the minutes of a run are those of the results published for this scale, and where these have none
+    those of earlier ones; what was never measured has no spread, and takes the mean minutes of the others.
     """
-    path = PUBLISHED / f"claims_{settings.scale}" / "results.json"
-    known = read_results(path) if path.exists() else {}
-    effects, jobs = effects_of(known), jobs_of(claims, settings)
-    per_run = minutes_per_run(known)
+    folder = PUBLISHED / f"claims_{settings.scale}"  # beside it earlier ones, claims_cpu_2026-11-26 say
+    paths = [*sorted(PUBLISHED.glob(f"{folder.name}_*/results.json")), folder / "results.json"]
+    known = [read_results(path) for path in paths if path.exists()]
+    effects = {key: effect for results in known for key, effect in effects_of(results).items()}
+    minutes_known = [of for results in known if not math.isnan((of := minutes_per_run(results))[""])]
+    jobs, per_run = jobs_of(claims, settings), minutes_known[-1] if minutes_known else {"": math.nan}
     rows = [("claim", "comparison", "n", "known sd", "finds", "n for", "to find", "minutes")]
     for claim in claims:
         missing = [job for job in own_jobs(claim, jobs, settings) if job.state is not State.finished]
@@ -50,7 +52,8 @@ def plan(claims: Sequence[Claim], settings: Reproduce) -> str:
             rows.append((claim.name * (i == 0), c.name, *cells, minutes * (i == 0)))
     left = Counter(Path(job.file).stem for job in jobs if job.state is not State.finished)
     total = sum(n * per_run.get(name, per_run[""]) for name, n in left.items())
-    source = f"spread and minutes of {path}" if known else f"nothing is published for scale={settings.scale}"
+    nothing = f"nothing is published for scale={settings.scale}"
+    source = f"spread and minutes of {folder}*" if known else nothing
     return f"{table(rows, right=(2, 5, 7))}\n\n{sum(left.values())} runs, {_minutes(total)} minutes of a core; {source}"
 
 

@@ -132,13 +132,22 @@ def _mixed(sections: Sequence[Section]) -> list[str]:
         "hardware": "machines",
         "device": "devices or precisions",
     }
-    return [
+    lines = [
         f"WARNING   {s.claim.name} compares runs of {len(of)} {kind}: {', '.join(of)}"
         for s in sections
         for key, kind in kinds.items()
         if (of := s.provenance[key])
         if len(of) > 1
     ]
+    of = commits(sections)
+    if len(of) > 1 and not lines:  # claim by claim one, but not the same one
+        lines = [f"WARNING   the claims of this report are of {len(of)} states of the code: {', '.join(of)}"]
+    return lines
+
+
+def commits(sections: Sequence[Section]) -> list[str]:
+    """The states of the code that trained and measured the runs of a report: it should be one, without changes."""
+    return sorted({commit for s in sections for commit in s.provenance["commits"]})
 
 
 def _missing_lines(missing: Sequence[Job], settings: Reproduce) -> list[str]:
@@ -214,12 +223,14 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
         "scale": str(settings.scale),
         "seeds": settings.seeds,
         "overrides": settings.overrides,
+        "commits": commits(sections),
         "holm_family": holm_family(sections),
         "claims": {
             s.claim.name: {
                 "title": s.claim.title,
                 "section": s.claim.section,
                 "quote": s.claim.quote,
+                "conclusion": s.claim.conclusion.get(settings.scale, ""),
                 "command": reproduce_command([s.claim.name], settings),
                 "rows": as_json(s.rows),
                 "tuned": {arm: value for (_, arm), value in s.chosen.items()},
@@ -227,11 +238,25 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
                 "confounds": s.claim.confounds,
                 **s.provenance,
                 "runs_missing": len(s.missing),
+                "each_run": each_run(s.done),
             }
             for s in sections
         },
         "rendered_with": environment(),
     }
+
+
+def each_run(done: Sequence[Done]) -> list[dict[str, Any]]:
+    """Where the values of the rows come from, run by run; `seconds` on the clock, None of a run that diverged."""
+    return [
+        {
+            "arm": d.run.arm,
+            "seed": d.run.seed,
+            "seconds": d.record.get("seconds"),
+            "commits": provenance([d], [])["commits"],
+        }
+        for d in done
+    ]
 
 
 def holm_family(sections: Sequence[Section]) -> int:
@@ -297,11 +322,19 @@ def page_values(sections: Sequence[Section], directory: Path, settings: Reproduc
         "seeds": settings.seeds,
         "family": holm_family(sections),
         "missing": len({(job.run.name, job.run.seed) for s in sections for job in s.missing}),
+        "conclusions": conclusions(sections, settings),
+        "commits": commits(sections),
         "summary": [_summary_line(row) for s in sections for row in s.rows if row.main],
         "sections": [section_values(s, directory, settings) for s in sections],
         "provenance": provenance(list(done.values()), list(tuning.values())),
         "command": reproduce_command(settings.claims, settings),
     }
+
+
+def conclusions(sections: Sequence[Section], settings: Reproduce) -> list[tuple[str, str, str]]:
+    """(name, title, sentence) of every claim that has results and a conclusion, the news first."""
+    told = [s.claim for s in sections if s.done and s.claim.conclusion.get(settings.scale)]
+    return [(c.name, c.title, c.conclusion[settings.scale]) for c in sorted(told, key=lambda c: not c.news)]
 
 
 def _summary_line(row: Row) -> dict[str, Any]:

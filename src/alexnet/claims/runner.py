@@ -31,6 +31,7 @@ from alexnet.claims.jobs import (
     claims_of,
     is_tuning,
     jobs_of,
+    keep,
     rates,
     refuse_other_runs,
     train_commands,
@@ -70,6 +71,9 @@ def reproduce(settings: Reproduce) -> None:
         print(planning.compare_results(here, Path(settings.compare)))
         return
     jobs, failed = jobs_of(claims, settings), []
+    if settings.keep is not None:
+        print(keep(jobs, Path(settings.keep)))
+        return
     if not settings.report:
         sizes = check(jobs)
         if settings.print:
