@@ -29,6 +29,7 @@ from alexnet.system import git_state, write_json
 from alexnet.training import assemble
 from alexnet.training.config import compose_train
 from alexnet.training.metrics import CLOCK_COLUMNS, Metrics, Row
+from alexnet.training.record import RunRecord, read_record
 
 
 def directory(settings: Reproduce, name: str, seed: int = 1) -> Path:
@@ -206,7 +207,8 @@ def test_every_run_is_finished_and_measured_and_sees_val_at_its_end_only(finishe
     those = jobs_of(claims_of(settings), settings)
     assert [job.state for job in those] == [State.finished] * 4
     for job in those:
-        record = json.loads((job.directory / "run.json").read_text())
+        record = read_record(job.directory)
+        assert record["cpu_seconds"] > 0
         assert record["results"].keys() == {"holdout"}
         basic = json.loads((job.directory / Want.basic).read_text())
         assert basic["results"].keys() == {"train", "holdout", "val", "conv1"}
@@ -493,7 +495,31 @@ def test_a_suspended_run_counts_its_training_only():
     speeds = {10: "320.0", 20: "320.0", 30: "0.1", 40: "320.0", 50: "320.0"}
     rows = [{"step": str(step), "epoch": "0", "images_per_second": speed} for step, speed in speeds.items()]
     rows.append({"step": "50", "epoch": "0", "kind": "epoch"})
-    assert training_seconds(record, Metrics([Row.of(row) for row in rows])) == 10.0
+    metrics = Metrics([Row.of(row) for row in rows])
+    assert training_seconds(record, metrics) == 10.0
+    of_one_core = {**record, "resolved": {"device": "cpu"}, "hardware": {"threads": 1}, "cpu_seconds": 7.0}
+    assert training_seconds(of_one_core, metrics) == 7.0
+    assert training_seconds({**of_one_core, "hardware": {"threads": 2}}, metrics) == 10.0
+
+
+def test_the_cpu_time_of_a_run_is_kept_over_interruptions_and_not_that_of_measuring_alone(
+    data_dir, tmp_path, monkeypatch
+):
+    settings = reduced(data_dir, tmp_path, "s5_decay")
+    job = jobs_of(claims_of(settings), settings)[0]
+    path = job.directory / "run.json"
+    path.parent.mkdir(parents=True)
+    config = {"model": {"num_classes": 10}}
+    record = RunRecord(path.parent, {"state": "interrupted", "cpu_seconds": 5.0, "config": config})
+    record.update()
+    monkeypatch.setattr(runner.time, "process_time", iter([10.0, 12.0, 20.0, 24.0]).__next__)
+    with contextlib.suppress(KeyboardInterrupt), runner.cpu_time(job):
+        raise KeyboardInterrupt
+    assert json.loads(path.read_text())["cpu_seconds"] == 7.0
+    record.update(state="finished", cpu_seconds=7.0)
+    with runner.cpu_time(job):
+        pass
+    assert json.loads(path.read_text())["cpu_seconds"] == 7.0
 
 
 def test_the_estimate_counts_steps_and_images(data_dir, tmp_path):

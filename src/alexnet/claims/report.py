@@ -253,6 +253,7 @@ def each_run(done: Sequence[Done]) -> list[dict[str, Any]]:
             "arm": d.run.arm,
             "seed": d.run.seed,
             "seconds": d.record.get("seconds"),
+            "cpu_seconds": d.record.get("cpu_seconds"),
             "commits": provenance([d], [])["commits"],
         }
         for d in done
@@ -286,7 +287,14 @@ def provenance(done: Sequence[Done], tuning: Sequence[Done]) -> dict[str, Any]:
 
 
 def training_seconds(record: Mapping[str, Any], metrics: Metrics) -> float:
-    """Of all images at the median speed: a clock would count the hours in which a run was suspended as well."""
+    """Of a core, where one thread did it all and its CPU time was kept (its measures are in it). Else of all images at
+    the median speed: a clock would count the hours in which a run was suspended as well."""
+    if (
+        "cpu_seconds" in record
+        and record["resolved"]["device"] == "cpu"
+        and record["hardware"]["threads"] == 1
+    ):
+        return float(record["cpu_seconds"])
     images = metrics.steps_done * record["config"]["data"]["batch_size"]
     return images / metrics.images_per_second if metrics.images_per_second else 0.0
 
