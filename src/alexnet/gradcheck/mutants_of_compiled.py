@@ -12,7 +12,7 @@ import torch
 from alexnet.gradcheck.mutants import Table, mutants, mutate
 from alexnet.layers.compiled import local_response_norm as norm
 from alexnet.layers.compiled import max_pool2d as pool
-from alexnet.layers.compiled import on_cuda, pointwise, relu_lrn_pool, same_map_norm
+from alexnet.layers.compiled import on_cuda, pointwise, relu_lrn_pool
 
 conv = import_module("alexnet.layers.compiled.conv2d")  # the package's own `conv2d` is the function
 
@@ -88,13 +88,17 @@ LOCAL_RESPONSE_NORM: Table = {
 }
 
 SAME_MAP_NORM: Table = {
-    "square one column to the right": mutate(same_map_norm.square_sum, "rows[:, i", "rows.roll(1, 2)[:, i"),
+    "square one pixel further on": mutate(on_cuda.shifted_sum, "a.narrow", "a.roll(1, dim).narrow"),
     "sum over a row for the square": mutate(
-        same_map_norm.square_sum,
-        "torch.stack([rows[:, i : i + H] for i in range(size)]).sum(0)",
-        "rows[:, half : half + H]",
+        on_cuda.square_sum,
+        "shifted_sum(shifted_sum(padded, 2, size, W), 1, size, H)",
+        "shifted_sum(padded, 2, size, W)[:, half : half + H]",
     ),
-    "s^-3/4 where s^-7/4 belongs": _slope_like_gain,
+    "divided by n, not by n^2": mutate(on_cuda.area, "size**2", "size"),
+    "s^-3/4 where s^-7/4 belongs": mutate(on_cuda.competitors, "(a / s)", "a"),
+    "stored q is dy x, without the power": mutate(
+        on_cuda.competitors, "dy * gain(s, norm.beta) * (a / s)", "dy * a"
+    ),
 }
 
 _closed_windows_have_a_winner = mutate(relu_lrn_pool.closed, "NO_WINNER[ties]", '(ties == "all")')
@@ -180,17 +184,6 @@ CUDA: dict[str, Table] = {
         ),
         "window one map further on": mutate(on_cuda.shifted_sum, "a.narrow", "a.roll(1, dim).narrow"),
         "s^-3/4 where s^-7/4 belongs": mutate(on_cuda.competitors, "(a / s)", "a"),
-    },
-    "same_map_norm": {
-        "sum over a row for the square": mutate(
-            on_cuda.square_sum,
-            "shifted_sum(shifted_sum(padded, 2, size, W), 1, size, H)",
-            "shifted_sum(padded, 2, size, W)[:, half : half + H]",
-        ),
-        "divided by n, not by n^2": mutate(on_cuda.area, "size**2", "size"),
-        "stored q is dy x, without the power": mutate(
-            on_cuda.competitors, "dy * gain(s, norm.beta) * (a / s)", "dy * a"
-        ),
     },
     "max_pool2d": {
         "only the last of a pixel's windows": mutate(

@@ -5,7 +5,8 @@
     relu_lrn_pool         both in one, for either order; kept are the convolution's output and the winners
     conv2d                library forward convolutions and matrix products on operands we derive
     pointwise             relu, tanh, dropout, cross_entropy: the reference formulas, compiled; linear as it is
-    on_cuda               norms, block, pooling gradient and dropout once more, in the form that CUDA's compiler fuses
+    same_map_norm         the square as a sum of shifted views, on CPU and CUDA alike
+    on_cuda               norm, block, pooling gradient and dropout once more, in the form that CUDA's compiler fuses
 
 Every graph serves one layer, type and layout and any batch of two images or more (compile.py). Inductor keeps what it
 compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine waits.

@@ -8,7 +8,8 @@ inputs and writes its outputs and nothing else. The padding becomes a condition 
 window is never read, so a NaN stays where the reference has it.
 
 On a CPU this form is slower, hence the two: the response norm of (16, 96, 55, 55) float32 takes 18.7 ms forward against
-6.9 there (torch 2.14.1, one thread, CPU time, minimum of 5).
+6.9 there (torch 2.14.1, one thread, CPU time, minimum of 5). The norm within a map is faster so on both, and has one
+form (same_map_norm.py).
 
 The gradient of a norm, as derived in layers/local_response_norm.py, with q = dy s^-beta x / s:
 
@@ -49,16 +50,6 @@ def local_response_norm_backward(dy: Tensor, x: Tensor, *constants: Any) -> Tens
     """dy (N, C, ...) -> dx."""
     dy, x = dy.movedim(1, -1).contiguous(), x.movedim(1, -1).contiguous()
     return norm_gradient(dy, x, Norm(*constants), False).movedim(-1, 1)
-
-
-def same_map_norm_forward(x: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
-    """x (N, C, H, W) and size, alpha, beta, k -> y; keeps x."""
-    return local_response_norm_forward(x, *constants, 0)
-
-
-def same_map_norm_backward(dy: Tensor, x: Tensor, *constants: Any) -> Tensor:
-    """dy (N, C, H, W) -> dx."""
-    return local_response_norm_backward(dy, x, *constants, 0)
 
 
 def norm_gradient(dy: Tensor, x: Tensor, norm: Norm, relu: bool) -> Tensor:
@@ -242,7 +233,6 @@ def _dropout(x: Tensor, key: Tensor, p: float, first_row: int, scale: float) -> 
 
 ON_CUDA = {
     "local_response_norm": Pair(local_response_norm_forward, local_response_norm_backward),
-    "same_map_norm": Pair(same_map_norm_forward, same_map_norm_backward),
     "relu_lrn_pool": Pair(relu_lrn_pool_forward, relu_lrn_pool_backward),
     "max_pool2d": Pair(max_pool2d_forward, max_pool2d_backward),
     "dropout": Pair(dropout_forward, dropout_backward),

