@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import runpy
@@ -22,7 +23,7 @@ from alexnet.claims.config import Reproduce, Scale
 from alexnet.claims.jobs import State, check, choose, claims_of, jobs_of, train_commands
 from alexnet.claims.measures import Want
 from alexnet.claims.report import training_seconds
-from alexnet.claims.runner import Progress, Sizes, Speed, reproduce, seconds_left
+from alexnet.claims.runner import Progress, Sizes, Speed, measure_speed, reproduce, seconds_left
 from alexnet.cli import CONF
 from alexnet.errors import UserError
 from alexnet.system import git_state, write_json
@@ -530,6 +531,18 @@ def test_the_estimate_counts_steps_and_images(data_dir, tmp_path):
     # 3 steps; holdout after the epoch and at the end; then training images and holdout once more, val, ten views.
     images = 10 + 10 + 110 + 10 + 40 + 400
     assert seconds_left(job, sizes, Speed(100.0, 1.0, 0.0)) == 300 + images
+
+
+def test_on_a_cpu_the_speed_is_that_of_the_process_whatever_else_the_machine_does(
+    data_dir, tmp_path, monkeypatch
+):
+    settings = reduced(data_dir, tmp_path, "s5_decay")
+    hours = itertools.count(0, 3600)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(hours)))
+    speed = measure_speed(jobs_of(claims_of(settings), settings)[0].config)
+    assert 0 < speed.step < 60
+    assert 0 < speed.image < 60
+    assert 0 < speed.start < 600
 
 
 def test_the_time_left_follows_the_time_taken(monkeypatch, data_dir, tmp_path, capsys):

@@ -40,7 +40,7 @@ from alexnet.claims.measures import TRAIN_IMAGES, Want, damage, diverged, eviden
 from alexnet.cli import plain
 from alexnet.data.module import Batch
 from alexnet.errors import UserError
-from alexnet.system import git_state, in_progress, locked
+from alexnet.system import device_type_of, git_state, in_progress, locked
 from alexnet.training import assemble
 from alexnet.training.callbacks import Stalled
 from alexnet.training.classifier import Classifier
@@ -228,13 +228,14 @@ def network_key(config: Train) -> str:
 
 def measure_speed(config: Train) -> Speed:
     """A few steps of the untrained network on a real batch; nothing is written."""
-    started = time.monotonic()
+    device = torch.device(device_type_of(config.trainer["accelerator"]))
+    started = _seconds(device)
     run = assemble.build_run(replace(copy.deepcopy(config), name="speed", probe=True, overwrite=False))
     resolved = run.resolved
     classifier = run.classifier.to(resolved["device"])
     optimizer = classifier.make_optimizer()
     batch = _to(next(iter(run.data.train_dataloader())), classifier.device)
-    start = time.monotonic() - started
+    start = _seconds(device) - started
     with torch.autocast(resolved["device"], torch.bfloat16, enabled=resolved["precision"] == "bf16-mixed"):
         steps = [_step_seconds(classifier, optimizer, batch) for _ in range(WARM_UP + TIMED)]
     stored = np.array(run.data.train_store.images[: len(batch.images)])  # whole, as evaluation sees them
@@ -249,13 +250,18 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 def _step_seconds(classifier: Classifier, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    started = time.monotonic()
+    started = _seconds(classifier.device)
     loss = classifier.training_step(batch, 0)["loss"]
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     loss.detach().item()  # waits for the device
-    return time.monotonic() - started
+    return _seconds(classifier.device) - started
+
+
+def _seconds(device: torch.device) -> float:
+    """A clock; on a CPU that of this process's threads, which does not count what other programs take meanwhile."""
+    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()
 
 
 @torch.no_grad()
@@ -263,9 +269,9 @@ def _evaluation_seconds(classifier: Classifier, images: torch.Tensor) -> float:
     """Of one image, in a batch of them; the first call may compile."""
     classifier.eval()
     for _ in range(2):
-        started = time.monotonic()
+        started = _seconds(classifier.device)
         float(classifier(classifier.augment.centre(images)).sum())
-    return (time.monotonic() - started) / len(images)
+    return (_seconds(classifier.device) - started) / len(images)
 
 
 def steps_per_epoch(config: Train, train_images: int) -> int:
