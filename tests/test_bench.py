@@ -286,9 +286,10 @@ def test_a_name_that_no_row_has_is_refused_and_replaces_no_results(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_step_runs_and_learns(dtype, monkeypatch):
     monkeypatch.setattr(networks, "RATE", 1e-3)
     small_models(monkeypatch, dropout=0.0)

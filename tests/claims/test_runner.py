@@ -572,6 +572,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_damaged_run_is_named_and_the_others_go_on(finished, tmp_path, capsys):
     """One of four runs; each of its files in turn does not hold what it should."""

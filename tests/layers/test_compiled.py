@@ -115,7 +115,7 @@ CASES = {
 # Seconds to compile where nothing is cached.
 SLOW = (
     *("a small block of 2012, with ties", "the papers block", "the block of 2012, with ties"),
-    "padded pool, rounded up",
+    *("padded pool", "padded pool, rounded up", "same map", "even window"),
     *("pool with other sides and ties", "window over all maps", "one row"),
     *("one image without a batch", "loss of each image"),
 )
@@ -195,6 +195,7 @@ def test_a_tensor_chooses_the_pair():
             assert pair.backward(torch.ones(()), None, x, 3) == name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pairs_of_cuda")
 def test_a_new_key_in_the_same_memory_is_a_new_mask_from_the_same_graph():
     """What a captured step does: only the key's memory changes."""

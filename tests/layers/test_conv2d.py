@@ -440,6 +440,7 @@ def test_columns_of_cuda_give_the_weight_gradient(case, images, monkeypatch):
 
 
 @COMPILES
+@pytest.mark.slow
 def test_columns_of_cuda_compile_once_for_every_batch():
     geometry = (2, 1), (1, 0, 2, 1), 2
     x, w = normals(5, 4, 7, 8), normals(6, 2, 2, 3, seed=2)

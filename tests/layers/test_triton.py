@@ -32,7 +32,7 @@ CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
 @pytest.mark.parametrize(
     ("on", "cases"),
     [
-        ("interpreter", ("-m", "not slow")),
+        pytest.param("interpreter", ("-m", "not slow"), marks=pytest.mark.slow),
         pytest.param("interpreter", ("-m", "slow"), marks=pytest.mark.slow),
         pytest.param("cuda", ("-k", "not longer"), marks=CUDA),
         pytest.param("cuda", ("-k", "longer"), marks=[*CUDA, pytest.mark.slow]),
@@ -42,7 +42,7 @@ def test_pairs_match_reference(on, cases):
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if on == "interpreter" else {}
     command = [
         sys.executable,
-        *("-m", "pytest", "--noconftest", "-p", "no:cacheprovider"),
+        *("-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-n0"),
         *(*cases, str(PAIRS_TESTS)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings}

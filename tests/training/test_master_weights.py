@@ -33,6 +33,7 @@ def step(optimizer, forward, seed):
     optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate_inside", [True, False])
 def test_without_copies_it_is_the_rule_of_optim(rate_inside):
     ours, reference = net(), net()

@@ -651,6 +651,7 @@ def test_the_average_is_kept_where_the_training_is(compose: Callable[..., Any]) 
     assert {p.device.type for p in average._average_model.parameters()} == {"meta"}  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_gradients_of_working_copies_are_clipped(compose: Callable[..., Any]) -> None:
     """A norm of 1e-6 leaves next to nothing of an update; weights decay on, so decay is off."""
     moved = {}
