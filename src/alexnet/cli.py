@@ -10,12 +10,13 @@ import logging
 import math
 import os
 import re
+import select
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -152,11 +153,12 @@ def _refuse_options(typed: Sequence[str]) -> None:
 
 def _nobody_reads() -> bool:
     """Whether standard output is a pipe whose reader is gone (| head). What is left for it then goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+    with suppress(OSError, ValueError):  # it is no file of the system
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if output.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
     return False
 
 
