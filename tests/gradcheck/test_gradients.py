@@ -19,7 +19,7 @@ from alexnet.gradcheck import lesson, network, rules, run
 from alexnet.gradcheck.cases import Rounding, cotangent, gapped, separated
 from alexnet.gradcheck.checks import Result, largest_share, results_of, slope
 from alexnet.gradcheck.config import CheckGradients
-from alexnet.gradcheck.derivation import latex
+from alexnet.gradcheck.derivation import _prose, latex
 from alexnet.gradcheck.mutants import Kill, Mutant, mutate, try_to_kill
 from alexnet.gradcheck.mutants_of_reference import MUTANTS
 from alexnet.gradcheck.operations import ALL, CONV2D, LOCAL_RESPONSE_NORM, RELU
@@ -350,6 +350,7 @@ def test_every_derivation_of_the_layer_files_stands_in_the_lesson(page):
 
 def test_a_formula_of_a_docstring_becomes_mathematics():
     assert latex("dw[o,i] = sum_n dy[n,o] x[n,i]") == r"dw_{o,i} = \sum _{n} dy_{n,o} x_{n,i}"
+    assert _prose("with t = dy[c] s[c]^-beta and") == r"with t = $dy_{c}$ $s_{c}^{-\beta }$ and"
     assert latex("s[i]^(-beta-1) (2 alpha/n)") == r"s_{i}^{-\beta -1} \frac{2 \alpha }{n}"
     assert latex("∂y[c]/∂x[c] = dX' W*(c), else 0") == (
         r"\frac{\partial y_{c}}{\partial x_{c}} = dX^{\top} W^{*}(c), \text{ else } 0"

@@ -14,7 +14,7 @@ GREEK = ("alpha", "beta", "epsilon", "lambda")
 FUNCTIONS = ("exp", "log", "tanh", "sinh", "cosh", "max", "min")
 KNOWN = (*GREEK, *FUNCTIONS, "sum", "floor", "lse", "loss")
 RELATION = re.compile(r"\s(?:=|<-)\s")
-INDEXED = re.compile(r"(?<![\w\]`])(d?[A-Za-z]|lse|loss)\[([^\]]+)\]")
+INDEXED = re.compile(r"(?<![\w\]`])(d?[A-Za-z]|lse|loss)\[([^\]]+)\](?:\^-?\w+)?")  # x[c], s[c]^-beta
 HEAD = re.compile(
     r"(Forward|Backward|How|Who|Where|Ties|Size|Memory|Groups|Shapes|The mask)\b[^.:;]{0,60}?[.:,]"
 )

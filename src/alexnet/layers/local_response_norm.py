@@ -56,7 +56,7 @@ Non-finite values stay with their pixel and tower. Map m holds one; s[i] has it 
     NaN                         NaN in those maps i                     NaN in the maps whose W* holds such an i
     +inf, -inf                  NaN in m itself, 0 in the other i       NaN in the maps whose W* holds m
     finite, its square is not   0 in all those i                        0 in m, finite elsewhere
-    NaN, inf with beta = 0      y = x: s^0 is 1, even for NaN           as above, 0 NaN is NaN; native: NaN in m itself
+    NaN, inf with beta = 0      y = x; s^0 is 1, even for NaN           as above, 0 NaN is NaN; native: NaN in m itself
 
 Shapes: N images, C maps in `groups` towers of C/groups, any number of further dimensions (none, L, or H x W);
 x, s, y, dy, dx alike.
