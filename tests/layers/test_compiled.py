@@ -328,6 +328,23 @@ def test_non_finite_values_show_where_the_reference_shows_them(operation):
         assert y.isnan().any()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_norm_keeps_the_layout_it_is_given(layout):
+    """A batch of 5 that lies map by map in two slabs: none is left with one image."""
+    x, dy = normals(5, 8, 3, 4).to(memory_format=layout), normals(5, 8, 4, 3).transpose(2, 3)
+    with torch.compiler.set_stance("force_eager"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("alexnet.layers.compiled.norm_by_maps.SLAB", 2 * x[0].numel())
+        pair, constants = pair_for("local_response_norm", "compiled"), (4, 0.3, 0.75, 1.0, 2)
+        y, kept = pair.forward(x, *constants)
+        dx = pair.backward(dy, kept, *constants)
+    assert y.is_contiguous(memory_format=layout)
+    assert dx.is_contiguous(memory_format=layout)
+    reference = pair_for("local_response_norm", "reference")
+    y_expected, *saved = reference.forward(x, *constants)
+    torch.testing.assert_close(y, y_expected)
+    torch.testing.assert_close(dx, reference.backward(dy, *saved, *constants))
+
+
 def test_the_gradient_of_a_norm_does_not_underflow():
     """s^-7/4 alone would: 1e13 squared, to the power 7/4, is beyond float32; its product with x is not."""
     x = 1e13 * normals(1, 8, 2, 2).float()

@@ -12,7 +12,7 @@ import torch
 from alexnet.gradcheck.mutants import Table, mutants, mutate
 from alexnet.layers.compiled import local_response_norm as norm
 from alexnet.layers.compiled import max_pool2d as pool
-from alexnet.layers.compiled import on_cuda, pointwise, relu_lrn_pool
+from alexnet.layers.compiled import norm_by_maps, on_cuda, pointwise, relu_lrn_pool
 
 conv = import_module("alexnet.layers.compiled.conv2d")  # the package's own `conv2d` is the function
 
@@ -85,6 +85,12 @@ LOCAL_RESPONSE_NORM: Table = {
     ),
     "shifts one number too early": mutate(norm.window_sums, "-before, after + 1", "-before - 1, after"),
     "s^-3/4 where s^-7/4 belongs": _slope_like_gain,
+    "by maps: tower boundary ignored": mutate(
+        norm_by_maps.by_towers, "norm.groups, x.shape[1] // norm.groups", "1, x.shape[1]"
+    ),
+    "by maps: even window not reflected": mutate(norm_by_maps._backward_into, "reach[::-1]", "reach"),
+    "by maps: a neighbour left out": mutate(norm_by_maps.window_sum, "range(count)", "range(1, count)"),
+    "by maps: t for q": mutate(norm_by_maps._backward_into, "bordered(q", "bordered(t"),
 }
 
 SAME_MAP_NORM: Table = {

@@ -1,6 +1,7 @@
 """The pairs through `torch.compile`: the same mathematics in fewer passes over memory.
 
     local_response_norm   the window as shifted views of flat memory; only x is kept
+    norm_by_maps          the same for tensors that lie map by map, which stay so
     max_pool2d            one byte per output is kept (two for ties="all"); the gradient is gathered
     relu_lrn_pool         both in one, for either order; kept are the convolution's output and the winners
     conv2d                library forward convolutions and matrix products on operands we derive
@@ -11,8 +12,8 @@
 Every graph serves one layer, type and layout and any batch of two images or more (compile.py). Inductor keeps what it
 compiled in its own cache on disk (torch's TORCHINDUCTOR_CACHE_DIR), so only the first run on a machine waits.
 
-Layout: convolution, norms, pool and block work on channels-last tensors and return such; the pointwise pairs keep the
-layout they are given.
+Layout: convolution, same-map norm, pool and block work on channels-last tensors and return such; the response norm and
+the pointwise pairs keep the layout they are given.
 
 Non-finite values: as in the reference, whose files have tables of them, but for two. Among several NaNs of a pooling
 window the first wins here, the last in the reference. On CUDA, a bfloat16 convolution of at most 4 channels at a stride

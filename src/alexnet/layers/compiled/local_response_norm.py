@@ -8,6 +8,9 @@ as fast as a copy; padding the last dimension instead is 2 to 4 times slower. On
 read outside the tensor, so these two are computed apart.
 
 Kept: x. The powers are computed again in the backward, which is cheaper than to write and read s.
+
+This is the form for channels-last tensors, which the network's are. What lies map by map (N, C, H, W) stays so: see
+norm_by_maps.py.
 """
 
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from alexnet.compile import batched, compiled
 from alexnet.layers.compiled.layout import constant
+from alexnet.layers.compiled.norm_by_maps import norm_by_maps, norm_by_maps_backward
 from alexnet.layers.local_response_norm import Norm, inverse_power
 from alexnet.layers.pair import wide
 
@@ -159,6 +163,8 @@ def _backward_into(
 def local_response_norm_forward(x: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
     """x (N, C, ...) and size, alpha, beta, k, groups -> y; keeps x."""
     norm = Norm(*constants)
+    if lies_by_maps(x):
+        return norm_by_maps(x, norm, reach(norm.size, x.shape[1] // norm.groups)), x
     (rows,) = batched(x.movedim(1, -1).contiguous())
     keep, _, before = neighbours(rows, norm)
     return _forward(rows, keep, before, norm).movedim(-1, 1), x
@@ -167,8 +173,15 @@ def local_response_norm_forward(x: Tensor, *constants: Any) -> tuple[Tensor, Ten
 def local_response_norm_backward(dy: Tensor, x: Tensor, *constants: Any) -> Tensor:
     """dy (N, C, ...) -> dx."""
     norm = Norm(*constants)
+    if lies_by_maps(x):
+        return norm_by_maps_backward(dy, x, norm, reach(norm.size, x.shape[1] // norm.groups))
     dy, x = batched(dy.movedim(1, -1).contiguous(), x.movedim(1, -1).contiguous())
     return _backward(dy, x, *neighbours(x, norm), norm).movedim(-1, 1)
+
+
+def lies_by_maps(x: Tensor) -> bool:
+    """Whether x (N, C, ...) lies as torch lays a new tensor, a map together; else, or with one pixel, by pixels."""
+    return x.is_contiguous() and x.shape[2:].numel() > 1 and x.shape[1] > 1
 
 
 def backward_into(dx: Tensor, dy: Tensor, x: Tensor, norm: Norm, relu: bool) -> None:
