@@ -58,7 +58,8 @@ def window_sums(
     flat = rows.reshape(-1)
 
     def total(neighbours: list[Tensor]) -> Tensor:
-        return sum(kept(term(x), keep[i]) for i, x in enumerate(neighbours))  # type: ignore[return-value]
+        terms = (term(x) if i == before else kept(term(x), keep[i]) for i, x in enumerate(neighbours))
+        return sum(terms)  # type: ignore[return-value]
 
     def edge(row: Tensor) -> Tensor:
         padded = F.pad(row, (before, after))
@@ -108,8 +109,8 @@ def norm_rows_backward(
     dx, row = [], 1
     for d, a in zip(t, pieces(rows, pixels), strict=True):
         end = row + len(d)
-        shifts = enumerate(range(-after, before + 1))
-        competition = sum(kept(flat[row * C + j : end * C + j].view(-1, C), reflected[i]) for i, j in shifts)
+        shifted = {j: flat[row * C + j : end * C + j].view(-1, C) for j in range(-after, before + 1)}
+        competition = sum(kept(q_j, reflected[after + j]) if j else q_j for j, q_j in shifted.items())
         a = response(a, relu)
         piece = d - 2 * alpha * beta / size * a * competition
         dx.append((torch.where(a <= 0, 0, piece) if relu else piece).to(rows.dtype))
