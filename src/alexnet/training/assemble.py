@@ -192,19 +192,7 @@ def build_run(config: Train, signals: Signals | None = None, each_step: bool = F
     record = open_record(directory, same_run, resolved, fresh=config.overwrite)
     if config.evaluate and not (record.finished or config.probe):
         _ = data.val_store  # opened, not read: what is wrong with it is said before training, not after it
-    classifier = Classifier(
-        model=plain(config.model),
-        augment=plain(config.augment),
-        optim=plain(config.optim),
-        backend=backend,
-        classes=data.classes,
-        px=data.px,
-        seed=config.seed,
-        data=config.data.name,
-        resample=data.resample,
-        statistics=data.statistics,
-        master_weights=precision == MASTER_WEIGHTS,
-    )
+    classifier = build_classifier(config, data, backend, precision)
     resolved["speedups"] = asdict(classifier.speedups)
     goes_on = (directory / CHECKPOINTS / LAST).exists() and not config.overwrite
     origin = (
@@ -228,6 +216,22 @@ def build_run(config: Train, signals: Signals | None = None, each_step: bool = F
     notes += small_crops(config.augment.crop_px, data.px)
     return TrainingRun(
         classifier, data, made, record, directory, resolved, keeps, notes, same_run, config.overwrite, origin
+    )
+
+
+def build_classifier(config: Train, data: ImageData, backend: dict[str, str], precision: str) -> Classifier:
+    return Classifier(
+        model=plain(config.model),
+        augment=plain(config.augment),
+        optim=plain(config.optim),
+        backend=backend,
+        classes=data.classes,
+        px=data.px,
+        seed=config.seed,
+        data=config.data.name,
+        resample=data.resample,
+        statistics=data.statistics,
+        master_weights=precision == MASTER_WEIGHTS,
     )
 
 
