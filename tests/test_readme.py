@@ -8,7 +8,7 @@ import hydra
 import pytest
 
 from alexnet.cli import CONF, as_chosen, load
-from alexnet.training.config import Train
+from alexnet.training.config import Train, compose_train
 from tests.conftest import SCHEMAS
 
 ROOT = CONF.parent
@@ -68,3 +68,12 @@ def test_the_table_of_choices_is_complete(group: str) -> None:
 
 def test_no_placeholder_is_left() -> None:
     assert re.findall(r"@[A-Z]+@", README) == []
+
+
+def test_the_commands_for_several_nodes_are_of_keys_that_exist() -> None:
+    """They begin with torchrun and srun, so the commands above are without them."""
+    torchrun = README.split("torchrun --nnodes=2")[1].split("`")[0]
+    sbatch = (ROOT / ".github/examples/train.sbatch").read_text().replace("\\\n", " ")
+    for text in (torchrun, sbatch):
+        config = compose_train(text.split("scripts/train.py")[1].split())
+        assert (config.trainer["num_nodes"], config.trainer["devices"]) == (2, 4)
