@@ -111,6 +111,8 @@ def test_conclusions_stand_at_the_top_the_news_first(finished: Reproduce, tmp_pa
     text = (finished.report_directory / "report.html").read_text()
     assert text.index("so much of figure4") < text.index("so much of s4_1_ten_views") < text.index("<table>")
     assert conclusions(sections_of(claims, finished), finished) == []
+    more = dataclasses.replace(finished, seeds=3)  # what was concluded from other runs is not said of a part
+    assert conclusions(sections_of(told, more), more) == []
 
 
 def test_claims_of_several_states_of_the_code_are_a_warning_also_where_each_is_of_one():

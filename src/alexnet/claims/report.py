@@ -230,7 +230,7 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
                 "title": s.claim.title,
                 "section": s.claim.section,
                 "quote": s.claim.quote,
-                "conclusion": s.claim.conclusion.get(settings.scale, ""),
+                "conclusion": "" if s.missing else s.claim.conclusion.get(settings.scale, ""),
                 "command": reproduce_command([s.claim.name], settings),
                 "rows": as_json(s.rows),
                 "tuned": {arm: value for (_, arm), value in s.chosen.items()},
@@ -340,8 +340,8 @@ def page_values(sections: Sequence[Section], directory: Path, settings: Reproduc
 
 
 def conclusions(sections: Sequence[Section], settings: Reproduce) -> list[tuple[str, str, str]]:
-    """(name, title, sentence) of every claim that has results and a conclusion, the news first."""
-    told = [s.claim for s in sections if s.done and s.claim.conclusion.get(settings.scale)]
+    """(name, title, sentence) of every claim that has one and all its runs, the news first."""
+    told = [s.claim for s in sections if s.claim.conclusion.get(settings.scale) and not s.missing]
     return [(c.name, c.title, c.conclusion[settings.scale]) for c in sorted(told, key=lambda c: not c.news)]
 
 
