@@ -238,7 +238,7 @@ PLANTED = [
     and m.where in OPERATIONS
     and m.name not in (*OF_TIES_FIRST, *OF_OTHER_CASES)
     and m.where not in SHARED
-    and not m.name.startswith("by maps")  # the norm of channels-first tensors: these networks are channels-last
+    and not m.name.startswith("by maps")  # of channels-first tensors; these networks are channels-last
 ]
 
 
