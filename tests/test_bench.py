@@ -325,6 +325,7 @@ def test_every_name_of_the_gpu_suite_is_a_contestant_and_no_name_stands_twice(dt
         assert networks.contestant_named(name, given).kind == gpu.kind_of(name), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small", "uncompiled")
 def test_what_was_not_checked_says_so_and_what_is_wrong_is_not_timed_on_a_gpu(monkeypatch):
     assert "NOT CHECKED" in markdown(rows(), {**about(), "checked": False})

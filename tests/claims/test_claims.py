@@ -166,6 +166,7 @@ def test_a_tuned_claim_searches_on_a_seed_of_its_own_and_a_figure_borrows_its_ru
     assert figure.tuning_runs("cpu") == tuning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["smoke", "cpu", "gpu"])
 def test_no_arm_spells_out_the_recipe(scale):
     """It would be trained under a second name."""

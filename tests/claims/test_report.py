@@ -157,6 +157,7 @@ def test_a_report_of_nothing_is_a_list_of_commands(data_dir, tmp_path, capsys):
         assert "2 runs whose rate the tuning runs above decide" in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_runs_of_several_states_of_the_code_are_marked(finished: Reproduce, tmp_path, capsys):
     shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
@@ -197,6 +198,7 @@ def test_two_tests_are_compared_on_the_same_nets(finished: Reproduce, tmp_path):
     assert {test["val/top1_error"].shape for test in tests.values()} == {(1, 40)}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_diverged_run_is_in_no_curve_and_one_without_an_epoch_stops_no_page(finished: Reproduce, tmp_path):
     shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)

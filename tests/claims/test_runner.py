@@ -185,6 +185,7 @@ def test_training_never_sees_val_and_tuning_is_not_measured(data_dir, tmp_path):
     assert {job.config.seed for job in those[:4]} == {1000}
 
 
+@pytest.mark.slow
 def test_printed_commands_are_the_jobs(data_dir, tmp_path, no_training, capsys):
     settings = reduced(data_dir, tmp_path, "s5_init", "s3_1_relu", print=True)
     reproduce(settings)
@@ -218,6 +219,7 @@ def test_every_run_is_finished_and_measured_and_sees_val_at_its_end_only(finishe
     assert not (directory(settings, "s4_2_dropout/none") / Want.ten_views).exists()
 
 
+@pytest.mark.slow
 def test_a_scheduler_s_run_is_only_measured(data_dir, tmp_path, monkeypatch, capsys):
     settings = reduced(data_dir, tmp_path, "s5_decay")
     those = jobs_of(claims_of(settings), settings)

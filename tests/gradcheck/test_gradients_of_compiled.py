@@ -79,6 +79,7 @@ def test_a_mutant_that_changes_nothing_survives():
     assert not try_to_kill(Mutant("linear", "none", (change,), "compiled")).killed_by
 
 
+@pytest.mark.slow
 def test_a_compiled_mutant_runs_and_the_shipped_code_runs_again_afterwards():
     """The compiler keeps what it made of either version: neither may be served for the other."""
     dy, y = torch.ones(2), torch.tensor([-1.0, 2.0])

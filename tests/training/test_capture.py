@@ -124,7 +124,7 @@ def runs(
 
 
 @pytest.mark.parametrize("recorder", [CallAgain, Tape])
-@pytest.mark.parametrize("crash", [0, 10])
+@pytest.mark.parametrize("crash", [10, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_captured_run_ends_with_the_same_bits(
     compose: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,

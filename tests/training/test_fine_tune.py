@@ -81,6 +81,7 @@ def test_the_same_classes_keep_their_last_layer(checkpoint: Path) -> None:
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), classifier.net.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_torchvisions_file_begins_owt_for_other_classes(tmp_path: Path) -> None:
     torch.save(alexnet().state_dict(), tmp_path / "alexnet.pth")
     net = AlexNet.from_preset("owt", num_classes=3)
