@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up on a fresh machine and runs the tests (about 6 minutes on 2 CPU cores; -m "not slow": under 2).
+# Sets everything up on a fresh machine and runs the tests (about 8 minutes on 2 CPU cores; -m "not slow": about 2).
 #   ./scripts/test.sh [arguments of pytest]
 set -euo pipefail
 cd "$(dirname "$0")/.."
