@@ -53,11 +53,9 @@ def after_sweep(configs: Sequence[Train]) -> None:
     directories = [assemble.run_directory(config) for config in configs]
     made = [directory for directory in dict.fromkeys(directories) if (directory / "run.json").exists()]
     if made and assemble.is_rank_zero():
-        print(
-            f"\n{comparison(compare(made))}\n\nwith all runs below: python scripts/evaluate.py compare=",
-            end="",
-        )
-        print(os.path.commonpath([directory.parent for directory in made]))
+        root = os.path.commonpath([directory.parent for directory in made])
+        print(f"\n{comparison(compare(made))}")
+        print(f"\nwith all runs below: python scripts/evaluate.py compare={root}")
 
 
 def _train(config: Train, lock: bool, signals: Signals) -> float | None:
