@@ -5,11 +5,13 @@ to one dataclass beside its owner (model -> ModelConfig, ...). Because the schem
 found, and its closest match is named. This module knows no schema and imports no other room.
 """
 
+import ast
 import errno
 import logging
 import math
 import os
 import re
+import runpy
 import select
 import signal
 import sys
@@ -46,6 +48,23 @@ CONF, SCRIPTS = HOME / "conf", HOME / "scripts"
 
 
 # From a command line to a function ------------------------------------------------------------------------
+
+
+def main() -> None:
+    """`alexnet <verb> ...` of an installed package: runs scripts/<verb>.py."""
+    verbs = {path.stem: path for path in sorted(SCRIPTS.glob("*.py"))}
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help"):
+        print("alexnet <verb> [key=value ...]; alexnet <verb> --help lists its keys\n")
+        for name, path in verbs.items():
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            print(f"  {name:16s} {text.split(':')[0].split('?')[0]}")
+        return
+    if verb not in verbs:
+        print(f"error: {verb} must be one of {', '.join(verbs)}", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = [str(verbs[verb]), *sys.argv[2:]]  # processes that a run starts are started by the script
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def register(name: str, schema: type[Any]) -> None:

@@ -138,7 +138,7 @@ def _by_class(
             rows.writerow([c.label, *store.classes[c.label].values(), c.n, f"{c.error:.6f}", taken_for])
     print(f"\nclasses {path}")
     try:
-        from alexnet.figures import classes_figure
+        from alexnet.pages.figures import classes_figure
     except ModuleNotFoundError:
         print("no picture: matplotlib is missing (pip install 'alexnet[plots]')")
         return

@@ -226,7 +226,7 @@ def contact_sheet(
 ) -> None:
     """The first pictures with bars for their five most probable classes, like the paper's Figure 4."""
     try:
-        from alexnet.figures import predictions_figure
+        from alexnet.pages.figures import predictions_figure
     except ModuleNotFoundError:
         print("no contact sheet: matplotlib is missing (pip install 'alexnet[plots]')", file=sys.stderr)
         return

@@ -49,4 +49,4 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         Path(path).write_text("<svg/>")
         return Path(path)
 
-    monkeypatch.setattr("alexnet.figures._save", save)
+    monkeypatch.setattr("alexnet.pages.figures._save", save)

@@ -262,7 +262,7 @@ def test_a_run_that_goes_on_to_its_end_without_a_loss_is_not_measured(
 
 
 def test_what_the_report_needs_is_missed_before_the_training(data_dir, tmp_path, no_training, monkeypatch):
-    for name in ("alexnet.claims.report", "alexnet.figures"):
+    for name in ("alexnet.claims.report", "alexnet.pages.figures"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # import raises ModuleNotFoundError
     with pytest.raises(UserError, match=r"the report needs matplotlib, .*pip install -e '\.\[plots\]'"):

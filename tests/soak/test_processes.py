@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tests.conftest import SMALL_NET
 from tests.soak.process import HUNG, Child, number, script, tally
 from tests.training.test_interrupt import Job
-from tests.training.test_torchrun import ON_CPUS, overwritten
+from tests.training.test_torchrun import DDP, overwritten
 
 from alexnet.errors import UserError
 from alexnet.training.checkpoint import read
@@ -25,7 +25,7 @@ from alexnet.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3 * 3600), pytest.mark.filterwarnings("ignore")]
 RANKS = 4
-FOUR = [*ON_CPUS, f"trainer.devices={RANKS}"]
+FOUR = [*DDP, f"trainer.devices={RANKS}"]
 MESSAGE = "error: another process of this run has ended"
 
 

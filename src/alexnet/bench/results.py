@@ -213,7 +213,7 @@ def finish(rows: list[Row], about: dict[str, Any], directory: Path) -> None:
 def picture(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     """Bars of the ratios, if the plotting extra is installed."""
     try:
-        from alexnet.figures import ratios_figure
+        from alexnet.pages.figures import ratios_figure
     except ModuleNotFoundError:
         print("no picture: matplotlib is missing (pip install 'alexnet[plots]')")
         return

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from alexnet import figures
 from alexnet.claims.claims import Claim, Figure, Nets, Run
 from alexnet.claims.config import Reproduce
 from alexnet.claims.jobs import (
@@ -43,12 +42,13 @@ from alexnet.claims.tables import (
     compare,
     judge,
 )
-from alexnet.figures import Curve
-from alexnet.html import picture, render
+from alexnet.pages import figures
+from alexnet.pages.figures import Curve
+from alexnet.pages.html import picture, render
 from alexnet.system import command_line, environment, write_json
 from alexnet.training.metrics import Metrics, read_metrics
 
-COLOURS_ALIKE = 5  # figures.py has so many colours; later arms are dashed
+COLOURS_ALIKE = 5  # pages.figures has so many colours; later arms are dashed
 
 
 @dataclass(frozen=True)

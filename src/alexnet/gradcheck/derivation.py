@@ -2,7 +2,7 @@
 
 A paragraph stays a paragraph. An indented block becomes a table with one row a line, whose cells are what three or more
 spaces set apart. A formula, and an indexed symbol such as x[n,i] inside a sentence, becomes LaTeX between
-dollars, which html.py turns into MathML.
+dollars, which pages.html turns into MathML.
 """
 
 import re

@@ -1,6 +1,6 @@
 """The pictures of the gradient lesson, as SVG text: what goes in are the numbers that the layers computed.
 
-Style, fonts and colours are those of figures.py.
+Style, fonts and colours are those of pages.figures.
 """
 
 import io
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 from torch import Tensor
 
-from alexnet.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, RED, STYLE
+from alexnet.pages.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, RED, STYLE
 
 # Text stays text: smaller, searchable, and in the page's own font where DejaVu is missing.
 PAGE: Any = {**STYLE, "svg.fonttype": "none", "axes.grid": False}

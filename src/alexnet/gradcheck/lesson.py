@@ -38,11 +38,11 @@ from alexnet.gradcheck.mutants import Kill, mutate
 from alexnet.gradcheck.operations import ALL, LOCAL_RESPONSE_NORM
 from alexnet.gradcheck.rules import RULES
 from alexnet.gradcheck.walk import walk
-from alexnet.html import mathematics, picture, render
 from alexnet.layers.local_response_norm import local_response_norm_backward
 from alexnet.layers.pair import PAIRS
 from alexnet.model import AlexNet, ModelConfig
 from alexnet.optim import Krizhevsky
+from alexnet.pages.html import mathematics, picture, render
 
 SECTIONS = {
     "linear": "Linear: fc6, fc7, fc8",

@@ -294,7 +294,7 @@ class FirstKernels(Callback):
     """The kernels of conv1 as a picture at each epoch, for loggers that take pictures (TensorBoard, wandb)."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        from alexnet.figures import scaled_kernels  # matplotlib is an extra
+        from alexnet.pages.figures import scaled_kernels  # matplotlib is an extra
 
         assert isinstance(pl_module, Classifier)
         picture = scaled_kernels(pl_module.net.conv1.weight)

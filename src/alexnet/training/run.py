@@ -170,7 +170,7 @@ def holdout_error(record: RunRecord) -> float | None:
 
 def _picture(run: assemble.TrainingRun, config: Train, metrics: Metrics) -> str:
     try:
-        from alexnet.figures import training_figure
+        from alexnet.pages.figures import training_figure
     except ModuleNotFoundError as error:
         return f"not drawn ({error}; pip install -e '.[plots]')"
     weight = run.classifier.net.conv1.weight.detach().float().cpu()

@@ -3,7 +3,7 @@ import re
 import pytest
 from jinja2 import UndefinedError
 
-from alexnet.html import mathematics, picture, render
+from alexnet.pages.html import mathematics, picture, render
 
 
 def test_formulas_become_mathml_and_text_stays():

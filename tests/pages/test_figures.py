@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet.figures import (
+from alexnet.pages.figures import (
     Curve,
     curves_figure,
     kernel_grid,
@@ -37,7 +37,7 @@ def test_kernels_stand_in_rows_with_white_between():
 def test_all_kernels_share_one_scale(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "alexnet.figures.kernel_grid", lambda w, per_row: drawn.append(w) or np.zeros((2, 2, 3))
+        "alexnet.pages.figures.kernel_grid", lambda w, per_row: drawn.append(w) or np.zeros((2, 2, 3))
     )
     weight = torch.randn(8, 3, 5, 5)
     weight[:4] *= 0.1
