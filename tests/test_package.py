@@ -82,9 +82,10 @@ def test_a_users_program_passes_mypy_strict(installed: Path, tmp_path: Path) -> 
 
 
 def test_a_list_of_verbs_is_shown_and_a_misspelt_verb_is_one_line() -> None:
-    listed = subprocess.run([sys.executable, "-m", "alexnet"], capture_output=True, text=True)
+    alexnet_command = [sys.executable, "-c", "from alexnet.cli import main; main()"]
+    listed = subprocess.run(alexnet_command, capture_output=True, text=True)
     assert all(path.stem in listed.stdout for path in SCRIPTS.glob("*.py"))
-    wrong = subprocess.run([sys.executable, "-m", "alexnet", "trani"], capture_output=True, text=True)
+    wrong = subprocess.run([*alexnet_command, "trani"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: trani must be one of benchmark, check_gradients, ")
     assert wrong.stderr.count("\n") == 1
