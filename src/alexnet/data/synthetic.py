@@ -14,7 +14,7 @@ shape's units, negative inside; its coverage of a pixel is 1/2 - d in pixels, cl
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -25,22 +25,6 @@ VERSION = 1  # of the pictures: to be raised with any change to them, so that a 
 BLOCK = 128  # images drawn at a time; part of the definition, because the noise is drawn by block
 OUTLINE = 0.04  # half the width of a shape's outline, in half image sides
 NOISE = 0.03  # standard deviation of the pixel noise, in units of the full range
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What is drawn at random, one row per image. Angles in radians, lengths in half image sides."""
-
-    centre: np.ndarray  # (n, 2) x and y
-    size: np.ndarray  # (n,)
-    angle: np.ndarray  # (n,) of the shape
-    direction: np.ndarray  # (n,) of the texture
-    period: np.ndarray  # (n,) of the texture
-    phase: np.ndarray  # (n, 2)
-    paint: np.ndarray  # (n, 2, 3) the texture's two colours
-    ink: np.ndarray  # (n, 3) the outline's colour
-    ground: np.ndarray  # (n, 2, 3) the background's two colours
-    shading: np.ndarray  # (n,) direction in which one background colour becomes the other
 
 
 def labels_of(n: int) -> np.ndarray:
@@ -63,49 +47,58 @@ def draw(labels: np.ndarray, px: int, random: np.random.Generator) -> np.ndarray
     """One image for each label: (n, px, px, 3) uint8."""
     scene = draw_scene(len(labels), random)
     axis = ((np.arange(px, dtype=np.float32) + 0.5) * 2 / px - 1).astype(np.float32)
-    u, v = _own_coordinates(scene, axis)
+    across, down = axis[None, None, :], axis[None, :, None]
+    size = _column(scene.size)
+    u, v = _turned(
+        (across - _column(scene.centre[:, 0])) / size,
+        (down - _column(scene.centre[:, 1])) / size,
+        scene.angle,
+    )
     distance = np.empty_like(u)
     for shape, name in enumerate(SHAPES):
         rows = labels // 2 == shape
         distance[rows] = DISTANCE[name](u[rows], v[rows])
-    coverage = np.clip(0.5 - distance * _column(scene.size) * px / 2, 0, 1)
-    weight = _texture(scene, labels % 2, axis, px)
-    picture = _over(_blend(scene.paint, weight), coverage, _background(scene, axis))
-    outline = np.clip(0.5 + (OUTLINE - np.abs(distance) * _column(scene.size)) * px / 2, 0, 1)
+
+    # The texture, how much of its second colour: checks are the product of two crossed stripes.
+    a, b = _turned(across, down, scene.direction)
+    turns = _column(2 * np.pi / scene.period)
+    first = np.sin(a * turns + _column(scene.phase[:, 0]))
+    second = np.sin(b * turns + _column(scene.phase[:, 1]))
+    wave = np.where(_column(labels % 2) == 0, first, first * second)
+    sharpness = scene.period * px / (4 * np.pi)  # a slope of about one pixel at the zero crossings
+    paint = _blend(scene.paint, np.clip(0.5 + wave * _column(sharpness), 0, 1))
+
+    shade, _ = _turned(across, down, scene.shading)
+    picture = _blend(scene.ground, np.clip(0.5 + 0.4 * shade, 0, 1))
+    picture = _over(paint, np.clip(0.5 - distance * size * px / 2, 0, 1), picture)
+    outline = np.clip(0.5 + (OUTLINE - np.abs(distance) * size) * px / 2, 0, 1)
     picture = _over(scene.ink[:, None, None], outline, picture)
     picture += random.standard_normal(picture.shape, dtype=np.float32) * NOISE
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _over(colour: np.ndarray, coverage: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return below + (colour - below) * coverage[..., None]
+def draw_scene(n: int, random: np.random.Generator) -> SimpleNamespace:
+    """The nuisances, one row per image: float32, angles in radians, lengths in half image sides.
 
-
-def draw_scene(n: int, random: np.random.Generator) -> Scene:
-    """The nuisances. The texture's colours straddle the background in lightness, the outline is dark."""
+    The texture's colours straddle the background in lightness, the outline is dark.
+    """
     ground = random.uniform(0.35, 0.65, (n, 2, 3))
     dark, bright = random.uniform(0.2, 0.4, (n, 3)), random.uniform(0.6, 0.9, (n, 3))
     swap = random.random(n) < 0.5
-    paint = np.stack([np.where(swap[:, None], dark, bright), np.where(swap[:, None], bright, dark)], 1)
     size = random.uniform(0.55, 0.85, n)
-    return Scene(
-        centre=_float(random.uniform(-1, 1, (n, 2)) * (0.95 - size)[:, None]),
-        size=_float(size),
-        angle=_float(random.uniform(-np.pi / 6, np.pi / 6, n)),
-        direction=_float(random.uniform(0, np.pi, n)),
-        period=_float(random.uniform(0.22, 0.32, n)),
-        phase=_float(random.uniform(0, 2 * np.pi, (n, 2))),
-        paint=_float(paint),
-        ink=_float(random.uniform(0, 0.12, (n, 3))),
-        ground=_float(ground),
-        shading=_float(random.uniform(0, 2 * np.pi, n)),
-    )
-
-
-def _own_coordinates(scene: Scene, axis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    x = axis[None, None, :] - _column(scene.centre[:, 0])
-    y = axis[None, :, None] - _column(scene.centre[:, 1])
-    return _turned(x / _column(scene.size), y / _column(scene.size), scene.angle)
+    scene = {
+        "centre": random.uniform(-1, 1, (n, 2)) * (0.95 - size)[:, None],  # x and y
+        "size": size,
+        "angle": random.uniform(-np.pi / 6, np.pi / 6, n),  # of the shape
+        "direction": random.uniform(0, np.pi, n),  # of the texture, as the next three
+        "period": random.uniform(0.22, 0.32, n),
+        "phase": random.uniform(0, 2 * np.pi, (n, 2)),
+        "paint": np.where(swap[:, None, None], np.stack([dark, bright], 1), np.stack([bright, dark], 1)),
+        "ink": random.uniform(0, 0.12, (n, 3)),  # of the outline
+        "ground": ground,  # the background's two colours
+        "shading": random.uniform(0, 2 * np.pi, n),  # direction in which one of them becomes the other
+    }
+    return SimpleNamespace(**{name: values.astype(np.float32) for name, values in scene.items()})
 
 
 def _turned(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,42 +106,17 @@ def _turned(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _texture(scene: Scene, texture: np.ndarray, axis: np.ndarray, px: int) -> np.ndarray:
-    """(n, px, px) in 0..1: how much of the second colour. Checks are the product of two crossed stripes."""
-    a, b = _turned(axis[None, None, :], axis[None, :, None], scene.direction)
-    turns = _column(2 * np.pi / scene.period)
-    first = np.sin(a * turns + _column(scene.phase[:, 0]))
-    second = np.sin(b * turns + _column(scene.phase[:, 1]))
-    wave = np.where(_column(texture) == 0, first, first * second)
-    sharpness = scene.period * px / (4 * np.pi)  # a slope of about one pixel at the zero crossings
-    return np.clip(0.5 + wave * _column(sharpness), 0, 1)
-
-
-def _background(scene: Scene, axis: np.ndarray) -> np.ndarray:
-    x, _ = _turned(axis[None, None, :], axis[None, :, None], scene.shading)
-    return _blend(scene.ground, np.clip(0.5 + 0.4 * x, 0, 1))
-
-
 def _blend(colours: np.ndarray, weight: np.ndarray) -> np.ndarray:
     first, second = colours[:, None, None, 0], colours[:, None, None, 1]
     return first + (second - first) * weight[..., None]
 
 
-def _disc(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.hypot(u, v) - 0.9
+def _over(colour: np.ndarray, coverage: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return below + (colour - below) * coverage[..., None]
 
 
-def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.abs(np.hypot(u, v) - 0.7) - 0.25
-
-
-def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.8
-
-
-def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    slanted = np.abs(u) * np.float32(np.sqrt(0.75)) - v * 0.5
-    return np.maximum(slanted, v) - 0.5
+def _column(values: np.ndarray) -> np.ndarray:
+    return values[:, None, None]
 
 
 def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -156,12 +124,10 @@ def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(u - 1, v - 0.32), np.maximum(u - 0.32, v - 1))
 
 
-DISTANCE = {"disc": _disc, "ring": _ring, "square": _square, "triangle": _triangle, "cross": _cross}
-
-
-def _column(values: np.ndarray) -> np.ndarray:
-    return values[:, None, None]
-
-
-def _float(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.float32)
+DISTANCE = {
+    "disc": lambda u, v: np.hypot(u, v) - 0.9,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.7) - 0.25,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.8,
+    "triangle": lambda u, v: np.maximum(np.abs(u) * np.float32(np.sqrt(0.75)) - v * 0.5, v) - 0.5,
+    "cross": _cross,
+}
