@@ -29,7 +29,7 @@ import warnings
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -41,19 +41,8 @@ MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", 
 HEAD = 16  # bytes that `is_picture` needs
 MAX_BYTES = 1 << 28  # of an encoded file
 MAX_PIXELS = 1 << 26  # 8192 x 8192
-GRAY_STEPS = {
-    "L;2": 85,
-    "L;4": 17,
-}  # Pillow spreads 2 and 4 bits over 0..255, but not their transparent level
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = {code: Image.Transpose[name] for code, name in enumerate(_TURNS.split(), 2)}  # by EXIF orientation
 
 
 class Resample(StrEnum):
@@ -100,8 +89,15 @@ def decode(
                 raise ValueError(f"{width}x{height} pixels, more than max_pixels={max_pixels}")
             raw_mode = picture.tile[0][3] if picture.format == "PNG" and picture.tile else None
             picture.load()
-            _correct_transparent_colour(picture, raw_mode)
-            orientation = _orientation(picture)
+            # Pillow keeps the transparent colour of a PNG as it stands in the file, not as it converts the pixels.
+            if (colour := picture.info.get("transparency")) is not None:
+                if raw_mode == "RGB;16B":
+                    picture.info["transparency"] = tuple(value >> 8 for value in colour)
+                elif raw_mode in ("L;2", "L;4"):  # whose levels are spread over 0..255
+                    picture.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
+            orientation = None
+            with suppress(Exception):  # a block that cannot be read turns nothing
+                orientation = picture.getexif().get(0x0112)
             converted = to_rgb(picture)
     return converted.transpose(TURNS[orientation]) if orientation in TURNS else converted
 
@@ -132,28 +128,11 @@ def reason(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _correct_transparent_colour(picture: Image.Image, raw_mode: Any) -> None:
-    """Pillow keeps the transparent colour of a PNG as it stands in the file, not as it converts the pixels."""
-    colour = picture.info.get("transparency")
-    if colour is not None and raw_mode == "RGB;16B":
-        picture.info["transparency"] = tuple(value >> 8 for value in colour)
-    elif colour is not None and raw_mode in GRAY_STEPS:
-        picture.info["transparency"] = colour * GRAY_STEPS[raw_mode]
-
-
-def _orientation(picture: Image.Image) -> int | None:
-    with suppress(Exception):  # a block that cannot be read turns nothing
-        return picture.getexif().get(0x0112)
-    return None
-
-
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Any mode of Pillow -> RGB. Raises ValueError for floating point and for integers above 16 bits."""
     if picture.mode == "F":
         raise ValueError("floating-point picture")
-    if picture.mode.startswith(
-        "I"
-    ):  # I;16 and its byte orders, and I, in which older Pillow opens 16-bit PNG
+    if picture.mode.startswith("I"):  # I;16, its byte orders, and I, in which older Pillow opens 16-bit PNG
         picture = _from_16_bits(picture)
     if picture.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
