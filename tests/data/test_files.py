@@ -191,7 +191,7 @@ def test_broken_links_pipes_and_odd_names_hang_nothing(folder: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch) -> None:
     def scandir(path, real=os.scandir):
         if Path(path).name == "owl":
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)

@@ -26,20 +26,18 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, Self
 
 from alexnet.data.pictures import ENDINGS, HEAD, MAX_BYTES, Payload, Slice, Unreadable, is_picture
 from alexnet.errors import UserError
 
 TEXTS = ("words.txt", "LOC_synset_mapping.txt", "LOC_val_solution.csv", "val_annotations.txt",
          "ILSVRC2012_validation_ground_truth.txt", "meta.mat")  # fmt: skip
-OPENERS: dict[bytes, Any] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-}  # by first bytes
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by first bytes
 ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".parquet")
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
 PUBLISHED = re.compile(
@@ -51,33 +49,30 @@ SAMPLES = 16  # files whose content is compared when a source is given again
 SAMPLE_BYTES = 1 << 16  # of each, from its start and from its end
 
 
+@dataclass
 class Files:
-    """A folder or an archive. Names are relative, with forward slashes, and stay as they are on disk (`shown`).
+    """A folder or an archive. Names are relative, with forward slashes, and stay as they are on disk (`shown`)."""
 
-    Attributes:
-        pictures: {name: bytes of the encoded file}.
-        folders: all folders, also those without a picture.
-        texts: {name: content} of the lists that come with data sets (TEXTS).
-        numbers: {name without endings: number of its class}, where the files say so (.cls, parquet).
-        class_names: {number: name}, where the files say so (parquet).
-        left_out: how many files of each kind are not taken.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.pictures: dict[str, int] = {}
-        self.folders: set[str] = set()
-        self.texts: dict[str, bytes] = {}
-        self.numbers: dict[str, int] = {}
-        self.class_names: dict[int, str] = {}
-        self.left_out: Counter[str] = Counter()
+    path: Path
+    pictures: dict[str, int] = field(default_factory=dict)  # {name: bytes of the encoded file}
+    folders: set[str] = field(default_factory=set)  # all of them, also those without a picture
+    texts: dict[str, bytes] = field(default_factory=dict)  # {name: content} of the lists of data sets (TEXTS)
+    # {name without endings: number of its class} and {number: name}, where the files say so (.cls, parquet)
+    numbers: dict[str, int] = field(default_factory=dict)
+    class_names: dict[int, str] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)  # how many files of each kind are not taken
 
     def stream(self, wanted: set[str]) -> Iterator[tuple[str, Payload]]:
         """Every wanted picture once, in the order that is cheapest to read."""
         raise NotImplementedError
 
-    def _enter(self, name: str, size: int, content: Callable[[int], bytes]) -> None:
-        """One file, by its kind; `content(n)` gives its first n bytes."""
+    def _enter(self, name: str, size: int, opener: Callable[[], Any]) -> None:
+        """One file, by its kind, which its content may have to tell."""
+
+        def content(count: int) -> bytes:
+            with opener() as file:
+                return file.read(count)
+
         folder, _, base = name.rpartition("/")
         ending = PurePosixPath(base).suffix.lower()
         self.folders.add(folder)
@@ -88,17 +83,15 @@ class Files:
         elif base in TEXTS:
             self.texts[name] = content(MAX_BYTES)
         elif ending == ".cls":
-            self.numbers[stem(name)] = self._number(name, content(HEAD))
+            text = content(HEAD)
+            try:
+                self.numbers[stem(name)] = int(text)
+            except ValueError as error:
+                raise UserError(f"path={self.path}: {shown(name)} must hold the number of a class") from error
         elif size and is_picture(content(HEAD)):
             self.pictures[name] = size
         else:
             self.left_out[shown(ending) or "without ending"] += 1
-
-    def _number(self, name: str, text: bytes) -> int:
-        try:
-            return int(text)
-        except ValueError as error:
-            raise UserError(f"path={self.path}: {shown(name)} must hold the number of a class") from error
 
 
 def stem(name: str) -> str:
@@ -129,32 +122,32 @@ class Folder(Files):
             self._walk()
 
     def _walk(self) -> None:
-        """First all that is reached without links; then the links, in order of name, to folders that are new."""
-        seen = {_identity(parent) for parent in self.path.resolve().parents}
-        real, links = [""], list[str]()
-        while real or links:
-            folder = real.pop() if real else links.pop(0)
-            try:
-                identity = _identity(self.path / folder)
-                entries = sorted(os.scandir(self.path / folder), key=lambda entry: entry.name)
-            except OSError as error:
-                raise UserError(
-                    f"path={self.path}: the folder {shown(folder) or '.'} cannot be read ({error.strerror}): "
-                    "mend its permissions, or move it elsewhere"
-                ) from error
-            if identity in seen:
-                self.left_out["duplicate by link"] += 1
-                continue
-            seen.add(identity)
-            self.folders.add(folder)
-            for entry in entries:
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if is_hidden(entry.name):
-                    self.left_out["hidden"] += 1
-                elif _is_folder(entry):
-                    (links if entry.is_symlink() else real).append(name)
-                else:
-                    self.enter_file(name)
+        """First all that is reached without links; then the links, in the order found, to folders that are new."""
+        root, seen = str(self.path), {_identity(parent) for parent in self.path.resolve().parents}
+        starts = [root]
+        for start in starts:  # which the links make longer
+            for folder, below, files in os.walk(start, onerror=self._refuse):
+                if (identity := _identity(folder)) in seen:
+                    self.left_out["duplicate by link"] += 1
+                    below.clear()
+                    continue
+                seen.add(identity)
+                self.left_out.update("hidden" for name in (*below, *files) if is_hidden(name))
+                below[:] = sorted((name for name in below if not is_hidden(name)), reverse=True)
+                starts += [
+                    link for name in reversed(below) if os.path.islink(link := os.path.join(folder, name))
+                ]
+                inside = folder.removeprefix(root).strip("/")
+                self.folders.add(inside)
+                for name in sorted(name for name in files if not is_hidden(name)):
+                    self.enter_file(f"{inside}/{name}" if inside else name)
+
+    def _refuse(self, error: OSError) -> None:
+        folder = str(error.filename).removeprefix(str(self.path)).strip("/")
+        raise UserError(
+            f"path={self.path}: the folder {shown(folder) or '.'} cannot be read ({error.strerror}): "
+            "mend its permissions, or move it elsewhere"
+        ) from error
 
     def enter_file(self, name: str) -> None:
         path = self.path / name
@@ -172,7 +165,7 @@ class Folder(Files):
             self.archives[name] = status.st_size
         else:
             try:
-                self._enter(name, status.st_size, lambda n: _first_bytes(path, n))
+                self._enter(name, status.st_size, partial(open, path, "rb"))
             except OSError:
                 self.left_out["unreadable"] += 1
 
@@ -181,21 +174,9 @@ class Folder(Files):
             yield name, self.path / name
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: str | Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(count)
 
 
 # Archives -------------------------------------------------------------------------------------------------
@@ -214,31 +195,24 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
 
 
-class Member(NamedTuple):
-    name: str
-    kind: str  # "file", "folder", or what it is left out as
-    offset: int  # of its content, from the start of the tar on disk
-    size: int
-    content: Callable[[int], bytes]  # its first n bytes; at once, before the next member is asked for
-
-
 class Tar(Files):
     """A tar archive, compressed or not."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        head = _first_bytes(path, HEAD)
-        self.opener = next((opener for magic, opener in OPENERS.items() if head.startswith(magic)), None)
+        head = _head(path)
+        self.opener: Any = next((opener for magic, opener in OPENERS.items() if head.startswith(magic)), None)
         self.offsets: dict[str, int] = {}
-        for member in self._members():
-            name = _safe(member.name, path)
-            if member.kind == "folder":
+        for name, member, offset, archive in self._members():
+            if member.isdir():
                 self.folders.add(name)
-            elif member.kind == "file" and name not in self.pictures:
-                self._enter(name, member.size, member.content)
-                self.offsets[name] = member.offset
+            elif not _is_file(member):
+                self.left_out["link or device in an archive"] += 1
+            elif name in self.pictures:
+                self.left_out["a second time"] += 1
             else:
-                self.left_out["a second time" if member.kind == "file" else member.kind] += 1
+                self._enter(name, member.size, partial(archive.extractfile, member))
+                self.offsets[name] = offset
 
     def stream(self, wanted: set[str]) -> Iterator[tuple[str, Payload]]:
         if self.opener is None:
@@ -246,46 +220,39 @@ class Tar(Files):
                 yield name, Slice(self.path, self.offsets[name], self.pictures[name])
             return
         remaining = set(wanted)
-        for member in self._members():
-            name = _safe(member.name, self.path)
-            if member.kind == "file" and name in remaining:
+        for name, member, _, archive in self._members():
+            if _is_file(member) and name in remaining:
                 remaining.remove(name)
                 too_large = member.size > MAX_BYTES
-                yield name, _too_large(member.size) if too_large else member.content(member.size)
+                yield name, _too_large(member.size) if too_large else archive.extractfile(member).read()
             if not remaining:
                 return
 
-    def _members(self) -> Iterator[Member]:
-        with (self.opener or _open)(self.path) as file:
-            yield from _members_of(file, "", 0)
+    def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, int, Any]]:
+        """Of each member the name, the header, where its content lies in the file, and the archive that reads it."""
+        with (self.opener or open)(self.path, "rb") as file:
+            yield from self._members_of(file, "", 0)
+
+    def _members_of(
+        self, file: Any, prefix: str, start: int
+    ) -> Iterator[tuple[str, tarfile.TarInfo, int, Any]]:
+        """The same for the tar that `file` holds, which begins at byte `start`, from front to back."""
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # a million of them would stay in memory
+                name, offset = prefix + member.name, start + member.offset_data
+                if _is_file(member) and name.endswith(".tar"):
+                    inside = name.removesuffix(".tar") + "/"
+                    yield from self._members_of(archive.extractfile(member), inside, offset)
+                else:
+                    yield _safe(name, self.path), member, offset, archive
+        while block := file.read(1 << 20):  # to the end, where the checksum of a compressed file stands
+            if block.count(0) != len(block):
+                raise tarfile.ReadError("data behind its end, or a damaged block before it")
 
 
-def _open(path: Path) -> IO[bytes]:
-    return open(path, "rb")
-
-
-def _members_of(file: IO[bytes], prefix: str, start: int) -> Iterator[Member]:
-    """The members of the tar that `file` holds and that begins at byte `start` of the archive, from front to back."""
-    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # a million of them would stay in memory
-            name, offset = prefix + member.name, start + member.offset_data
-            regular = member.isreg() and not member.sparse
-            if regular and name.endswith(".tar"):
-                inner = archive.extractfile(member)
-                assert inner is not None
-                yield from _members_of(inner, name.removesuffix(".tar") + "/", offset)
-                continue
-            kind = "file" if regular else "folder" if member.isdir() else "link or device in an archive"
-
-            def content(count: int, member: tarfile.TarInfo = member) -> bytes:
-                opened = archive.extractfile(member)
-                return b"" if opened is None else opened.read(count)
-
-            yield Member(name, kind, offset, member.size, content)
-    while block := file.read(1 << 20):  # to the end, where the checksum of a compressed file stands
-        if block.count(0) != len(block):
-            raise tarfile.ReadError("data behind its end, or a damaged block before it")
+def _is_file(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.sparse
 
 
 class Zip(Files):
@@ -299,33 +266,26 @@ class Zip(Files):
                 name = _safe(info.filename.replace("\\", "/"), path)  # as Windows writes it
                 if info.is_dir():
                     self.folders.add(name)
-                    continue
-                if name in self.members:
+                elif name in self.members:
                     self.left_out["a second time"] += 1
-                    continue
-                if info.flag_bits & 1:
+                elif info.flag_bits & 1:
                     raise UserError(f"path={path} is protected by a password: unpack it and give the folder")
-                self.members[name] = info
-                self._enter(name, info.file_size, lambda n, info=info: _head_of(archive, info, n))  # type: ignore[misc]
+                else:
+                    self.members[name] = info
+                    self._enter(name, info.file_size, partial(archive.open, info))
 
     def stream(self, wanted: set[str]) -> Iterator[tuple[str, Payload]]:
         with zipfile.ZipFile(self.path) as archive:
             for name in sorted(wanted, key=lambda name: self.members[name].header_offset):
-                yield name, _member_of(archive, self.members[name])
-
-
-def _head_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo, count: int) -> bytes:
-    with archive.open(info) as file:
-        return file.read(count)
-
-
-def _member_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Payload:
-    if info.file_size > MAX_BYTES:
-        return _too_large(info.file_size)
-    try:
-        return archive.read(info)
-    except (*DAMAGE, NotImplementedError, RuntimeError) as error:
-        return Unreadable(str(error))
+                info = self.members[name]
+                if info.file_size > MAX_BYTES:
+                    yield name, _too_large(info.file_size)
+                    continue
+                try:
+                    payload: Payload = archive.read(info)
+                except (*DAMAGE, NotImplementedError, RuntimeError) as error:
+                    payload = Unreadable(str(error))
+                yield name, payload
 
 
 def _too_large(size: int) -> Unreadable:
@@ -344,7 +304,11 @@ class Parquet(Files):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.file = _pyarrow(path).ParquetFile(path)
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(f"path={path} needs pyarrow: python -m pip install -e '.[parquet]'") from error
+        self.file = pyarrow.parquet.ParquetFile(path)
         schema = self.file.schema_arrow
         images = [
             f.name for f in schema if "bytes" in {f.type.field(i).name for i in range(f.type.num_fields)}
@@ -384,58 +348,43 @@ class Parquet(Files):
                     yield name, content.as_py() or Unreadable("no bytes")
 
 
-def _pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"path={path} needs pyarrow: python -m pip install -e '.[parquet]'") from error
-    return pyarrow.parquet
-
-
 class Archives(Files):
     """Several archives as one tree, <split>/...; the split is a word of the archive's name.
 
     The members of an archive that names no split lie in a folder of the archive's name.
     """
 
-    def __init__(self, path: Path, names: list[str]) -> None:
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
         super().__init__(path)
         self.parts: list[tuple[str, Files]] = []
         for name in sorted(names):
-            split = split_of(name)
+            base = stem(name).rpartition("/")[2]
+            words = re.split(r"[^a-z]+", name.rpartition("/")[2].lower())
+            split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
             if split == "test":
                 self.left_out["archive of a test split"] += 1
                 continue
             part = open_archive(path / name)
-            base = stem(name).rpartition("/")[2]
-            self._add(f"{split}/{base}/" if split and part.numbers else f"{split or base}/", part)
-
-    def _add(self, prefix: str, part: Files) -> None:
-        for name, size in part.pictures.items():
-            if prefix + name in self.pictures:
-                raise UserError(
-                    f"path={self.path}: two archives hold {shown(prefix + name)}: keep one of them"
-                )
-            self.pictures[prefix + name] = size
-        self.folders |= {prefix + folder for folder in part.folders}
-        self.texts |= {prefix + name: text for name, text in part.texts.items()}
-        self.numbers |= {prefix + name: number for name, number in part.numbers.items()}
-        self.left_out += part.left_out
-        self.class_names |= part.class_names
-        part.numbers = {}
-        self.parts.append((prefix, part))
+            prefix = f"{split}/{base}/" if split and part.numbers else f"{split or base}/"
+            for inner, size in part.pictures.items():
+                if prefix + inner in self.pictures:
+                    raise UserError(
+                        f"path={path}: two archives hold {shown(prefix + inner)}: keep one of them"
+                    )
+                self.pictures[prefix + inner] = size
+            self.folders |= {prefix + folder for folder in part.folders}
+            self.texts |= {prefix + inner: text for inner, text in part.texts.items()}
+            self.numbers |= {prefix + inner: number for inner, number in part.numbers.items()}
+            self.left_out += part.left_out
+            self.class_names |= part.class_names
+            part.numbers = {}
+            self.parts.append((prefix, part))
 
     def stream(self, wanted: set[str]) -> Iterator[tuple[str, Payload]]:
         for prefix, part in self.parts:
             inside = {name for name in part.pictures if prefix + name in wanted}
             if inside:
                 yield from ((prefix + name, payload) for name, payload in part.stream(inside))
-
-
-def split_of(name: str) -> str:
-    """The split that a word of an archive's name names; "" without one."""
-    words = re.split(r"[^a-z]+", name.rpartition("/")[2].lower())
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
 
 
 # Opening --------------------------------------------------------------------------------------------------
@@ -465,7 +414,7 @@ def open_files(path: Path, folder: Folder) -> Files:
         return folder
     if not path.is_dir() and len(folder.archives) == 1:
         return open_archive(path)
-    files = Archives(folder.path, list(folder.archives))
+    files = Archives(folder.path, folder.archives)
     files.texts |= folder.texts
     files.left_out += folder.left_out
     return files
@@ -474,7 +423,7 @@ def open_files(path: Path, folder: Folder) -> Files:
 def open_archive(path: Path) -> Files:
     """The archive, by its content; UserError if it is not whole."""
     try:
-        head = _first_bytes(path, HEAD)
+        head = _head(path)
         if is_picture(head):
             raise UserError(f"path={path} is one picture: give the folder or the archive of all of them")
         kind = Zip if head.startswith((b"PK\3\4", b"PK\5\6")) else Parquet if head[:4] == b"PAR1" else Tar
@@ -487,14 +436,18 @@ def open_archive(path: Path) -> Files:
         ) from error
 
 
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD)
+
+
 def fingerprint(folder: Folder) -> dict[str, Any]:
     """What a store remembers of its source, to be compared when a source is given again.
 
     Names, sizes and the first and last bytes of a few files: no archive is read through for it.
     """
-    sizes = dict(
-        sorted((folder.pictures | folder.archives | {k: len(v) for k, v in folder.texts.items()}).items())
-    )
+    texts = {name: len(text) for name, text in folder.texts.items()}
+    sizes = dict(sorted((folder.pictures | folder.archives | texts).items()))
     contents = hashlib.sha256()
     for name in list(sizes)[:: max(len(sizes) // SAMPLES, 1)]:
         try:
