@@ -134,9 +134,8 @@ class Folder(Files):
                 seen.add(identity)
                 self.left_out.update("hidden" for name in (*below, *files) if is_hidden(name))
                 below[:] = sorted((name for name in below if not is_hidden(name)), reverse=True)
-                starts += [
-                    link for name in reversed(below) if os.path.islink(link := os.path.join(folder, name))
-                ]
+                paths = (os.path.join(folder, name) for name in reversed(below))
+                starts += filter(os.path.islink, paths)
                 inside = folder.removeprefix(root).strip("/")
                 self.folders.add(inside)
                 for name in sorted(name for name in files if not is_hidden(name)):

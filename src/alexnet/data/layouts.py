@@ -41,8 +41,7 @@ class Splits(StrEnum):
 def by_class(files: Files, splits: Splits, kind: SourceKind, wanted: Sequence[str] | None) -> Labelled:
     """<split>/<class>/**, or <class>/** alone."""
     prefix = _shared_folder(files, splits)
-    tops = {below[0] for below in _folders_below(files, prefix) if below}
-    named = _splits_among(tops, splits, files)
+    named = _named_splits(files, prefix, splits)
     labelled: Labelled = {"train": {}, "val": {}}
     flat: dict[str, list[str]] = defaultdict(list)  # pictures that lie in no folder of their class
     unused: dict[str, list[str]] = defaultdict(list)
@@ -58,12 +57,24 @@ def by_class(files: Files, splits: Splits, kind: SourceKind, wanted: Sequence[st
             labelled[split][name] = classes[0]
         else:
             flat[top].append(name)
-    for top, names in flat.items():
-        labelled[named[top]] |= _from_list(top, names, files, kind)
+    for top, names in flat.items():  # there are lists of ImageNet's validation images
+        listed = _val_labels(files) if kind == SourceKind.imagenet else {}
+        unknown = [name for name in names if key_of(name) not in listed]
+        if unknown and listed:
+            raise UserError(f"path={files.path}: {shown(unknown[0])} is not in the list of validation images")
+        if unknown:
+            lists = "LOC_val_solution.csv or ILSVRC2012_devkit_t12.tar.gz"
+            remedy = f"put {lists} beside it, or " if kind == SourceKind.imagenet else ""
+            raise UserError(
+                f"path={files.path} keeps {shown(top)}/ flat, so nothing says the class of an image: {remedy}"
+                f"sort the images into {shown(top)}/<class>/<image>, or move that folder elsewhere"
+            )
+        labelled[named[top]] |= {name: listed[key_of(name)] for name in names}
     for where, names in unused.items():
         files.left_out[f"{where} ({some(names, 3)})"] += len(names)
-    train = next((f"{prefix}{top}/" for top, split in named.items() if split == "train"), prefix)
-    _check_class_folders(files, train, splits if wanted is None else None, bool(named))
+    if wanted is None:
+        train = next((f"{prefix}{top}/" for top, split in named.items() if split == "train"), prefix)
+        _check_class_folders(files, train, splits, bool(named))
     return labelled
 
 
@@ -76,26 +87,27 @@ def _folders_below(files: Files, prefix: str) -> list[list[str]]:
 
 def _shared_folder(files: Files, splits: Splits) -> str:
     """The folder of the splits or classes: down while one folder alone holds pictures, in splits or in classes."""
+
+    def any_split(names: Iterable[str]) -> bool:
+        return splits != Splits.none and any(name.lower() in SPLIT_NAMES for name in names)
+
     prefix = ""
     while True:
         below = [path for path in _folders_below(files, prefix) if path]
         tops, seconds = {path[0] for path in below}, {path[1] for path in below if len(path) > 1}
-        is_class = any(len(path) == 1 for path in below) and not _any_split(seconds, splits)
-        if len(tops) != 1 or is_class or _any_split(tops, splits):
+        is_class = any(len(path) == 1 for path in below) and not any_split(seconds)
+        if len(tops) != 1 or is_class or any_split(tops):
             return prefix
         prefix += f"{tops.pop()}/"
 
 
-def _any_split(names: Iterable[str], splits: Splits) -> bool:
-    return splits != Splits.none and any(name.lower() in SPLIT_NAMES for name in names)
-
-
-def _splits_among(tops: set[str], splits: Splits, files: Files) -> dict[str, str]:
+def _named_splits(files: Files, prefix: str, splits: Splits) -> dict[str, str]:
     """{top folder: its split}; {} where every top folder is a class. UserError where that is not clear."""
+    tops = {path[0] for path in _folders_below(files, prefix) if path}
     named = {top: SPLIT_NAMES[top.lower()] for top in sorted(tops) if top.lower() in SPLIT_NAMES}
     if not named or splits == Splits.none:
         return {}
-    here, others = f"path={files.path} holds {some(named)}", sorted(tops - named.keys())
+    here, others = f"path={files.path} holds {some(named)}", tops - named.keys()
     if others and splits == Splits.auto:
         raise UserError(
             f"{here} beside {some(others)}: set splits=none if all of them are classes, or splits=top to take "
@@ -110,41 +122,22 @@ def _splits_among(tops: set[str], splits: Splits, files: Files) -> dict[str, str
     return named
 
 
-def _from_list(top: str, names: list[str], files: Files, kind: SourceKind) -> dict[str, str]:
-    """{picture: class} of a flat folder: there are lists of ImageNet's validation images."""
-    listed = _val_labels(files) if kind == SourceKind.imagenet else {}
-    unknown = [name for name in names if key_of(name) not in listed]
-    if unknown and listed:
-        raise UserError(f"path={files.path}: {shown(unknown[0])} is not in the list of validation images")
-    if unknown:
-        remedy = "put LOC_val_solution.csv or ILSVRC2012_devkit_t12.tar.gz beside it, or " * (
-            kind == SourceKind.imagenet
-        )
-        raise UserError(
-            f"path={files.path} keeps {shown(top)}/ flat, so nothing says the class of an image: {remedy}"
-            f"sort the images into {shown(top)}/<class>/<image>, or move that folder elsewhere"
-        )
-    return {name: listed[key_of(name)] for name in names}
-
-
-def _check_class_folders(files: Files, prefix: str, splits: Splits | None, named: bool) -> None:
-    """UserError for class folders without a picture and for classes that look like splits; None: all are accepted."""
+def _check_class_folders(files: Files, prefix: str, splits: Splits, named: bool) -> None:
+    """UserError for class folders without a picture and for classes that look like splits."""
     folders: dict[str, set[str]] = defaultdict(set)  # {class: its folders; "" for pictures directly in it}
     for path in _folders_below(files, prefix):
         if path:
             folders[path[0]].add("".join(path[1:2]))
-    kinds = {frozenset(inside) for inside in folders.values()}
-    inside = next(iter(kinds), frozenset())
-    alike = len(folders) > 1 and len(kinds) == 1 and len(inside) > 1 and "" not in inside
-    if alike and splits == Splits.auto:
+    inside = next(iter(folders.values()), set())
+    alike = len(folders) > 1 and all(other == inside for other in folders.values())
+    if alike and len(inside) > 1 and "" not in inside and splits == Splits.auto:
         raise UserError(
             f"path={files.path}: {some(folders)} all hold the same folders {some(inside)}, so which of them are the "
             f"classes? Give the folder of the classes, or set splits={'top' if named else 'none'} for {some(folders)}"
         )
-    visible = (folder for folder in files.folders if not is_hidden(folder))
-    below = (folder.removeprefix(prefix) for folder in visible if folder.startswith(prefix))
-    empty = {folder.partition("/")[0] for folder in below} - folders.keys() - {""}
-    if splits is not None and empty and folders:
+    below = (folder.removeprefix(prefix) for folder in files.folders if folder.startswith(prefix))
+    empty = {path.partition("/")[0] for path in below if not is_hidden(path)} - folders.keys() - {""}
+    if empty and folders:
         raise UserError(
             f"path={files.path}: {some(empty)} hold(s) no picture ({counts(files.left_out)}): remove the folder, "
             "or name the classes with classes=[...]"
@@ -218,9 +211,9 @@ def numbered(files: Files, wnids: Sequence[str]) -> Labelled:
         else:
             files.left_out["without a class" if split in numbers else "of a test split"] += 1
     class_of = _classes_of(numbers["train"], wnids, files.class_names)
-    strange = sorted(set(numbers["val"].values()) - class_of.keys())
+    strange = set(numbers["val"].values()) - class_of.keys()
     if strange:
-        raise UserError(f"path={files.path}: class {strange[0]} is in val but not in train")
+        raise UserError(f"path={files.path}: class {min(strange)} is in val but not in train")
     return {split: {name: class_of[n] for name, n in found.items()} for split, found in numbers.items()}
 
 
