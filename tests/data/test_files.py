@@ -94,7 +94,7 @@ def test_a_zip_with_a_password_is_refused_and_a_wrong_checksum_is_one_bad_file(t
     at = data.index(IMAGES[5])
     (tmp_path / "x.zip").write_bytes(changed(data, at + 100, bytes([data[at + 100] ^ 1])))
     source = opened("folder", tmp_path / "x.zip")
-    payloads = dict(source.files.stream({item.name for item in source.splits["train"]}))
+    payloads = dict(source.stream({item.name for item in source.splits["train"]}))
     bad = {name: p.reason for name, p in payloads.items() if isinstance(p, Unreadable)}
     assert list(bad) == ["set/dog/1.jpg"]
     assert "CRC" in bad["set/dog/1.jpg"]
@@ -111,7 +111,7 @@ def test_members_are_bounded_before_they_are_read(tmp_path: Path, monkeypatch) -
     files = {**FILES, "set/cat/9.jpg": IMAGES[0] + bytes(2000)}
     for path in (write_zip(tmp_path / "x.zip", files), write_tar(tmp_path / "x.tgz", files)):
         source = opened("folder", path)
-        payloads = dict(source.files.stream({"set/cat/0.jpg", "set/cat/9.jpg"}))
+        payloads = dict(source.stream({"set/cat/0.jpg", "set/cat/9.jpg"}))
         assert payloads["set/cat/0.jpg"] == IMAGES[0]
         assert isinstance(payloads["set/cat/9.jpg"], Unreadable)
 

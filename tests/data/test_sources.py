@@ -96,7 +96,7 @@ def opened(kind: str, path: Path, official: bool = False, **options) -> Source:
 
 def contents(source: Source, split: str) -> list[tuple[bytes, int]]:
     """What the items of a split really are, in order."""
-    found = dict(source.files.stream({item.name for item in source.splits[split]}))
+    found = dict(source.stream({item.name for item in source.splits[split]}))
     return [(read(found[item.name]), item.label) for item in source.splits[split]]
 
 

@@ -520,7 +520,7 @@ def _chunks(source: Source, row_of: dict[str, int]) -> Iterator[list[tuple[int, 
     chunk: list[tuple[int, str, Payload]] = []
     size = 0
     try:
-        for name, payload in source.files.stream(set(row_of)):
+        for name, payload in source.stream(set(row_of)):
             chunk.append((row_of[name], name, payload))
             size += len(payload) if isinstance(payload, bytes) else 0
             if len(chunk) == CHUNK or size > CHUNK_BYTES:

@@ -13,11 +13,11 @@ import io
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, TextIO
 from zlib import crc32
 
 import numpy as np
@@ -95,11 +95,6 @@ class Item(NamedTuple):
     label: int
 
 
-class Stream(Protocol):
-    def stream(self, wanted: set[str]) -> Iterator[tuple[str, Payload]]:
-        """Every wanted file once, in the order that is cheapest to read."""
-
-
 @dataclass(frozen=True)
 class Source:
     """What can be prepared: classes in label order, the items of every split in store order, their files."""
@@ -107,7 +102,7 @@ class Source:
     description: str
     classes: list[dict[str, str]]
     splits: dict[str, list[Item]]
-    files: Stream
+    stream: Callable[[set[str]], Iterator[tuple[str, Payload]]]  # every wanted file once, in a cheap order
     origin: dict[str, Any] = field(default_factory=dict)  # `fingerprint` of the files
     sizes: Mapping[str, int] = field(default_factory=dict)  # bytes of every picture, of other classes too
     left_out: Mapping[str, int] = field(default_factory=dict)  # how many files of each kind are not used
@@ -160,44 +155,45 @@ def open_source(
             f"path={path} holds no train images in the layout of source={kind} ({counts(files.left_out)})"
         )
     wnids = sorted(set(labelled["train"].values()))
-    _check_classes(labelled, wnids, kind, path)
-    if official:
-        _check_counts(kind, labelled, wnids, path)
+    _check_classes(labelled, wnids, kind, path, official)
     classes = [{"wnid": shown(wnid), "words": shown(names.get(wnid, wnid))} for wnid in wnids]
+    label = {wnid: number for number, wnid in enumerate(wnids)}
     by_file = kind == SourceKind.imagenet or bool(files.numbers)
-    items = {split: _items(found, wnids, by_file) for split, found in labelled.items() if found}
-    return Source(
-        described(kind, path), classes, items, files, fingerprint(folder), files.pictures, files.left_out
-    )
+    items = {
+        split: sorted(
+            (Item(name, label[wnid]) for name, wnid in found.items()),
+            key=lambda item: (item.label, key_of(item.name) if by_file else "", item.name),
+        )
+        for split, found in labelled.items()
+        if found
+    }
+    origin = fingerprint(folder)
+    return Source(described(kind, path), classes, items, files.stream, origin, files.pictures, files.left_out)
 
 
 def synthetic_source(n_train: int, n_val: int, px: int, seed: int) -> Source:
-    """The embedded set, as a source like any other."""
-    classes = [{"wnid": name.replace(" ", "_"), "words": name} for name in synthetic.CLASSES]
+    """The embedded set, as a source like any other, of files named <split>/<row>."""
     sizes = {"train": n_train, "val": n_val}
+
+    def stream(wanted: set[str]) -> Iterator[tuple[str, Payload]]:
+        for number, (split, n) in enumerate(sizes.items()):
+            if not any(name.startswith(f"{split}/") for name in wanted):
+                continue
+            for first, images in synthetic.blocks(n, px, seed, number):
+                rows = ((f"{split}/{row}", image) for row, image in enumerate(images, first))
+                yield from (row for row in rows if row[0] in wanted)
+
+    classes = [{"wnid": name.replace(" ", "_"), "words": name} for name in synthetic.CLASSES]
     splits = {
         split: [Item(f"{split}/{row}", int(label)) for row, label in enumerate(synthetic.labels_of(n))]
         for split, n in sizes.items()
     }
-    return Source(f"synthetic: seed {seed}", classes, splits, _Drawn(sizes, px, seed))
+    return Source(f"synthetic: seed {seed}", classes, splits, stream)
 
 
-class _Drawn:
-    """The synthetic images as files named <split>/<row>."""
-
-    def __init__(self, sizes: Mapping[str, int], px: int, seed: int) -> None:
-        self.sizes, self.px, self.seed = sizes, px, seed
-
-    def stream(self, wanted: set[str]) -> Iterator[tuple[str, Payload]]:
-        for number, (split, n) in enumerate(self.sizes.items()):
-            if not any(name.startswith(f"{split}/") for name in wanted):
-                continue
-            for first, images in synthetic.blocks(n, self.px, self.seed, number):
-                rows = ((f"{split}/{first + row}", image) for row, image in enumerate(images))
-                yield from ((name, image) for name, image in rows if name in wanted)
-
-
-def _check_classes(labelled: Labelled, wnids: Sequence[str], kind: SourceKind, path: Path) -> None:
+def _check_classes(
+    labelled: Labelled, wnids: Sequence[str], kind: SourceKind, path: Path, official: bool
+) -> None:
     strange = [wnid for wnid in wnids if not WNID.fullmatch(wnid)]
     if strange and kind != SourceKind.folder:
         raise UserError(f"path={path} has the class {shown(strange[0])!r}, which is no wnid (n and 8 digits), so it is "
@@ -214,14 +210,9 @@ def _check_classes(labelled: Labelled, wnids: Sequence[str], kind: SourceKind, p
         raise UserError(
             f"path={path}: class {shown(odd)} is in {here} but not in {there}; both need the same classes"
         )
-
-
-def _check_counts(kind: str, labelled: Labelled, wnids: Sequence[str], path: Path) -> None:
-    if kind not in COUNTS:
-        return
     found = (len(wnids), len(labelled["train"]), len(labelled.get("val", {})))
     strange = sorted(set(wnids) - set(WORDS.get(kind, wnids)))
-    if found != COUNTS[kind] or strange:
+    if official and (strange or found != COUNTS.get(kind, found)):
         raise UserError(
             f"path={path} holds {found[0]} classes, {found[1]} train and {found[2]} val images, but {kind} has "
             f"{COUNTS[kind]}{' and no class ' + strange[0] if strange else ''}: it is incomplete or another set; "
@@ -229,21 +220,12 @@ def _check_counts(kind: str, labelled: Labelled, wnids: Sequence[str], path: Pat
         )
 
 
-def _items(found: Mapping[str, str], wnids: Sequence[str], by_file: bool) -> list[Item]:
-    """Sorted by class, then by the name of the file (`by_file`), then by the whole name."""
-    label = {wnid: number for number, wnid in enumerate(wnids)}
-    items = (Item(name, label[wnid]) for name, wnid in found.items())
-    return sorted(items, key=lambda item: (item.label, key_of(item.name) if by_file else "", item.name))
-
-
 # Published archives ---------------------------------------------------------------------------------------
 
 
 def check_archive(path: Path) -> None:
     """Compare the MD5 of a file that has a published name; UserError when it differs."""
-    published = {
-        entry.url.rsplit("/", 1)[-1]: entry.md5 for entries in OFFICIAL.values() for entry in entries
-    }
+    published = {Path(entry.url).name: entry.md5 for entries in OFFICIAL.values() for entry in entries}
     if path.name not in published or not path.is_file():
         return
     with open(path, "rb") as file:
@@ -262,11 +244,10 @@ def download(kind: SourceKind, px: int, directory: Path) -> Path:
             f"path is not set: source={kind} needs the archive or folder of its images, path=<...>"
         )
     chosen = next((entry for entry in OFFICIAL[kind] if entry.side >= px), OFFICIAL[kind][-1])
-    target = directory / chosen.url.rsplit("/", 1)[-1]
+    target = directory / Path(chosen.url).name
     if not target.is_file():
-        from torchvision.datasets.utils import (
-            download_url,  # not above: every decoding process would load torch
-        )
+        # Not above: every decoding process would load torch.
+        from torchvision.datasets.utils import download_url
 
         try:
             with redirect_stderr(progress_stream()):
