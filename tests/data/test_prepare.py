@@ -365,7 +365,7 @@ def test_few_bytes_of_an_archive_are_in_memory_at_a_time(tmp_path: Path, monkeyp
     monkeypatch.setattr(
         module,
         "decode_chunk",
-        lambda *given: (sizes.append(sum(len(p) for _, _, p in given[2])), real(*given))[1],
+        lambda *given: (sizes.append(sum(len(p) for _, p in given[2])), real(*given))[1],
     )
     train, _ = stores(config_for(write_tar(tmp_path / "x.tgz", files), tmp_path))
     assert len(train) == 40

@@ -51,3 +51,8 @@ class DataConfig:
         if (data_dir := str(Path(self.root).parent)) != "data":
             words.append(shlex.quote(f"data_dir={data_dir}"))
         return " ".join(words)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

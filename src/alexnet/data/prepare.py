@@ -15,7 +15,6 @@ import logging
 import multiprocessing
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -26,6 +25,7 @@ from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from alexnet.data import sources, synthetic
-from alexnet.data.config import DataConfig, SourceKind
+from alexnet.data.config import DataConfig, SourceKind, cores
 from alexnet.data.files import DAMAGE, fingerprint, listing, shown
 from alexnet.data.layouts import WNID, Splits, counts, decoded_text
 from alexnet.data.pictures import MAX_PIXELS, Payload, Resample, decode, fit, reason
@@ -152,15 +152,14 @@ class Prepared(NamedTuple):
         """The store in one line, with what its source held."""
         store, found = self.store, self.store.manifest.get("found", {})
         names = [entry["words"] for entry in store.classes[:FEW_CLASSES]]
-        state = (
-            f"{self.images_per_second:,.0f} images/s, {self.seconds:.1f} s"
-            if self.written
-            else "already there, nothing done"
-        )
-        parts = [f"{len(store):,} images of {store.px} pixels", state]
         if len(names) < len(store.classes):
             names.append("...")
-        parts.append(f"{len(store.classes)} classes: {', '.join(names)}")
+        speed = f"{self.images_per_second:,.0f} images/s, {self.seconds:.1f} s"
+        parts = [
+            f"{len(store):,} images of {store.px} pixels",
+            speed if self.written else "already there, nothing done",
+            f"{len(store.classes)} classes: {', '.join(names)}",
+        ]
         if found.get("read", 0) < found.get("bytes", 0):
             parts.append(
                 f"from {found['read'] / 1e6:,.2f} of the source's {found['bytes'] / 1e6:,.2f} MB of pictures"
@@ -170,20 +169,6 @@ class Prepared(NamedTuple):
         if left_out:
             parts.append(counts(left_out))
         return f"{store.path}: {'; '.join(parts)}"
-
-
-class BadFile(NamedTuple):
-    row: int
-    name: str
-    reason: str
-
-
-class Decoded(NamedTuple):
-    """What a process says about its chunk: the rows it wrote, how many it enlarged, and the bad files."""
-
-    rows: list[int]
-    enlarged: list[int]
-    bad: list[BadFile]
 
 
 # The verbs ------------------------------------------------------------------------------------------------
@@ -197,9 +182,8 @@ def prepare(config: PrepareConfig) -> list[Prepared]:
             of another configuration or source in the same place; no space left.
     """
     root = Path(config.root)
-    with _locked(root), _full_disk(root):
-        finished = _finished(config, root)
-        if finished is not None:
+    with _locked(root):
+        if (finished := _finished(config, root)) is not None:
             log.info("%s is already prepared: nothing to do", root)
             return [Prepared(store, False, 0.0, 0.0) for store in finished]
         source = choose(config)
@@ -224,7 +208,10 @@ def _remedy(config: PrepareConfig) -> str:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """One process at a time per data set: others wait. Directories that nothing came into are taken away again."""
+    """One process at a time per data set: others wait. Directories that nothing came into are taken away again.
+
+    A disk that fills up inside is a UserError.
+    """
     from alexnet.system import locked  # not above: every decoding process would load torch
 
     made = [path for path in (root, *root.parents) if not path.exists()]
@@ -241,6 +228,13 @@ def _locked(root: Path) -> Iterator[None]:
             stack.enter_context(locked(root, ".lock", wait=-1))
         try:
             yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"no space left for {root}: make room and run again (finished images are kept), "
+                "or set data_dir to another disk"
+            ) from error
         finally:
             if made and [path.name for path in root.iterdir()] == [".lock"]:
                 (root / ".lock").unlink()  # who waits for it makes a new one
@@ -249,40 +243,23 @@ def _locked(root: Path) -> Iterator[None]:
                         path.rmdir()
 
 
-@contextmanager
-def _full_disk(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space left for {root}: make room and run again (finished images are kept), "
-            "or set data_dir to another disk"
-        ) from error
-
-
 def _finished(config: PrepareConfig, root: Path) -> list[Store] | None:
     """The stores, when all are there; None when there is work to do; UserError when they are others."""
     if not (root / "train").is_dir():
         return None
     train = open_store(root / "train", remedy=_remedy(config))
-    _refuse_other_request(config, train)
+    there, asked = BEFORE | train.manifest.get("request", {}), config.request()
+    for key in asked:
+        if there.get(key) != asked[key]:
+            raise UserError(
+                f"{train.path} was prepared with {key}={there.get(key)}, not {key}={asked[key]}: "
+                f"choose another name, or delete {root}"
+            )
     _refuse_other_source(config, train)
     paths = [root / split for split in train.manifest.get("splits", ["train"])]
     for path in paths:
         remove_scratch(path)
     return [open_store(path) for path in paths] if all(path.is_dir() for path in paths) else None
-
-
-def _refuse_other_request(config: PrepareConfig, store: Store) -> None:
-    there, asked = BEFORE | store.manifest.get("request", {}), config.request()
-    for key in asked:
-        if there.get(key) != asked[key]:
-            raise UserError(
-                f"{store.path} was prepared with {key}={there.get(key)}, not {key}={asked[key]}: "
-                f"choose another name, or delete {store.path.parent}"
-            )
 
 
 def _refuse_other_source(config: PrepareConfig, store: Store) -> None:
@@ -376,8 +353,13 @@ class Crew:
             yield from map(job, chunks)
             return
         try:
-            with _without_script():
+            # A spawned process imports the script that started it, and with it torch and lightning, for nothing.
+            script = sys.modules["__main__"]
+            sys.modules["__main__"] = ModuleType("__main__")
+            try:
                 pending = {self.pool.submit(job, chunk) for chunk in islice(chunks, 2 * self.workers + 2)}
+            finally:
+                sys.modules["__main__"] = script
             while pending:
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                 pending |= {self.pool.submit(job, chunk) for chunk in islice(chunks, len(finished))}
@@ -389,27 +371,22 @@ class Crew:
             ) from error
 
 
-@contextmanager
-def _without_script() -> Iterator[None]:
-    """A spawned process imports the script that started it, and with it torch and lightning: seconds, for nothing."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
-
-
 def _end_with_parent() -> None:
     """In a decoding process: stop when the parent was killed; otherwise it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+    def wait_and_exit(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait_and_exit, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _exit_after(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
+def _workers(config: PrepareConfig, source: Source) -> int:
+    if config.workers is not None:
+        return config.workers
+    if config.source == SourceKind.synthetic or max(map(len, source.splits.values())) < FEW:
+        return 0
+    return cores()
 
 
 # One split ------------------------------------------------------------------------------------------------
@@ -418,50 +395,29 @@ def _exit_after(parent: Any) -> None:
 def _prepare_split(
     config: PrepareConfig, source: Source, split: str, splits: list[str], crew: Crew
 ) -> Prepared:
+    """Decode what is to do, leave the bad rows out, add labels, statistics and manifest; the store then exists."""
     path = Path(config.root) / split
     if path.is_dir():
         return Prepared(open_store(path), False, 0.0, 0.0)
-    items = source.splits[split]
-    names, labels = [item.name for item in items], np.array([item.label for item in items])
-    made_by = (
-        _rule(config),
-        config.min_side,
-        config.max_pixels,
-        source.description,
-        source.origin.get("place"),
-    )
-    building = StoreBuilder(path, len(items), config.px, plan_hash(*made_by, names=names, labels=labels))
+    names = [item.name for item in source.splits[split]]
+    labels = np.array([item.label for item in source.splits[split]])
+    rule = {"short_side": config.px, "crop": "centre", "resample": str(config.resample)}
+    made_by = (rule, config.min_side, config.max_pixels, source.description, source.origin.get("place"))
+    building = StoreBuilder(path, len(names), config.px, plan_hash(*made_by, names=names, labels=labels))
     started, already = time.perf_counter(), int(np.count_nonzero(building.done))
-    if building.compacting:
-        bad = [names[row] for row in np.flatnonzero(building.done == 0)]
-    else:
-        bad = _decode_all(config, source, names, building, crew)
+    if not building.compacting:
+        _decode_all(config, source, names, building, crew)
     seconds = time.perf_counter() - started
-    store = _publish(config, source, split, splits, building, labels, bad, crew)
-    return Prepared(store, True, seconds, (len(items) - already) / max(seconds, 1e-9))
 
-
-def _publish(
-    config: PrepareConfig,
-    source: Source,
-    split: str,
-    splits: list[str],
-    building: StoreBuilder,
-    labels: np.ndarray,
-    bad: list[str],
-    crew: Crew,
-) -> Store:
-    """Leave the bad rows out, add labels, statistics and manifest, and give the store its name."""
     keep = building.done > 0
     lost = np.setdiff1d(labels, labels[keep])
     if len(lost):
         wnid = source.classes[lost[0]]["wnid"]
-        raise UserError(f"{building.path}: class {wnid} has no good image left; leave it out with classes")
+        raise UserError(f"{path}: class {wnid} has no good image left; leave it out with classes")
     building.compact(keep)
     labels = labels[keep]
-    mean, statistics = (
-        _statistics(config, building.images_path, labels, crew) if split == "train" else (None, {})
-    )
+    of_train = split == "train"
+    mean, statistics = _statistics(config, building.images_path, labels, crew) if of_train else (None, {})
     manifest = {
         "name": config.name,
         "split": split,
@@ -477,51 +433,46 @@ def _publish(
             "read": source.read(),
             "left_out": dict(source.left_out),
         },
-        "rule": _rule(config),
+        "rule": rule,
         "request": config.request(),
         "enlarged": int((building.done == 2).sum()),
-        "corrupt": [shown(name) for name in bad],
+        "corrupt": [shown(names[row]) for row in np.flatnonzero(building.done == 0)],
     }
-    return building.publish(labels, manifest | statistics, mean)
-
-
-def _rule(config: PrepareConfig) -> dict[str, Any]:
-    return {"short_side": config.px, "crop": "centre", "resample": str(config.resample)}
-
-
-def _workers(config: PrepareConfig, source: Source) -> int:
-    if config.workers is not None:
-        return config.workers
-    if config.source == SourceKind.synthetic or max(map(len, source.splits.values())) < FEW:
-        return 0
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    store = building.publish(labels, manifest | statistics, mean)
+    return Prepared(store, True, seconds, (len(names) - already) / max(seconds, 1e-9))
 
 
 def _decode_all(
     config: PrepareConfig, source: Source, names: list[str], building: StoreBuilder, crew: Crew
-) -> list[str]:
-    """Fill the rows that are not done; returns the names of the bad files in store order."""
+) -> None:
+    """Fill the rows that are not done. Bad files are named; UserError for them with on_corrupt=fail."""
     row_of = {names[row]: int(row) for row in np.flatnonzero(building.done == 0)}
-    job = partial(decode_chunk, config, building.images_path)
-    bad: list[BadFile] = []
+    bad: dict[int, str] = {}  # {row: reason}
     look = {"file": sources.progress_stream(), "desc": building.path.name, "unit": " images"}
     with tqdm(total=len(names), initial=len(names) - len(row_of), **look) as bar:
-        for decoded in crew.map(job, _chunks(source, row_of)):
-            building.done[decoded.rows] = 1
-            building.done[decoded.enlarged] = 2
-            bad += decoded.bad
-            bar.update(len(decoded.rows) + len(decoded.bad))
-    _report_bad(config, sorted(bad), building.path)
-    return [file.name for file in sorted(bad)]
+        job = partial(decode_chunk, config, building.images_path)
+        for marks, reasons in crew.map(job, _chunks(source, row_of)):
+            building.done[list(marks)] = list(marks.values())
+            bad |= reasons
+            bar.update(len(marks) + len(reasons))
+    lines = [f"{shown(names[row])}: {shown(why)}" for row, why in sorted(bad.items())]
+    for line in lines:
+        log.warning("bad file %s", line)
+    if bad and config.on_corrupt == OnCorrupt.fail:
+        more = f"; and {len(bad) - 5} more, see above" if len(bad) > 5 else ""
+        raise UserError(
+            f"{len(bad)} bad file(s) for {building.path} ({'; '.join(lines[:5])}{more}): mend them, or leave them out "
+            "with on_corrupt=skip, and run again; finished images are kept"
+        )
 
 
-def _chunks(source: Source, row_of: dict[str, int]) -> Iterator[list[tuple[int, str, Payload]]]:
-    """(row, name, payload) of every file, in lists that stay small in memory."""
-    chunk: list[tuple[int, str, Payload]] = []
+def _chunks(source: Source, row_of: dict[str, int]) -> Iterator[list[tuple[int, Payload]]]:
+    """(row, payload) of every file, in lists that stay small in memory."""
+    chunk: list[tuple[int, Payload]] = []
     size = 0
     try:
         for name, payload in source.stream(set(row_of)):
-            chunk.append((row_of[name], name, payload))
+            chunk.append((row_of[name], payload))
             size += len(payload) if isinstance(payload, bytes) else 0
             if len(chunk) == CHUNK or size > CHUNK_BYTES:
                 yield chunk
@@ -534,36 +485,27 @@ def _chunks(source: Source, row_of: dict[str, int]) -> Iterator[list[tuple[int, 
         yield chunk
 
 
-def _report_bad(config: PrepareConfig, bad: list[BadFile], path: Path) -> None:
-    lines = [f"{shown(file.name)}: {shown(file.reason)}" for file in bad]
-    for line in lines:
-        log.warning("bad file %s", line)
-    if bad and config.on_corrupt == OnCorrupt.fail:
-        more = f"; and {len(bad) - 5} more, see above" if len(bad) > 5 else ""
-        raise UserError(
-            f"{len(bad)} bad file(s) for {path} ({'; '.join(lines[:5])}{more}): mend them, or leave them out with "
-            "on_corrupt=skip, and run again; finished images are kept"
-        )
-
-
-def decode_chunk(config: PrepareConfig, images_path: Path, chunk: list[tuple[int, str, Payload]]) -> Decoded:
-    """Decode some (row, name, payload) and write them into their rows of the array file."""
-    decoded, images = Decoded([], [], []), []
-    for row, name, payload in chunk:
+def decode_chunk(
+    config: PrepareConfig, images_path: Path, chunk: list[tuple[int, Payload]]
+) -> tuple[dict[int, int], dict[int, str]]:
+    """Decode (row, payload) into the rows of the array file: {row: 1, or 2 where enlarged}, {row: why it is bad}."""
+    marks: dict[int, int] = {}
+    images, bad = [], {}
+    for row, payload in chunk:
         try:
             if isinstance(payload, np.ndarray):
-                images.append(payload)
+                image, enlarged = payload, False
             else:
                 picture = decode(payload, config.min_side, config.max_pixels)
-                if min(picture.size) < config.px:
-                    decoded.enlarged.append(row)
-                images.append(np.asarray(fit(picture, config.px, config.resample)))
+                image = np.asarray(fit(picture, config.px, config.resample))
+                enlarged = min(picture.size) < config.px
         except Exception as error:  # Pillow's plugins raise almost anything at damaged files
-            decoded.bad.append(BadFile(row, name, reason(error)))
+            bad[row] = reason(error)
         else:
-            decoded.rows.append(row)
-    write_rows(images_path, config.px, decoded.rows, images)
-    return decoded
+            images.append(image)
+            marks[row] = 2 if enlarged else 1
+    write_rows(images_path, config.px, list(marks), images)
+    return marks, bad
 
 
 # Statistics of train --------------------------------------------------------------------------------------
