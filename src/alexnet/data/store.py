@@ -171,62 +171,66 @@ class StoreBuilder:
     `plan` says what every row will be. A directory left by a job with the same plan is continued: its
     `done.npy` (n,) uint8 says which rows are there: 0 to do, 1 done, 2 done and enlarged; a row is marked after
     its pixels are written. A directory with another plan is deleted.
-
-    The whole file is allocated before the first row is written, so that a full disk is an error at the start.
     """
 
     def __init__(self, path: Path, n: int, px: int, plan: str) -> None:
-        self.path, self.n, self.px, self.plan = path, n, px, plan
+        self.path, self.n, self.px = path, n, px
         self.directory = partial_directory(path)
-        if not self._continues():
-            self._start()
+        self.images_path = self.directory / "images.npy"
+        if not self._continues(plan):
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(parents=True)
+            self._allocate()
+            np.save(self.directory / "done.npy", np.zeros(n, dtype=np.uint8))
+            (self.directory / "plan").write_text(plan)
         self.done: np.ndarray = np.load(self.directory / "done.npy", mmap_mode="r+")
-
-    @property
-    def images_path(self) -> Path:
-        return self.directory / "images.npy"
 
     @property
     def compacting(self) -> bool:
         """Whether rows have begun to move: nothing can be decoded any more, only `publish` is left."""
         return (self.directory / "moved.npy").exists()
 
-    def _continues(self) -> bool:
+    def _continues(self, plan: str) -> bool:
         with suppress(OSError, ValueError, EOFError):
-            marks, rows = (
-                len(np.load(self.directory / name, mmap_mode="r")) for name in ("done.npy", "images.npy")
-            )
+            marks = len(np.load(self.directory / "done.npy", mmap_mode="r"))
+            rows = len(np.load(self.images_path, mmap_mode="r"))
             complete = marks == self.n and (rows == self.n or self.compacting)
-            return complete and (self.directory / "plan").read_text() == self.plan
+            return complete and (self.directory / "plan").read_text() == plan
         return False
 
-    def _start(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir(parents=True)
+    def _allocate(self) -> None:
+        """The whole images.npy, before the first row is written, so that a full disk is an error at the start."""
         size = len(_header(self.n, self.px)) + self.n * self.px**2 * 3
-        require_space(self.directory, size)
-        np.save(self.directory / "done.npy", np.zeros(self.n, dtype=np.uint8))
+        free = shutil.disk_usage(self.directory).free
+        if free < size * 1.01:  # a hundredth for the rest
+            raise UserError(
+                f"no space left for {self.directory}: it needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+                "make room, or set data_dir to another disk"
+            )
         with open(self.images_path, "wb") as file:
-            _allocate(file, size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except (AttributeError, OSError) as error:  # macOS, and file systems that cannot
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                file.truncate(size)
             file.write(_header(self.n, self.px))
-        (self.directory / "plan").write_text(self.plan)
 
     def publish(self, labels: np.ndarray, manifest: dict[str, Any], mean: np.ndarray | None = None) -> Store:
         """Write what belongs beside the images, hash it all, rename; the store then exists."""
         np.save(self.directory / "labels.npy", labels.astype(np.int64))
         if mean is not None:
             np.save(self.directory / "mean.npy", mean.astype(np.float32))
-        names = ["images.npy", "labels.npy"] + (["mean.npy"] if mean is not None else [])
+        names = ["images.npy", "labels.npy", *(["mean.npy"] if mean is not None else [])]
         manifest = {"format": FORMAT, **manifest}
         manifest["bytes"] = sum(os.path.getsize(self.directory / name) for name in names)
         manifest["sha256"] = {name: sha256(self.directory / name) for name in names}
         write_manifest(self.directory, manifest)
         for name in [*names, "manifest.json"]:
-            _sync(self.directory / name)
+            with open(self.directory / name, "rb") as file:
+                os.fsync(file.fileno())
         os.rename(self.directory, self.path)
-        remove_scratch(
-            self.path
-        )  # after the rename: a store that lacks only some of this could not be continued
+        remove_scratch(self.path)  # now: before, a store that lacks only some of this could not be continued
         return open_store(self.path)
 
     def compact(self, keep: np.ndarray) -> None:
@@ -253,15 +257,6 @@ class StoreBuilder:
             file.seek(0)
             file.write(_header(len(rows), self.px))
             file.truncate(start + len(rows) * size)
-
-
-def _allocate(file: IO[bytes], size: int) -> None:
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except (AttributeError, OSError) as error:  # macOS, and file systems that cannot
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        file.truncate(size)
 
 
 def _move(file: IO[bytes], source: int, target: int, size: int) -> None:
@@ -295,16 +290,6 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     (directory / "manifest.json").write_text(text + "\n")
 
 
-def require_space(directory: Path, size: int) -> None:
-    """Raise UserError unless `size` bytes (and a hundredth more) fit on the disk of `directory`."""
-    free = shutil.disk_usage(directory).free
-    if free < size * 1.01:
-        raise UserError(
-            f"no space left for {directory}: it needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-            "make room, or set data_dir to another disk"
-        )
-
-
 def plan_hash(*parts: Any, names: Sequence[str], labels: np.ndarray) -> str:
     """One line that differs whenever any row of a store would."""
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
@@ -322,8 +307,3 @@ def self_hash(manifest: dict[str, Any]) -> str:
     """Of what a JSON file holds beside this hash, which stands in it under `self`."""
     rest = {key: value for key, value in manifest.items() if key != "self"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
