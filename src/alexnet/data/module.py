@@ -27,6 +27,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -46,7 +47,7 @@ from alexnet.data.augment import (
     statistics_of,
     stream,
 )
-from alexnet.data.config import DataConfig, Resident
+from alexnet.data.config import DataConfig, Resident, cores
 from alexnet.data.store import Store, open_store
 from alexnet.errors import UserError
 
@@ -107,8 +108,7 @@ class Pixels:
 
     def take(self, rows: Tensor) -> Tensor:
         """rows (N,) int64, where the images are -> images (N, px, px, 3) uint8."""
-        out = self._buffer(len(rows), *self.images.shape[1:])
-        return torch.index_select(self.images, 0, rows, out=out)
+        return torch.index_select(self.images, 0, rows, out=self._buffer(len(rows), *self.images.shape[1:]))
 
     def take_crops(self, starts: Tensor, side: int) -> Tensor:
         """starts (N,) int64 as `crop_starts` makes them, where the images are -> crops (N, side, side, 3) uint8."""
@@ -120,29 +120,29 @@ class Pixels:
         return torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=self.copy_stream is not None)
 
     def batches(self, take: Callable[[int], Tensor], numbers: Iterable[int]) -> Iterator[Tensor]:
-        """take(b) for each b in order, on the device; taken ahead of time by threads if the images are streamed."""
+        """take(b) for each b in order, on the device; taken ahead of time by threads if the images are streamed.
+
+        For a GPU the threads also start the copies. The device waits for them where it needs them, the host never.
+        """
         if self.resident:
-            return map(take, numbers)
-        if self.copy_stream is None:
-            taken = ahead_of_time(take, numbers, self.num_workers)
-            return (images.to(self.device) for images in taken)
-        return self._copied(take, numbers, self.copy_stream)
+            yield from map(take, numbers)
+        elif (copies := self.copy_stream) is None:
+            for images in ahead_of_time(take, numbers, self.num_workers):
+                yield images.to(self.device)
+        else:
 
-    def _copied(
-        self, take: Callable[[int], Tensor], numbers: Iterable[int], copy_stream: torch.cuda.Stream
-    ) -> Iterator[Tensor]:
-        """The reader threads also start the copies. The device waits for them where it needs them, the host never."""
+            def take_and_send(number: int) -> tuple[Tensor, torch.cuda.Event]:
+                with torch.cuda.stream(copies):
+                    images = take(number).to(self.device, non_blocking=True)
+                    return images, copies.record_event()
 
-        def take_and_send(number: int) -> tuple[Tensor, torch.cuda.Event]:
-            with torch.cuda.stream(copy_stream):
-                images = take(number).to(self.device, non_blocking=True)
-                return images, copy_stream.record_event()
-
-        for images, copied in ahead_of_time(take_and_send, numbers, self.num_workers):
-            consumer = torch.cuda.current_stream(self.device)
-            consumer.wait_event(copied)
-            images.record_stream(consumer)  # or its memory could be given to the next copy while it is in use
-            yield images
+            for images, copied in ahead_of_time(take_and_send, numbers, self.num_workers):
+                consumer = torch.cuda.current_stream(self.device)
+                consumer.wait_event(copied)
+                images.record_stream(
+                    consumer
+                )  # or its memory could be given to the next copy while it is in use
+                yield images
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -156,8 +156,7 @@ def num_workers_of(num_workers: int) -> int:
         raise UserError(
             f"data.num_workers={num_workers} must be a positive integer, or 0 for one thread per core"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return num_workers or min(cores, MAX_WORKERS)
+    return num_workers or min(cores(), MAX_WORKERS)
 
 
 def on_device(images: Tensor, device: torch.device) -> Tensor:
@@ -211,41 +210,30 @@ def ahead_of_time(make: Callable[[int], T], numbers: Iterable[int], threads: int
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass(eq=False)
 class EpochLoader:
     """The training batches of one epoch after the other; in each, every image once.
 
     Lightning calls `sampler.set_epoch` before each epoch and keeps `state_dict` in its checkpoints. Iterating starts
     at the epoch's first batch, except once after `load_state_dict`, when it goes on where the state was taken.
 
-    Args:
-        pixels: the images.
-        rows: (n,) int64, the rows of the store that are trained on.
-        px: their side.
-        batch_size: images per step of all devices; a multiple of `world_size`.
-        world_size, rank: number of devices, and which one this is.
-
     Raises:
         UserError: the devices do not divide the batch, or there is no batch.
     """
 
-    def __init__(
-        self,
-        pixels: Pixels,
-        rows: Tensor,
-        px: int,
-        augment: AugmentConfig,
-        batch_size: int,
-        seed: int,
-        drop_last: bool = False,
-        world_size: int = 1,
-        rank: int = 0,
-    ) -> None:
-        check_batch_size(batch_size, len(rows), drop_last, world_size)
-        self.pixels, self.rows, self.px, self.augment = pixels, rows, px, augment
-        self.batch_size, self.drop_last, self.seed = batch_size, drop_last, seed
-        self.world_size, self.rank = world_size, rank
-        self.epoch, self.position = 0, 0
-        self._resumed = False
+    pixels: Pixels
+    rows: Tensor  # (n,) int64, the rows of the store that are trained on
+    px: int  # side of the stored images
+    augment: AugmentConfig
+    batch_size: int  # images per step of all devices; a multiple of `world_size`
+    seed: int
+    drop_last: bool = False
+    world_size: int = 1  # number of devices
+    rank: int = 0  # which one this is
+
+    def __post_init__(self) -> None:
+        check_batch_size(self.batch_size, len(self.rows), self.drop_last, self.world_size)
+        self.epoch, self.position, self._resumed = 0, 0, False
 
     @property
     def sampler(self) -> "EpochLoader":
@@ -329,14 +317,13 @@ class EvalLoader:
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        pixels, size = self.pixels, self.batch_size
-        to_read = send(self.rows, pixels.images.device)
-        rows, labels = send(self.rows, pixels.device), send(pixels.labels[self.rows], pixels.device)
-
-        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-        images = pixels.batches(lambda number: pixels.take(to_read[parts[number]]), range(len(self)))
-        for part, taken in zip(parts, images, strict=True):
-            yield EvalBatch(taken, labels[part], rows[part])
+        pixels = self.pixels
+        to_read = send(self.rows, pixels.images.device).split(self.batch_size)
+        rows = send(self.rows, pixels.device).split(self.batch_size)
+        labels = send(pixels.labels[self.rows], pixels.device).split(self.batch_size)
+        images = pixels.batches(lambda number: pixels.take(to_read[number]), range(len(self)))
+        for number, taken in enumerate(images):
+            yield EvalBatch(taken, labels[number], rows[number])
 
 
 class ImageData(LightningDataModule):
@@ -361,8 +348,9 @@ class ImageData(LightningDataModule):
         return self._open("val")
 
     def _open(self, split: str) -> Store:
-        remedy = f"make it with `{self.config.prepare_command()}`"
-        return open_store(Path(self.config.root) / split, remedy=remedy)
+        return open_store(
+            Path(self.config.root) / split, remedy=f"make it with `{self.config.prepare_command()}`"
+        )
 
     @cached_property
     def split(self) -> tuple[Tensor, Tensor]:
@@ -390,26 +378,14 @@ class ImageData(LightningDataModule):
         return statistics_of(self.train_store)
 
     def setup(self, stage: str) -> None:
-        """Open the stores of the stage and check that crop and batch fit, so that mistakes show before training."""
+        """Open the store of the stage and check that the crop fits, so that mistakes show before training."""
         margin_of(self.augment, self.val_store.px if stage == "test" else self.px)
-        if stage == "fit":
-            world_size, _, _ = self._place()
-            train, config = self.split[0], self.config
-            check_batch_size(config.batch_size, len(train), config.drop_last, world_size)
 
     def train_dataloader(self) -> EpochLoader:
         world_size, rank, device = self._place()
-        return EpochLoader(
-            self.pixels("train", device),
-            self.split[0],
-            self.px,
-            self.augment,
-            self.config.batch_size,
-            self.seed,
-            self.config.drop_last,
-            world_size,
-            rank,
-        )
+        pixels, place = self.pixels("train", device), (self.config.drop_last, world_size, rank)
+        rows, batch_size = self.split[0], self.config.batch_size
+        return EpochLoader(pixels, rows, self.px, self.augment, batch_size, self.seed, *place)
 
     def val_dataloader(self) -> EvalLoader:
         return self.eval_loader("holdout")
