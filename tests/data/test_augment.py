@@ -19,7 +19,6 @@ from alexnet.data.augment import (
     Flip,
     InputScale,
     augment_in_one_kernel,
-    crop_rows,
     crop_starts,
     crops_at,
     draw_epoch,
@@ -114,7 +113,8 @@ def test_crops_and_whole_images_are_told_apart_by_the_caller(margin: int) -> Non
     augment = Augment(AugmentConfig(crop_px=CROP), CROP + margin, statistics_of_random_pixels(CROP + margin))
     images = images_of(20, CROP + margin)
     draws = draw_epoch(augment.config, torch.arange(20), CROP + margin, seed=5, epoch=0)
-    crops = crop_rows(images, draws.top, draws.left, CROP)
+    starts = crop_starts(torch.arange(20), draws.top, draws.left, CROP + margin, CROP + margin)
+    crops = crops_at(images, starts, CROP)
     assert torch.equal(augment(images, draws), augment.from_crops(crops, draws))
     with pytest.raises(ValueError, match=r"\(20, 10, 10, 3\) must be \(N, 9, 9, 3\)"):
         augment.from_crops(images_of(20, 10), draws)

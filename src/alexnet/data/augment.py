@@ -214,35 +214,34 @@ class Augment(nn.Module):
     def forward(self, images: Tensor, draws: Draws, colour_on: bool = True) -> Tensor:
         """images (N, px, px, 3) uint8 and their draws -> (N, 3, c, c) float32. Colour noise only if `colour_on`."""
         check_side(images, self.px)
-        crops = crop_rows(images, draws.top, draws.left, self.config.crop_px)
-        return self.from_crops(crops, draws, colour_on)
+        rows = torch.arange(len(images), device=images.device)
+        starts = crop_starts(rows, draws.top, draws.left, self.px, self.px)
+        return self.from_crops(crops_at(images.contiguous(), starts, self.config.crop_px), draws, colour_on)
 
     def from_crops(self, crops: Tensor, draws: Draws, colour_on: bool = True) -> Tensor:
-        """The same from crops (N, c, c, 3) uint8, as the loader cuts them (data/module.py)."""
-        check_side(crops, self.config.crop_px)
+        """The same from crops (N, c, c, 3) uint8, as the loader cuts them (data/module.py).
+
+        Not in one pass, a CPU goes slab by slab, each of which stays in its cache; a GPU takes the batch whole.
+        """
+        side, n = self.config.crop_px, len(crops)
+        check_side(crops, side)
         normals = draws.colour if colour_on and self.config.colour != Colour.none else None
         if self.in_one_pass and crops.device.type == "cuda":
             return self._in_one_kernel(crops, draws.flip, normals)
-        return self._in_slabs(crops, draws.flip, normals)
-
-    def _in_one_kernel(self, crops: Tensor, flip: Tensor, normals: Tensor | None) -> Tensor:
-        crops, flip = batched(crops, flip)
-        normals = None if normals is None else batched(normals)[0]
-        std = self.std if self.config.input == InputScale.normalised else None
-        colour = self.eigenvalues, self.eigenvectors, self.config.colour, self.config.colour_std
-        out = compiled_augment(crops, flip, normals, self.mean, std, self._divisor, colour)
-        return out.permute(0, 3, 1, 2)
-
-    def _in_slabs(self, crops: Tensor, flip: Tensor, normals: Tensor | None) -> Tensor:
-        """Several passes: on a CPU slab by slab, each of which stays in its cache; a GPU takes the batch whole."""
-        side, n = self.config.crop_px, len(crops)
         noise = None if normals is None else self.colour_noise(normals).repeat(1, side)
         out = torch.empty(n, side, side, 3, device=crops.device)
         several = crops.device.type == "cpu" and not self.in_one_pass
         step = max(SLAB // (side * side * 3) if several else n, 1)
         for slab in (slice(start, start + step) for start in range(0, n, step)):
-            mirrored = mirror(crops[slab], flip[slab])
+            mirrored = mirror(crops[slab], draws.flip[slab])
             self._to_input(mirrored, None if noise is None else noise[slab], out[slab], self.in_one_pass)
+        return out.permute(0, 3, 1, 2)
+
+    def _in_one_kernel(self, crops: Tensor, flip: Tensor, normals: Tensor | None) -> Tensor:
+        crops, flip = batched(crops, flip)
+        normals = None if normals is None else batched(normals)[0]
+        std = self.std if self.config.input == InputScale.normalised else None
+        out = compiled_augment(crops, flip, normals, self.mean, std, self._divisor, self._colour)
         return out.permute(0, 3, 1, 2)
 
     def centre(self, images: Tensor) -> Tensor:
@@ -259,9 +258,11 @@ class Augment(nn.Module):
 
     def colour_noise(self, normals: Tensor) -> Tensor:
         """`colour_noise` of normals (N, 3) by this module's statistics and rule."""
-        return colour_noise(
-            normals, self.eigenvalues, self.eigenvectors, self.config.colour, self.config.colour_std
-        )
+        return colour_noise(normals, *self._colour)
+
+    @property
+    def _colour(self) -> tuple[Tensor, Tensor, Colour, float]:
+        return self.eigenvalues, self.eigenvectors, self.config.colour, self.config.colour_std
 
     @property
     def _divisor(self) -> float:
@@ -273,11 +274,7 @@ class Augment(nn.Module):
         return images[:, top : top + side, left : left + side]
 
     def _to_input(
-        self,
-        crops: Tensor,
-        noise: Tensor | None = None,
-        out: Tensor | None = None,
-        in_one_pass: bool = False,
+        self, crops: Tensor, noise: Tensor | None = None, out: Tensor | None = None, in_one_pass: bool = False
     ) -> Tensor:
         """(N, c, c, 3) uint8 -> `to_input` of them, float32 of the same shape; noise (N, c * 3)."""
         config, side = self.config, self.config.crop_px
@@ -364,12 +361,6 @@ def augment_in_one_kernel(
 
 compiled_to_input = compiled(to_input)
 compiled_augment = compiled(augment_in_one_kernel)
-
-
-def crop_rows(images: Tensor, top: Tensor, left: Tensor, side: int) -> Tensor:
-    """images (N, H, W, 3) and the corner (N,) of each one's crop -> (N, side, side, 3)."""
-    rows = torch.arange(len(images), device=images.device)
-    return crops_at(images.contiguous(), crop_starts(rows, top, left, *images.shape[1:3]), side)
 
 
 def crop_starts(rows: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:

@@ -67,9 +67,9 @@ _DATA: Table = {
     "mirrored upside down": mutate(mirror, "crops[i].flip(1)", "crops[i].flip(0)"),
     "mean image not from its centre": mutate(Augment._fill, "self.margin // 2, self.margin // 2", "0, 0"),
     "mean subtracted before mirroring": mutate(
-        Augment._in_slabs,
-        *("mirror(crops[slab], flip[slab])", "crops[slab]"),
-        *("return out", "return mirror(out, flip)"),
+        Augment.from_crops,
+        *("mirror(crops[slab], draws.flip[slab])", "crops[slab]"),
+        *("return out", "return mirror(out, draws.flip)"),
     ),
     "colour along rows of the eigenvectors": mutate(
         principal_colours, "vectors * largest.sign()", "(vectors * largest.sign()).T"
