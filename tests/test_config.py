@@ -374,6 +374,44 @@ def test_a_reader_that_goes_away_ends_a_script_without_a_word(
     assert capsys.readouterr().err == ""
 
 
+ONE_OF_SEVERAL = """
+import atexit, sys, torch.distributed
+from alexnet.cli import command
+from alexnet.training.config import Train
+
+class Global:
+    def __del__(self):
+        print("Python is taken apart")
+
+held = Global()
+atexit.register(print, "exit handler")
+
+def work(config):
+    if "{group}":
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    print("worked", end=" ")
+    if {code}:
+        raise SystemExit({code})
+
+sys.argv = ["train.py"]
+command("train", Train)(work)()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("group", "code", "taken_apart"), [("", 0, True), ("gloo", 0, False), ("gloo", 143, False)]
+)
+def test_a_process_of_a_distributed_job_ends_before_python_is_taken_apart(
+    group: str, code: int, taken_apart: bool
+) -> None:
+    """There a thread of gloo would abort it now and then; its output, exit handlers and exit code are as ever."""
+    program = ONE_OF_SEVERAL.format(group=group, code=code)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    assert ended.stdout == "worked exit handler\n" + "Python is taken apart\n" * taken_apart
+
+
 def test_another_configuration_in_the_same_directory_is_refused(compose: Callable[..., Any]) -> None:
     assemble.build_run(compose()).start()
     with pytest.raises(UserError, match=r"optim.lr: 0.01 there, 0.02 now.*overwrite=true"):
