@@ -190,10 +190,7 @@ def test_plain_data_comes_back_as_the_same_dataclass() -> None:
     ("overrides", "message"),
     [
         (["optim.lrr=0.1"], "unknown key optim.lrr: did you mean optim.lr?"),
-        (
-            ["trainer.precison=3"],
-            "unknown key trainer.precison: did you mean trainer.precision?",
-        ),
+        (["trainer.precison=3"], "unknown key trainer.precison: did you mean trainer.precision?"),
         (["sede=1"], "unknown key sede: did you mean seed?"),
         (["lr=0.1"], "unknown key lr: did you mean optim.lr?"),
         (["trainer.foo=1"], "an argument of lightning.Trainer is added with +trainer.foo="),

@@ -543,11 +543,7 @@ TORCHRUN_SETS = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "GR
             {},
             "trainer.num_nodes=2 and trainer.devices=1: start it on every node, with torchrun",
         ),
-        (
-            "trainer.devices=2",
-            {**TORCHRUN_SETS, "WORLD_SIZE": "4"},
-            "torchrun starts 4 processes, but",
-        ),
+        ("trainer.devices=2", {**TORCHRUN_SETS, "WORLD_SIZE": "4"}, "torchrun starts 4 processes, but"),
     ],
 )
 def test_a_run_that_would_wait_for_processes_nobody_starts_is_one_line(

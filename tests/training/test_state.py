@@ -223,10 +223,7 @@ def test_checkpoints_do_not_travel_through_tmpdir(tmp_path: Path, monkeypatch: p
 
 
 def test_a_full_disk_leaves_what_was_there_and_the_next_run_goes_on(
-    compose: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    runs: tuple[Path, Path],
-    crashed: Path,
+    compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, runs: tuple[Path, Path], crashed: Path
 ) -> None:
     def full(content: Any, file: Any) -> None:
         file.write(b"half")

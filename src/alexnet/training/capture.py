@@ -39,12 +39,7 @@ Outputs = dict[str, Tensor]
 Step = Callable[[], Outputs]
 Signature = tuple[int, bool, tuple[bool, ...]]  # images, colour noise, which groups are frozen
 
-HOOKS_INSIDE = (
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_zero_grad",
-    "on_before_optimizer_step",
-)
+HOOKS_INSIDE = ("on_before_backward", "on_after_backward", "on_before_zero_grad", "on_before_optimizer_step")
 
 
 @dataclass

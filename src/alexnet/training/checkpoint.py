@@ -172,13 +172,7 @@ def find(path: str | Path) -> Path:
             f"checkpoint={path} lacks the file that its run.json names: restore it, or give "
             f"{path / CHECKPOINTS / LAST} for the last epoch"
         )
-    candidates = [
-        path,
-        path / CHECKPOINTS / BEST,
-        path / CHECKPOINTS / LAST,
-        path / BEST,
-        path / WEIGHTS,
-    ]
+    candidates = [path, path / CHECKPOINTS / BEST, path / CHECKPOINTS / LAST, path / BEST, path / WEIGHTS]
     for candidate in candidates:
         if candidate.is_file():
             return candidate

@@ -32,11 +32,7 @@ class Kind(StrEnum):
 
 
 TRAIN = {"loss": "train/loss", "top1_error": "train/top1_error"}
-HOLDOUT = {
-    "loss": "holdout/loss",
-    "top1_error": "holdout/top1_error",
-    "top5_error": "holdout/top5_error",
-}
+HOLDOUT = {"loss": "holdout/loss", "top1_error": "holdout/top1_error", "top5_error": "holdout/top5_error"}
 # Columns read off a clock: the only ones that may differ between a resumed and an uninterrupted run.
 CLOCK_COLUMNS = ("images_per_second", "seconds")
 COLUMNS = ("step", "epoch", "lr", *TRAIN.values(), *HOLDOUT.values(), *CLOCK_COLUMNS, "kind")
