@@ -427,7 +427,7 @@ def test_a_backend_left_open_is_the_run_of_the_backend_it_stands_for(
     assert "benchmark" not in run.record.content["config"]["trainer"]
     assemble.build_run(compose("backend=auto", "trainer.benchmark=true"))
     config = compose("backend=auto", "backend.conv2d=auto")
-    monkeypatch.setattr(assemble, "device_type_of", lambda *_: "cuda")
+    monkeypatch.setattr(system, "device_type_of", lambda *_: "cuda")
     backend = assemble.identity(config, None)["backend"]
     assert (backend["default"], backend["conv2d"], backend["relu"]) == ("fast", "fast", None)
     assert config.backend.default == "auto"

@@ -75,17 +75,12 @@ def lightning_precision(name: str) -> str:
     return name if name in LIGHTNING else "32-true"
 
 
-def float32_format(name: str) -> str:
-    """The format in which float32 operands are multiplied under this precision: "ieee" or "tf32"."""
-    return "tf32" if name == TF32 else "ieee"
-
-
 def set_precision(name: str) -> None:
     """Sets how this process multiplies from now on, on all devices.
 
     A graph of torch.compile depends on these switches: set them before the first call, or it is compiled again.
     """
-    tf32 = float32_format(name) == "tf32"
+    tf32 = name == TF32
     # Not cudnn.conv.fp32_precision: after "ieee" there, torch 2.11 to 2.14 raise whenever cudnn.allow_tf32 is read,
     # which torch.backends.cudnn.flags() and Inductor do. allow_tf32=False computes the same.
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -97,13 +92,13 @@ def set_precision(name: str) -> None:
 @contextmanager
 def under_precision(name: str) -> Iterator[None]:
     """`set_precision` for a while; afterwards the float32 format is what it was."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     set_precision(name)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 # Allocator ----------------------------------------------------------------------------------------------
@@ -134,40 +129,32 @@ def device_type_of(accelerator: str, key: str = "trainer.accelerator", otherwise
     """'cuda' or 'cpu': where a run with this accelerator takes place. UserError names the `key` that chose it."""
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):
         raise UserError(f"{key}={accelerator} must be one of auto, cpu, gpu")
-    if accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator in ("gpu", "cuda"):
-        if not torch.cuda.is_available():
-            raise UserError(f"{key}={accelerator}: there is no GPU that torch can use. Set {otherwise}")
-        return "cuda"
-    return accelerator
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"{key}={accelerator}: there is no GPU that torch can use. Set {otherwise}")
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def has_native_bf16(device_type: str) -> bool:
     """Whether matrix products of bfloat16 are done by the hardware rather than by widening."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    flags = _cpu_flags()
+    flags = next((line.split() for line in _cpuinfo() if line.startswith("flags")), [])
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def _cpu_flags() -> list[str]:
+def _cpuinfo() -> list[str]:
+    """What Linux knows of each core, a line each; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return []
-    return next((line.split() for line in lines if line.startswith("flags")), [])
 
 
 # Locks, files, and what a stranger needs to repeat a number ---------------------------------------------
 
 WAIT = 0.2  # seconds; longer than `in_progress` holds a lock
-NO_LOCKS = (
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOLCK,
-)  # what a file system without flock answers
+# What a file system without flock answers.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "numpy", "alexnet")
 
 
@@ -187,10 +174,8 @@ def locked(directory: Path, name: str = "lock", wait: float = WAIT) -> Iterator[
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
-        print(
-            f"{directory}: this file system has no locks; do not start a second process there",
-            file=sys.stderr,
-        )
+        warning = f"{directory}: this file system has no locks; do not start a second process there"
+        print(warning, file=sys.stderr)
     try:
         yield True
     finally:
@@ -253,14 +238,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    return " ".join(
-        ["python", *(argument if " " not in argument else repr(argument) for argument in sys.argv)]
-    )
+    return " ".join(["python", *(repr(word) if " " in word else word for word in sys.argv)])
 
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and the commit: what a stranger needs to repeat a number."""
-    return {"versions": versions(), "hardware": hardware(), "git": git_state()}
+    lines = _cpuinfo()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    hardware: dict[str, Any] = {
+        "cpu": next(names, "unknown") if lines else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        hardware["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"versions": versions(), "hardware": hardware, "git": git_state()}
 
 
 def versions() -> dict[str, str]:
@@ -273,37 +265,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        described["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return described
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 @cache
 def git_state() -> dict[str, Any] | None:
     """Commit of the checkout this package lies in and whether it was changed; None without one.
 
     Read once: a process that trains for hours goes on with the code it has imported, whatever is committed meanwhile.
     """
-    here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return ended.stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}

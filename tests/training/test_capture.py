@@ -96,9 +96,8 @@ def plain_update(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def capture_with(monkeypatch: pytest.MonkeyPatch, recorder: Callable[..., Any]) -> None:
     monkeypatch.setattr(assemble, "captures", lambda *_: True)
-    monkeypatch.setattr(
-        assemble, "captured_strategy", lambda: CapturedStrategy(torch.device("cpu"), recorder)
-    )
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(assemble, "CapturedStrategy", lambda: CapturedStrategy(cpu, recorder))
 
 
 def runs(

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.connector import _PRECISION_INPUT_STR
 from torch import Tensor, nn
 
+from alexnet import system
 from alexnet.errors import UserError
 from alexnet.system import LIGHTNING, PRECISIONS, checked_precision, set_precision, under_precision
 from alexnet.training import assemble
@@ -67,7 +68,7 @@ def test_training_sets_it_before_the_first_step_and_records_it(
     compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str, expected: tuple[str, bool, bool]
 ) -> None:
     """On this machine's CPU, told that it is a GPU, which `tf32` needs."""
-    monkeypatch.setattr(assemble, "device_type_of", lambda *_: "cuda")
+    monkeypatch.setattr(system, "device_type_of", lambda *_: "cuda")
     set_precision("32-true" if name == "tf32" else "tf32")
     run = assemble.build_run(compose("backend=reference", f"trainer.precision={name}", "optim.epochs=1"))
     seen = Seen()

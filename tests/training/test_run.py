@@ -396,7 +396,7 @@ def test_the_lock_is_held_while_a_run_is_trained_and_no_longer(
 def test_a_resume_under_other_code_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for commit in "aabc":  # resumed under the same code, then under another, then under a third
         monkeypatch.setattr(system, "git_state", lambda c=commit: {"commit": c, "changed": False})
-        resumed = open_record(tmp_path, {}, {}, fresh=False)
+        resumed = open_record(tmp_path, {}, fresh=False)
         resumed.start({"device": "cpu"})
     assert resumed.content["git"]["commit"] == "c"
     assert [git["commit"] for git in resumed.content["git_before"]] == ["a", "b"]
@@ -565,13 +565,13 @@ def test_auto_is_bfloat16_with_master_weights_on_one_device_where_the_hardware_h
     compiled, plain = {"conv2d": "compiled"}, {"conv2d": "reference"}
     one = {"precision": "auto", "devices": 1, "strategy": "auto"}
     two = {"precision": "auto", "devices": 2, "strategy": "ddp"}
-    monkeypatch.setattr(assemble, "has_native_bf16", lambda device: True)
+    monkeypatch.setattr(system, "has_native_bf16", lambda device: True)
     assert assemble.precision_for(one, "cpu", compiled) == assemble.MASTER_WEIGHTS
     assert assemble.precision_for(one, "cpu", plain) == "bf16-mixed"
     assert assemble.precision_for(two, "cpu", compiled) == "bf16-mixed"
     with pytest.raises(UserError, match="bf16-master-weights is for one device"):
         assemble.precision_for({**two, "precision": "bf16-masters"}, "cpu", compiled)
-    monkeypatch.setattr(assemble, "has_native_bf16", lambda device: False)
+    monkeypatch.setattr(system, "has_native_bf16", lambda device: False)
     assert assemble.precision_for(one, "cpu", compiled) == "32-true"
 
 

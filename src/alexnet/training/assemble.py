@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from alexnet import system
 from alexnet.cli import plain
 from alexnet.data.module import ImageData, check_batch_size
 from alexnet.data.prepare import PrepareConfig, prepare
@@ -24,17 +25,7 @@ from alexnet.errors import UserError
 from alexnet.layers.backend import AUTO, Backend
 from alexnet.layers.from_file import is_file, label
 from alexnet.optim import Schedule
-from alexnet.system import (
-    MASTER_WEIGHTS,
-    checked_precision,
-    device_type_of,
-    float32_format,
-    full_precision_name,
-    has_native_bf16,
-    keep_freed_memory,
-    lightning_precision,
-    set_precision,
-)
+from alexnet.system import MASTER_WEIGHTS, TF32, full_precision_name
 from alexnet.training.callbacks import (
     AtomicCheckpointIO,
     AveragedWeights,
@@ -56,17 +47,15 @@ from alexnet.training.network import Speedups
 from alexnet.training.record import RunRecord, open_record, refuse_other
 
 # Keys that do not change what a run computes: a run may be moved, and resumed with another bar or logger.
-RUNTIME_ONLY_KEYS = (
-    "output_dir",
-    "data_dir",
-    "probe",
-    "overwrite",
-    "logger",
-    "watchdog",
-    "watchdog_steps",
-    "evaluate",
-    "checkpoint_every",
-)
+RUNTIME_ONLY = {
+    "": "output_dir data_dir probe overwrite logger watchdog watchdog_steps evaluate checkpoint_every",
+    "data": "root resident num_workers",
+    "trainer": "enable_progress_bar profiler keep_freed_memory capture benchmark",
+}
+# Launches in one uncaptured training step of model=tiny at batch 128, counted on a CUDA that computes nothing
+# (tests/gpu_rehearsal; not a measure of time).
+LAUNCHES = {Backend.reference: 1601, Backend.fast: 138}
+SMALL_CROP = 0.3  # of an image's area
 
 
 @dataclass
@@ -79,11 +68,10 @@ class TrainingRun:
     record: RunRecord
     directory: Path
     resolved: dict[str, Any]  # backends, precision and device on this machine
-    keeps_freed_memory: bool
+    on_record: dict[str, Any]  # what else its record says of its start
     notes: list[str]  # what the backend means here, for the headline
     same_run: dict[str, Any]  # what decides whether another run is this one
     overwrite: bool
-    origin: dict[str, Any] | None  # whose weights it begins with
 
     @property
     def best_checkpoint(self) -> Path:
@@ -100,12 +88,6 @@ class TrainingRun:
         return torch.device(self.resolved["device"])
 
     @property
-    def seconds(self) -> float:
-        """Seconds of training, those before an interruption included."""
-        metrics = next(c for c in self.trainer.callbacks if isinstance(c, MetricsFile))  # type: ignore[attr-defined]
-        return metrics.seconds()
-
-    @property
     def has_holdout(self) -> bool:
         return len(self.data.split[1]) > 0
 
@@ -118,29 +100,24 @@ class TrainingRun:
         if self.overwrite:
             return None
         path, content, warning = resume_point(self.directory)
-        if path is not None:
-            self._refuse_other(path, content)
-            if is_rank_zero():
-                print(*[warning] * bool(warning), f"resuming from {path}", sep="\n", flush=True)
+        if path is None:
+            return None
+        there, here = content.get("identity"), self.same_run
+        if there is None:
+            # Until November 2026 a checkpoint knew its network alone. It may be trained under another backend.
+            there = {**content["hyper_parameters"], "backend": {}}
+            here = _shared(there, self.classifier.arguments)
+        refuse_other(f"{path} is of a run", there, here)
+        if is_rank_zero():
+            print(*[warning] * bool(warning), f"resuming from {path}", sep="\n", flush=True)
         return path
-
-    def _refuse_other(self, path: Path, content: dict[str, Any]) -> None:
-        if "identity" in content:
-            refuse_other(f"{path} is of a run", content["identity"], self.same_run)
-            return
-        # Until November 2026 a checkpoint knew its network alone. It may be trained under another backend.
-        there = {**content["hyper_parameters"], "backend": {}}
-        refuse_other(f"{path} is of a run", there, _shared(there, self.classifier.arguments))
 
     def start(self) -> None:
         """Writes run.json; with `overwrite` all else in the directory goes. For the process that has its lock."""
         if self.overwrite:
             clear(self.directory)
         _ = self.resume_point  # raises before anything is written
-        self.record.start(self.resolved)
-        self.record.update(keeps_freed_memory=self.keeps_freed_memory)
-        if self.origin:
-            self.record.update(init_from=self.origin)
+        self.record.start(self.resolved, **self.on_record)
 
     def fit(self) -> None:
         """Trains, from the last checkpoint if there is one."""
@@ -171,56 +148,19 @@ def build_run(config: Train, signals: Signals | None = None, each_step: bool = F
 
     each_step: the loss of each step is looked at, and no step is captured.
     """
-    device_type = device_type_of(config.trainer["accelerator"])
+    device_type = system.device_type_of(config.trainer["accelerator"])
     backend = config.backend.resolve(device_type)
     precision = precision_for(config.trainer, device_type, backend)
-    set_precision(precision)
+    system.set_precision(precision)
     data = image_data(config)
     config.model.num_classes = checked_classes(config.model.num_classes, data)
-    keeps = device_type == "cpu" and config.trainer.get("keep_freed_memory", False) and keep_freed_memory()
-    directory = run_directory(config)
-    resolved = {
-        "backend": backend,
-        "precision": precision,
-        "float32_matmul_and_conv": float32_format(precision),
-        "device": device_type,
-    }
-    yours = {operation: label(path) for operation, path in backend.items() if is_file(path)}
-    if yours:
-        resolved["yours"] = yours
-    same_run = identity(config, data)
-    record = open_record(directory, same_run, resolved, fresh=config.overwrite)
+    keeps = device_type == "cpu" and config.trainer.get("keep_freed_memory", False)
+    on_record: dict[str, Any] = {"keeps_freed_memory": keeps and system.keep_freed_memory()}
+    directory, same_run = run_directory(config), identity(config, data)
+    record = open_record(directory, same_run, fresh=config.overwrite)
     if config.evaluate and not (record.finished or config.probe):
         _ = data.val_store  # opened, not read: what is wrong with it is said before training, not after it
-    classifier = build_classifier(config, data, backend, precision)
-    resolved["speedups"] = asdict(classifier.speedups)
-    goes_on = (directory / CHECKPOINTS / LAST).exists() and not config.overwrite
-    origin = (
-        take_weights(classifier.net, config.init_from, data.classes)
-        if config.init_from and (config.probe or not goes_on)
-        else None
-    )
-    classifier.loaded = config.init_from is not None
-    if config.freeze == Freeze.features:
-        freeze_features(classifier.net)
-    config.backend.check_used(classifier.net.operations | {"cross_entropy"})
-    has_holdout = len(data.split[1]) > 0
-    callbacks = build_callbacks(config, directory, has_holdout, same_run, signals or Signals(), each_step)
-    made = build_trainer(config, directory, has_holdout, callbacks, resolved, each_step)
-    check_processes(made)
-    check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, made.world_size)
-    notes = backend_notes(config.backend.default, device_type, classifier.speedups)
-    if origin:
-        new = ", ".join(origin["new_layers"]) or "no layer"
-        notes.append(f"begins with the weights of {origin['path']}; new: {new}; frozen: {config.freeze}")
-    notes += small_crops(config.augment.crop_px, data.px)
-    return TrainingRun(
-        classifier, data, made, record, directory, resolved, keeps, notes, same_run, config.overwrite, origin
-    )
-
-
-def build_classifier(config: Train, data: ImageData, backend: dict[str, str], precision: str) -> Classifier:
-    return Classifier(
+    classifier = Classifier(
         model=plain(config.model),
         augment=plain(config.augment),
         optim=plain(config.optim),
@@ -233,17 +173,45 @@ def build_classifier(config: Train, data: ImageData, backend: dict[str, str], pr
         statistics=data.statistics,
         master_weights=precision == MASTER_WEIGHTS,
     )
+    notes = backend_notes(config.backend.default, device_type, classifier.speedups)
+    goes_on = (directory / CHECKPOINTS / LAST).exists() and not config.overwrite
+    if config.init_from and (config.probe or not goes_on):
+        origin = on_record["init_from"] = take_weights(classifier.net, config.init_from, data.classes)
+        new = ", ".join(origin["new_layers"]) or "no layer"
+        notes.append(f"begins with the weights of {origin['path']}; new: {new}; frozen: {config.freeze}")
+    notes += small_crops(config.augment.crop_px, data.px)
+    classifier.loaded = config.init_from is not None
+    if config.freeze == Freeze.features:
+        freeze_features(classifier.net)
+    config.backend.check_used(classifier.net.operations | {"cross_entropy"})
+    resolved: dict[str, Any] = {
+        "backend": backend,
+        "precision": precision,
+        "float32_matmul_and_conv": "tf32" if precision == TF32 else "ieee",
+        "device": device_type,
+    }
+    if yours := {operation: label(path) for operation, path in backend.items() if is_file(path)}:
+        resolved["yours"] = yours
+    resolved["speedups"] = asdict(classifier.speedups)
+    trainer = build_trainer(
+        config, len(data.split[1]) > 0, same_run, resolved, signals or Signals(), each_step
+    )
+    check_processes(trainer)
+    check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, trainer.world_size)
+    made = classifier, data, trainer, record, directory
+    return TrainingRun(*made, resolved, on_record, notes, same_run, config.overwrite)
 
 
 def clear(directory: Path) -> None:
     """Everything but the lock, which somebody may hold. Raises UserError for a directory that holds no run."""
-    there = {path.name for path in directory.iterdir()} - {"lock"} if directory.exists() else set()
+    paths = list(directory.iterdir()) if directory.exists() else []
+    there = {path.name for path in paths} - {"lock"}
     if there and not there & {"run.json", "metrics.csv", CHECKPOINTS}:
         raise UserError(
             f"overwrite=true would delete {directory}, which holds no run but {', '.join(sorted(there)[:3])}: "
             "choose another name=... or output_dir=..."
         )
-    for path in directory.iterdir() if directory.exists() else ():
+    for path in paths:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != "lock":
@@ -260,31 +228,20 @@ def identity(config: Train, data: ImageData | None) -> dict[str, Any]:
         manifest = data.train_store.manifest
         arrays = {name: manifest["sha256"][name] for name in ("images.npy", "labels.npy")}
         content["store"] = {**arrays, "holdout": manifest["holdout"]}
-    for key in RUNTIME_ONLY_KEYS:
-        del content[key]
+    for group, keys in RUNTIME_ONLY.items():
+        for key in keys.split():
+            (content[group] if group else content).pop(key, None)
     if config.init_from is None:  # runs from before November 2026 do not have these keys
         del content["init_from"], content["freeze"]
-    for key in ("root", "resident", "num_workers"):
-        del content["data"][key]
-    for key in ("enable_progress_bar", "profiler", "keep_freed_memory", "capture", "benchmark"):
-        content["trainer"].pop(key, None)
     if "precision" in content["trainer"]:
         content["trainer"]["precision"] = full_precision_name(content["trainer"]["precision"])
     for operation, choice in content["backend"].items():
         if choice == Backend.auto:  # what it stands for decides, also against runs that named it
-            device_type = device_type_of(config.trainer["accelerator"])
+            device_type = system.device_type_of(config.trainer["accelerator"])
             content["backend"][operation] = str(AUTO.get(device_type, Backend.reference))
         elif is_file(choice):  # another version of the file is another run
             content["backend"][operation] = label(choice)
     return content
-
-
-# Launches in one uncaptured training step of model=tiny at batch 128, counted on a CUDA that computes nothing
-# (tests/gpu_rehearsal; not a measure of time).
-LAUNCHES = {Backend.reference: 1601, Backend.fast: 138}
-
-
-SMALL_CROP = 0.3  # of an image's area
 
 
 def backend_notes(default: str, device_type: str, speedups: Speedups) -> list[str]:
@@ -345,55 +302,45 @@ def checked_classes(asked: int | None, data: ImageData) -> int:
     return there
 
 
-def build_callbacks(
+def build_trainer(
     config: Train,
-    directory: Path,
     has_holdout: bool,
     same_run: dict[str, Any],
+    resolved: dict[str, Any],
     signals: Signals,
     each_step: bool,
-) -> list[Callback]:
-    """Ours, and those of conf/callbacks."""
+) -> pl.Trainer:
+    """lightning.Trainer from conf/trainer/*.yaml, with the loggers of conf/logger, our callbacks, and conf/callbacks.
+
+    Enters into `resolved` whether the step is captured.
+    """
+    directory = run_directory(config)
     checkpoints, metrics = directory / CHECKPOINTS, MetricsFile(directory / "metrics.csv", config.log_every)
-    progress = Progress() if sys.stdout.isatty() else Lines(metrics)
-    return [
+    shown, terminal = bool(config.trainer["enable_progress_bar"]), sys.stdout.isatty()
+    progress = [Progress() if terminal else Lines(metrics)] if shown else []
+    callbacks: list[Callback] = [
         metrics,
         Watchdog(config.watchdog, config.watchdog_steps, config.checkpoint_every, each_step),
-        *([progress] if config.trainer["enable_progress_bar"] else []),
+        *progress,
         *([AveragedWeights(decay=config.optim.ema_decay)] if config.optim.ema_decay else []),
         *([FirstKernels()] if config.logger and find_spec("matplotlib") else []),
         *(instantiate(callback) for callback in config.callbacks.values()),
         *([BestCheckpoint(checkpoints)] if has_holdout else []),
         LastCheckpoint(checkpoints, config.checkpoint_every, same_run, signals, config.log_every),
     ]
-
-
-def build_trainer(
-    config: Train,
-    directory: Path,
-    has_holdout: bool,
-    callbacks: list[Callback],
-    resolved: dict[str, Any],
-    each_step: bool,
-) -> pl.Trainer:
-    """lightning.Trainer from conf/trainer/*.yaml, with these callbacks and the loggers of conf/logger.
-
-    Enters into `resolved` whether the step is captured.
-    """
     arguments = {k: v for k, v in config.trainer.items() if k not in ("capture", "keep_freed_memory")}
     if not has_holdout:
         arguments["limit_val_batches"] = 0
     capture = "false" if each_step else config.trainer.get("capture", "auto")
     resolved["captured"] = captures(capture, config, resolved, callbacks)
     if resolved["captured"]:
-        arguments["strategy"] = captured_strategy()
+        arguments["strategy"] = CapturedStrategy()
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # its checkpoint is one that nobody reads
+    precision = system.lightning_precision(resolved["precision"])
     arguments.update(
-        precision=lightning_precision(resolved["precision"]),
-        default_root_dir=str(directory),
-        enable_progress_bar=any(isinstance(callback, Progress) for callback in callbacks),
+        precision=precision, default_root_dir=str(directory), enable_progress_bar=shown and terminal
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
@@ -427,20 +374,17 @@ def check_processes(trainer: pl.Trainer) -> None:
 
 def captures(capture: Any, config: Train, resolved: dict[str, Any], callbacks: list[Callback]) -> bool:
     """Whether the step of this run is one CUDA graph: trainer.capture=auto wherever it can be."""
-    if str(capture).lower() not in ("auto", "true", "false"):
+    asked = str(capture).lower()
+    if asked not in ("auto", "true", "false"):
         raise UserError(f"trainer.capture={capture} must be one of auto, true, false")
-    if str(capture).lower() == "false":
+    if asked == "false":
         return False
     fused = resolved["speedups"]["fused_update"]
     single, anomaly = single_device(config.trainer), bool(config.trainer.get("detect_anomaly"))
     reason = obstacle(resolved["device"], single, fused, resolved["precision"], anomaly, callbacks)
-    if reason and str(capture).lower() == "true":
+    if reason and asked == "true":
         raise UserError(f"trainer.capture={capture}: {reason}. Set trainer.capture=auto")
     return not reason
-
-
-def captured_strategy() -> CapturedStrategy:
-    return CapturedStrategy(torch.device("cuda", torch.cuda.current_device()))
 
 
 def is_rank_zero() -> bool:
@@ -454,7 +398,7 @@ def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, 
     bfloat16 means float32 master weights with bfloat16 working copies (master_weights.py), or autocast where these do
     not serve: without a compiled backend, and on several devices, which exchange the gradients of the master weights.
     """
-    asked = checked_precision(str(trainer["precision"]), device_type)
+    asked = system.checked_precision(str(trainer["precision"]), device_type)
     single = single_device(trainer)
     if asked == MASTER_WEIGHTS and not single:
         raise UserError(
@@ -462,7 +406,7 @@ def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, 
         )
     if asked != "auto":
         return asked
-    if not has_native_bf16(device_type):
+    if not system.has_native_bf16(device_type):
         return "32-true"
     return MASTER_WEIGHTS if single and "compiled" in backend.values() else "bf16-mixed"
 

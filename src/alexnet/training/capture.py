@@ -167,9 +167,11 @@ class CapturedStrategy(SingleDeviceStrategy):
     strategy_name = "captured"
 
     def __init__(
-        self, device: torch.device, make_recorder: Callable[[torch.device], Recorder] = CudaGraphs
+        self,
+        device: torch.device | None = None,
+        make_recorder: Callable[[torch.device], Recorder] = CudaGraphs,
     ) -> None:
-        super().__init__(device)
+        super().__init__(device or torch.device("cuda", torch.cuda.current_device()))
         self.make_recorder = make_recorder
         self.step: CapturedStep | None = None
 

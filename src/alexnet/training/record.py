@@ -27,10 +27,6 @@ class RunRecord:
         return self.content["state"] == "finished"
 
     @property
-    def seconds(self) -> float:
-        return float(self.content.get("seconds", 0.0))
-
-    @property
     def is_current(self) -> bool:
         """Whether no other process has written the record since it was opened here."""
         return _content(self.directory / "run.json") == self.opened
@@ -39,31 +35,30 @@ class RunRecord:
         self.content.update(values)
         write_json(self.directory / "run.json", self.content | {"self": self_hash(self.content)})
 
-    def start(self, resolved: dict[str, Any]) -> None:
-        """Written when everything else of the run could be built. A run that goes on elsewhere says what it was."""
+    def start(self, resolved: dict[str, Any], **more: Any) -> None:
+        """Written when everything else of the run could be built. A run that goes on elsewhere says what it was.
+
+        `resolved` is what the configuration came to on this machine (backends, precision).
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
-        here = environment()
-        now = {"resolved": resolved, **here}
+        now = {"resolved": resolved, **environment()}
         for key, value in now.items():
             before = self.content.get(key, value)
             if before != value:
                 self.content.setdefault(f"{key}_before", []).append(before)
         started = self.content.get("started", time.strftime("%Y-%m-%d %H:%M:%S"))
-        self.update(**now, started=started, state="running")
+        self.update(**now, started=started, state="running", **more)
 
 
-def open_record(directory: Path, config: dict[str, Any], resolved: dict[str, Any], fresh: bool) -> RunRecord:
+def open_record(directory: Path, config: dict[str, Any], fresh: bool) -> RunRecord:
     """The record of this run directory: the one that lies there if it is the same run, else a new one.
 
-    `config` decides whether two runs are the same; `resolved` is what it came to on this machine (backends,
-    precision). Raises UserError if the directory holds a run with another configuration, unless it is to be
-    `fresh`. Nothing is written yet.
+    `config` decides whether two runs are the same. Raises UserError if the directory holds a run with another
+    configuration, unless it is to be `fresh`. Nothing is written yet.
     """
-    path = directory / "run.json"
-    text = _content(path)
+    text = _content(directory / "run.json")
     if text is None or fresh:
-        new = {"state": "running", "command": command_line(), "config": config, "resolved": resolved}
-        return RunRecord(directory, {**new, **environment()}, text)
+        return RunRecord(directory, {"state": "running", "command": command_line(), "config": config}, text)
     content = read_record(directory)
     refuse_other(f"{directory} holds a run", content["config"], config)
     return RunRecord(directory, content, text)

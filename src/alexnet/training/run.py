@@ -7,11 +7,9 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from typing import Any
 
-import torch
+import numpy as np
 
-from alexnet.data.module import ImageData
 from alexnet.errors import UserError
 from alexnet.system import locked
 from alexnet.training import assemble
@@ -21,7 +19,7 @@ from alexnet.training.compare import compare
 from alexnet.training.compare import table as comparison
 from alexnet.training.config import Train
 from alexnet.training.interrupt import Interrupted, Signals, requeue
-from alexnet.training.metrics import Metrics, read_metrics
+from alexnet.training.metrics import Metrics, MetricsFile, read_metrics
 from alexnet.training.record import RunRecord
 from alexnet.training.scoring import Result, log_probabilities, score, table
 
@@ -40,9 +38,8 @@ def train(config: Train, lock: bool = True) -> float | None:
         try:
             return _train(config, lock, signals)
         except Interrupted as stop:
-            if (
-                not assemble.is_rank_zero()
-            ):  # the launcher would kill the first process for an error of this one
+            # The launcher would kill the first process for an error of this one.
+            if not assemble.is_rank_zero():
                 raise SystemExit(0) from None
             print(f"{stop}; the same command goes on{requeue(stop.number)}", file=sys.stderr, flush=True)
             raise
@@ -61,13 +58,13 @@ def after_sweep(configs: Sequence[Train]) -> None:
 def _train(config: Train, lock: bool, signals: Signals) -> float | None:
     run = assemble.build_run(config, signals)
     if config.probe:
-        _probe(run)
+        found = run.classifier.to(run.device).initial_probe(run.data.train_store, run.data.split[0])
+        print(f"{found.table()}\n\n{textwrap.fill(found.verdict(), 100, break_long_words=False)}")
         return None
     if run.record.finished:
         if assemble.is_rank_zero():
-            print(
-                f"{_headline(run)}\nThis run is finished; overwrite=true starts it anew.\n\n{_summary(run.record)}"
-            )
+            print(_headline(run), "This run is finished; overwrite=true starts it anew.", sep="\n")
+            print(f"\n{_summary(run.record)}")
         return holdout_error(run.record)
     if not assemble.is_rank_zero():
         _fit(run, config, signals)
@@ -86,25 +83,17 @@ def _train(config: Train, lock: bool, signals: Signals) -> float | None:
         try:
             return finish(_fit(run, config, signals), config)
         except BaseException as error:
-            if lock and not begun(run):
+            steps_were_made = run.trainer.global_step > 0 or any(run.checkpoints.glob("*.ckpt"))
+            if lock and not steps_were_made:
                 discard(run)
             elif isinstance(error, Interrupted):
                 run.record.update(state="interrupted")
             raise
         finally:
-            close_wandb()
-
-
-def close_wandb() -> None:
-    """Lightning closes every logger but this one, which would take the next run of a sweep for the same."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish()
-
-
-def begun(run: assemble.TrainingRun) -> bool:
-    """Whether a step was made, now or before an interruption."""
-    return run.trainer.global_step > 0 or any(run.checkpoints.glob("*.ckpt"))
+            # Lightning closes every logger but this one, which would take the next run of a sweep for the same.
+            wandb = sys.modules.get("wandb")
+            if wandb is not None and wandb.run is not None:
+                wandb.finish()
 
 
 def discard(run: assemble.TrainingRun) -> None:
@@ -140,24 +129,32 @@ def _fit(run: assemble.TrainingRun, config: Train, signals: Signals) -> assemble
 def finish(run: assemble.TrainingRun, config: Train) -> float | None:
     """Results of the checkpoint with the lowest holdout error, into run.json, a picture and a table."""
     metrics = read_metrics(run.directory / "metrics.csv")
-    splits = ["holdout"] * run.has_holdout + ["val"] * config.evaluate
-    results = {split: _evaluated(run, split) for split in splits}
+    clock = next(c for c in run.trainer.callbacks if isinstance(c, MetricsFile))  # type: ignore[attr-defined]
+    network = load(run.best_checkpoint, run.resolved["backend"])
+    results: dict[str, Result] = {}
+    for split in ["holdout"] * run.has_holdout + ["val"] * config.evaluate:
+        store = run.data.val_store if split == "val" else run.data.train_store
+        rows = np.arange(len(store)) if split == "val" else run.data.split[1].numpy()
+        size = config.data.eval_batch_size
+        log_probs = log_probabilities(network.net, network.augment, store.images, 1, size, run.device, rows)
+        results[split] = score(log_probs, store.labels[rows], split=split, name="best epoch")
     # Only a run that goes on needs it. Not after the record: nobody comes back to a finished run.
     (run.checkpoints / PREVIOUS).unlink(missing_ok=True)
     run.record.update(
         state="finished",
-        seconds=round(run.seconds, 1),
+        seconds=round(clock.seconds(), 1),
         images_per_second=metrics.images_per_second,
         train=metrics.last_train,
         results={split: result.as_dict() for split, result in results.items()},
         checkpoint=str(run.best_checkpoint.relative_to(run.directory)),
         picture=_picture(run, config, metrics),
     )
-    for logger in run.trainer.loggers if "val" in results else ():
-        top1, top5 = results["val"].top1_error, results["val"].top5_error
-        errors = {"val/top1_error": top1.value, **({"val/top5_error": top5.value} if top5 else {})}
-        logger.log_metrics(errors, run.trainer.global_step)
-        logger.finalize("success")
+    if "val" in results:
+        found = results["val"].as_dict()
+        errors = {f"val/{key}": found[key] for key in ("top1_error", "top5_error") if found[key] is not None}
+        for logger in run.trainer.loggers:
+            logger.log_metrics(errors, run.trainer.global_step)
+            logger.finalize("success")
     print(f"\n{_summary(run.record)}")
     return holdout_error(run.record)
 
@@ -179,67 +176,33 @@ def _picture(run: assemble.TrainingRun, config: Train, metrics: Metrics) -> str:
     return training_figure(metrics.curves, weight, path, config.model.towers, title).name
 
 
-def _evaluated(run: assemble.TrainingRun, split: str) -> Result:
-    classifier = load(run.best_checkpoint, run.resolved["backend"])
-    return evaluate_split(classifier, run.data, split, views=1, device=run.device, name="best epoch")
-
-
-def evaluate_split(
-    classifier: Any, data: ImageData, split: str, views: int, device: torch.device, name: str = ""
-) -> Result:
-    """One network on one split of its own data."""
-    store = data.val_store if split == "val" else data.train_store
-    index = None if split == "val" else data.split[split == "holdout"].numpy()
-    labels = store.labels if index is None else store.labels[index]
-    log_probs = log_probabilities(
-        classifier.net, classifier.augment, store.images, views, data.config.eval_batch_size, device, index
-    )
-    return score(log_probs, labels, split=split, views=views, name=name)
-
-
-def _probe(run: assemble.TrainingRun) -> None:
-    found = run.classifier.to(run.device).initial_probe(run.data.train_store, run.data.split[0])
-    print(f"{found.table()}\n\n{textwrap.fill(found.verdict(), 100, break_long_words=False)}")
-
-
 def _headline(run: assemble.TrainingRun) -> str:
-    resolved = run.resolved
+    resolved, (train, holdout) = run.resolved, map(len, run.data.split)
     parameters = sum(p.numel() for p in run.classifier.net.parameters())
-    backends = sorted(set(resolved["backend"].values()))
+    backends = ", ".join(sorted(set(resolved["backend"].values())))
+    captured = ", step captured as one CUDA graph" if resolved["captured"] else ""
     lines = [
         str(run.directory),
-        f"  {parameters:,} parameters, {len(run.data.classes)} classes, "
-        f"{len(run.data.split[0]):,} train and {len(run.data.split[1]):,} holdout images",
-        f"  {resolved['device']}, precision {resolved['precision']}, backend {', '.join(backends)}"
-        + (", step captured as one CUDA graph" if resolved["captured"] else ""),
+        f"  {parameters:,} parameters, {len(run.data.classes)} classes, {train:,} train and {holdout:,} holdout images",
+        f"  {resolved['device']}, precision {resolved['precision']}, backend {backends}{captured}",
         *(f"  {note}" for note in run.notes),
     ]
     return "\n".join(lines)
 
 
 def _summary(record: RunRecord) -> str:
-    content = record.content
+    content, resolved = record.content, record.content["resolved"]
     results = [Result.from_dict(values) for values in content["results"].values()]
     lines = []
     if results:
         errors = ", ".join(f"{r.split} {100 * r.top1_error.value:.2f} %" for r in results)
         protocol = "one centre view, the epoch with the lowest holdout error"
         lines += [table(results), "", f"top-1 error {errors}; {protocol}"]
-    yours = content["resolved"].get("yours", {})
-    if yours:
+    if yours := resolved.get("yours"):
+        others = sorted({backend for name, backend in resolved["backend"].items() if name not in yours})
         lines.append(f"gradients   yours: {', '.join(f'{name} from {file}' for name, file in yours.items())}")
-        lines.append(f"            this project's: all others ({', '.join(_named_backends(content))})")
-    return "\n".join(
-        [
-            *lines,
-            f"{content['seconds'] / 60:.1f} minutes, {content['images_per_second']:.0f} images/s",
-            f"picture     {record.directory / content['picture']}",
-            f"checkpoint  {record.directory / content['checkpoint']}",
-            f"record      {record.directory / 'run.json'}",
-        ]
-    )
-
-
-def _named_backends(content: dict[str, Any]) -> list[str]:
-    resolved = content["resolved"]
-    return sorted({backend for name, backend in resolved["backend"].items() if name not in resolved["yours"]})
+        lines.append(f"            this project's: all others ({', '.join(others)})")
+    lines.append(f"{content['seconds'] / 60:.1f} minutes, {content['images_per_second']:.0f} images/s")
+    files = {"picture": content["picture"], "checkpoint": content["checkpoint"], "record": "run.json"}
+    lines += [f"{name:12}{record.directory / file}" for name, file in files.items()]
+    return "\n".join(lines)
