@@ -105,7 +105,7 @@ def test_what_a_captured_step_shows_late_is_found_by_repeating_the_steps(
 
     The master weights break in step 3, their working copies with the update, the output in step 4.
     """
-    monkeypatch.setattr(callbacks.Watchdog.__init__, "__defaults__", ("stop", 2000, 0, False, 6))
+    monkeypatch.setattr(callbacks.Watchdog.__init__, "__defaults__", (False, 6))
     ordinary = assemble.build_trainer
 
     def built(*arguments: Any) -> Any:

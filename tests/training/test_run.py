@@ -30,9 +30,9 @@ from alexnet.evaluate import Evaluate, evaluate
 from alexnet.layers import Backend, Backends
 from alexnet.system import locked
 from alexnet.training import assemble
-from alexnet.training.callbacks import AveragedWeights, BestCheckpoint, Stalled, Watchdog
+from alexnet.training.callbacks import AveragedWeights, BestCheckpoint, Stalled
 from alexnet.training.checkpoint import load, read
-from alexnet.training.config import Train
+from alexnet.training.config import Train, compose_train
 from alexnet.training.metrics import read_metrics
 from alexnet.training.record import open_record
 from alexnet.training.run import train
@@ -517,8 +517,10 @@ def test_watchdog_explains_nan(compose: Callable[..., Any]) -> None:
 
 
 def test_watchdog_refuses_an_unknown_mode() -> None:
-    with pytest.raises(UserError, match="watchdog=bark must be one of stop, warn, off"):
-        Watchdog("bark")
+    with pytest.raises(
+        UserError, match=r"watchdog: Invalid value 'bark', expected one of \[stop, warn, off\]"
+    ):
+        compose_train(["watchdog=bark"])
 
 
 def test_probe_prints_its_verdict_and_leaves_nothing(

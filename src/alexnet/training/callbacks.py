@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     Checkpoint,
@@ -49,18 +49,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with replaced(path) as partial:
             with partial.open("wb") as file:  # given a path, torch does not say that a disk is full
                 torch.save(checkpoint, file)
-            if path.name == LAST and path.exists():
-                _keep(path, path.with_name(PREVIOUS))
-
-
-def _keep(path: Path, previous: Path) -> None:
-    """`path` also under the name `previous`. At no moment is there neither."""
-    with replaced(previous) as link:
-        try:
-            link.unlink(missing_ok=True)
-            os.link(path, link)
-        except OSError:  # a file system without links
-            os.replace(path, link)
+            if path.name != LAST or not path.exists():
+                return
+            with replaced(path.with_name(PREVIOUS)) as link:  # at no moment is there neither
+                try:
+                    link.unlink(missing_ok=True)
+                    os.link(path, link)
+                except OSError:  # a file system without links
+                    os.replace(path, link)
 
 
 class LastCheckpoint(Checkpoint):
@@ -71,18 +67,16 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(
-        self, directory: Path, every: int, identity: dict[str, Any], signals: Signals, look_every: int = 1
+        self, directory: Path, every: int, identity: dict[str, Any], signals: Signals, look_every: int
     ) -> None:
         self.path, self.every, self.identity = directory / LAST, every, identity
         self.signals, self.look_every = signals, look_every
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, *_: Any) -> None:
         self.signals.listen()  # Lightning has put its own handler in the place of ours
         self.signals.waits = True
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.is_last_batch:
             return
         stop = self._asked_to_stop(trainer)
@@ -91,28 +85,26 @@ class LastCheckpoint(Checkpoint):
         if stop:
             raise Interrupted(stop, trainer.global_step)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         trainer.save_checkpoint(self.path)
         if stop := self._asked_to_stop(trainer, now=True):
             raise Interrupted(stop, trainer.global_step)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         self.signals.waits = False
         if self.signals.received:  # since the end of the last epoch
             raise Interrupted(self.signals.received, trainer.global_step)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any) -> None:
         self.signals.waits = False
 
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """A checkpoint says which run it is of, for the day that run.json is gone."""
         checkpoint["identity"] = self.identity
 
-    def _asked_to_stop(self, trainer: pl.Trainer, now: bool = False) -> int:
+    def _asked_to_stop(self, trainer: Trainer, now: bool = False) -> int:
         """The signal that ends this run after this step, on every rank the same one; 0 for none.
 
         Several devices agree on it every `look_every` steps: it costs a wait.
@@ -162,14 +154,12 @@ class AveragedWeights(EMAWeightAveraging):
         super().__init__(decay=decay)
         self.decay = decay
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._device = self._device or trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """average <- decay average + (1 - decay) weights; after the first step average <- weights."""
         assert self._average_model is not None
         if trainer.global_step <= self._latest_update_step:
@@ -199,15 +189,8 @@ class Watchdog(Callback):
     """
 
     def __init__(
-        self,
-        mode: str = "stop",
-        steps: int = 2000,
-        checkpoint_every: int = 0,
-        each_step: bool = False,
-        every: int = 50,
+        self, mode: str, steps: int, checkpoint_every: int, each_step: bool = False, every: int = 50
     ) -> None:
-        if mode not in ("stop", "warn", "off"):
-            raise UserError(f"watchdog={mode} must be one of stop, warn, off")
         self.mode, self.steps, self.each_step = mode, steps, each_step
         # A checkpoint of broken weights would be no place to go back to.
         self.looks = (every, checkpoint_every or every, steps)
@@ -223,22 +206,19 @@ class Watchdog(Callback):
         self.mean = None if mean is None else torch.tensor(mean, dtype=torch.float64)
         self.warned = state_dict["warned"]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         looks = self.mode != "off" and (self.each_step or pl_module.device.type == "cpu")
         pl_module.inspect = self._look_at_step if looks and not pl_module.captured else None
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.inspect = None  # type: ignore[assignment]
 
     def _look_at_step(self, classifier: Classifier, batch: Batch, key: Any, loss: torch.Tensor) -> None:
-        """Before the step changes the weights."""
         if not self.broken and not math.isfinite(float(loss)):
             self._report(classifier, float(loss), classifier.global_step + 1, classifier.origin(batch, key))
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         if self.mode == "off" or self.broken:
             return
         # Mean over about the last 50 losses: one batch strays from ln(classes) by more than a percent.
@@ -257,7 +237,7 @@ class Watchdog(Callback):
             stop = not pl_module.loaded and pl_module.initial_probe(data.train_store, data.split[0]).stalls
             self._report(pl_module, mean, trainer.global_step, stop=stop)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Weights that the last step of an epoch broke are never saved."""
         assert isinstance(pl_module, Classifier)
         loss = float(trainer.callback_metrics.get(HOLDOUT["loss"], 0.0))
@@ -293,7 +273,7 @@ class Stalled(UserError):
 class FirstKernels(Callback):
     """The kernels of conv1 as a picture at each epoch, for loggers that take pictures (TensorBoard, wandb)."""
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from alexnet.pages.figures import scaled_kernels  # matplotlib is an extra
 
         assert isinstance(pl_module, Classifier)
@@ -312,13 +292,13 @@ class Pace:
     def __init__(self) -> None:
         self.first_step: int | None = None
 
-    def start(self, trainer: pl.Trainer, batch: Any) -> None:
+    def start(self, trainer: Trainer, batch: Any) -> None:
         """Before each step; the first one counts."""
         if self.first_step is None:
             self.first_step, self.first_time = trainer.global_step, time.monotonic()
         self.images = len(batch.labels) * trainer.world_size
 
-    def said(self, trainer: pl.Trainer) -> dict[str, str]:
+    def said(self, trainer: Trainer) -> dict[str, str]:
         steps = trainer.global_step - (self.first_step or 0)
         if steps <= 0:
             return {}
@@ -330,18 +310,16 @@ class Pace:
 class Progress(TQDMProgressBar):
     """Lightning's bar with images/s and the time left for the whole run: for a terminal."""
 
-    def __init__(self, refresh_rate: int = 10) -> None:
-        super().__init__(refresh_rate=refresh_rate)
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10)
         self.pace = Pace()
 
     # On every rank: Lightning asks all of them for the metrics after a validation.
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         self.pace.start(trainer, batch)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        super().on_train_batch_start(trainer, module, batch, index)
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         return {**items, **self.pace.said(trainer)}
@@ -354,21 +332,14 @@ class Lines(Callback):
         self.metrics, self.seconds = metrics, seconds
         self.pace, self.last = Pace(), time.monotonic()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         self.pace.start(trainer, batch)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if time.monotonic() - self.last >= self.seconds:
-            self._say(trainer)
+            self.on_train_epoch_end(trainer)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._say(trainer)
-
-    def _say(self, trainer: pl.Trainer) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         self.last = time.monotonic()
         if not trainer.is_global_zero:
             return

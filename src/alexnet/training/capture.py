@@ -54,33 +54,21 @@ class Inputs:
     @classmethod
     def like(cls, batch: Batch, rates: list[float]) -> "Inputs":
         device = batch.images.device
-        held = Batch(
-            batch.images.clone(),
-            batch.labels.clone(),
-            Draws(*(t.clone() for t in batch.draws)),
-            batch.first_row,
-        )
+        draws = Draws(*(t.clone() for t in batch.draws))
+        held = Batch(batch.images.clone(), batch.labels.clone(), draws, batch.first_row)
         key = torch.zeros((), dtype=torch.int64, device=device)
-        return cls(
-            held,
-            key,
-            [torch.zeros((), device=device) if rate else None for rate in rates],
-            [0.0] * len(rates),
-        )
+        held_rates = [torch.zeros((), device=device) if rate else None for rate in rates]
+        return cls(held, key, held_rates, [0.0] * len(rates))
 
     def fill(self, batch: Batch, key: int, rates: list[float]) -> None:
-        torch._foreach_copy_(_tensors(self.batch), _tensors(batch))
+        # The corners of the crops are not read again: the images are the crops.
+        held, new = ([b.images, b.labels, b.draws.flip, b.draws.colour] for b in (self.batch, batch))
+        torch._foreach_copy_(held, new)
         self.key.fill_(key)
-        for i, rate in enumerate(rates):
-            held_rate = self.rates[i]
-            if held_rate is not None and rate != self.filled[i]:
+        for held_rate, filled, rate in zip(self.rates, self.filled, rates, strict=True):
+            if held_rate is not None and rate != filled:
                 held_rate.fill_(rate)
         self.filled = rates
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    """What a step reads of a batch. The corners of its crops are not read again: the images are the crops."""
-    return [batch.images, batch.labels, batch.draws.flip, batch.draws.colour]
 
 
 class Recorder(Protocol):
@@ -156,7 +144,9 @@ class CapturedStep:
         outputs = self.classifier.outputs(inputs.batch, inputs.key, colour_on)
         self.optimizer.zero_grad()
         outputs["loss"].backward()
-        self.classifier.clip(self.optimizer)
+        trainer = self.classifier.trainer
+        clip = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        self.classifier.configure_gradient_clipping(self.optimizer, *clip)
         self.optimizer.step(rates=inputs.rates)
         return {name: value.detach() for name, value in outputs.items()}
 

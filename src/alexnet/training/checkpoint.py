@@ -25,23 +25,16 @@ from alexnet.optim import OptimConfig
 from alexnet.training.network import Network
 from alexnet.training.record import read_record, refuse_other
 
-# Layers of ours under torchvision's names (torchvision.models.alexnet): the "one weird trick" network.
-TORCHVISION_LAYERS = {
-    "features.0": "conv1",
-    "features.3": "conv2",
-    "features.6": "conv3",
-    "features.8": "conv4",
-    "features.10": "conv5",
-    "classifier.1": "fc6",
-    "classifier.4": "fc7",
-    "classifier.6": "fc8",
+# Ours under torchvision's names (torchvision.models.alexnet), the "one weird trick" network: conv1 is features.0, ...
+LAYERS = {f"features.{i}": f"conv{number}" for number, i in zip(range(1, 6), (0, 3, 6, 8, 10), strict=True)}
+LAYERS |= {f"classifier.{i}": f"fc{number}" for number, i in zip(range(6, 9), (1, 4, 6), strict=True)}
+TORCHVISION = {
+    f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in LAYERS.items() for kind in ("weight", "bias")
 }
-PARAMETERS = ("weight", "bias")
 TORCHVISION_SCALING = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and std of 0..1 pixels
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of an exported network (export.py)
 # What torch.load makes of a file that is no checkpoint.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AssertionError, KeyError)
-
 
 CHECKPOINTS = "checkpoints"  # their folder in a run's directory
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -75,7 +68,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint as plain data. Raises UserError if it is missing, damaged, no checkpoint, or would execute code."""
     path = find(path)
     if path.suffix == ".safetensors":
-        return read_export(path)
+        return _read_export(path)
     if damage := _damage(path):
         raise UserError(f"checkpoint={path} is damaged: {damage}")
     try:
@@ -91,10 +84,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"checkpoint={path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint"
         ) from error
-    if isinstance(content, dict) and set(content) == {
-        f"{k}.{p}" for k in TORCHVISION_LAYERS for p in PARAMETERS
-    }:
-        return of_torchvision(content)
+    if isinstance(content, dict) and set(content) == set(TORCHVISION):
+        return _of_torchvision(content)
     if not isinstance(content, dict) or not isinstance(content.get("hyper_parameters"), dict):
         raise UserError(f"checkpoint={path} was not written by scripts/train.py: it has no hyper_parameters")
     missing = sorted({"model", "augment", "optim", "classes"} - set(content["hyper_parameters"]))
@@ -105,7 +96,7 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def read_export(path: Path) -> dict[str, Any]:
+def _read_export(path: Path) -> dict[str, Any]:
     """<folder>/model.safetensors with its config.json, as a checkpoint's content."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -119,7 +110,7 @@ def read_export(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def of_torchvision(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _of_torchvision(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """torchvision's own state dict as the content of a checkpoint of `owt`, with torchvision's classes and scaling.
 
     Its classes have no wnids; they are in the order of ImageNet's sorted wnids.
@@ -129,11 +120,9 @@ def of_torchvision(state: Mapping[str, Tensor]) -> dict[str, Any]:
     names = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
     n = len(state["classifier.6.bias"])
     classes = [{"wnid": "", "words": names[i] if n == len(names) else str(i)} for i in range(n)]
-    model = compose_group("model", "owt", ModelConfig, {"num_classes": n})
-    augment = AugmentConfig(crop_px=224, input=InputScale.normalised)
     hyper_parameters = {
-        "model": plain(model),
-        "augment": plain(augment),
+        "model": plain(compose_group("model", "owt", ModelConfig, {"num_classes": n})),
+        "augment": plain(AugmentConfig(crop_px=224, input=InputScale.normalised)),
         "optim": plain(OptimConfig()),
         "backend": Backends().resolve("cpu"),
         "classes": classes,
@@ -142,11 +131,11 @@ def of_torchvision(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "data": "imagenet",
         "resample": "bilinear",
     }
-    mean, std = (255 * torch.tensor(values) for values in TORCHVISION_SCALING)
-    scaling = {"augment.mean": mean, "augment.std": std}
-    colours = {"augment.eigenvalues": torch.zeros(3), "augment.eigenvectors": torch.eye(3)}
     weights = {f"net.{name}": value for name, value in from_torchvision(state).items()}
-    return {"hyper_parameters": hyper_parameters, "state_dict": {**weights, **scaling, **colours}}
+    mean, std = (255 * torch.tensor(values) for values in TORCHVISION_SCALING)
+    views = {"mean": mean, "std": std, "eigenvalues": torch.zeros(3), "eigenvectors": torch.eye(3)}
+    state_dict = weights | {f"augment.{name}": value for name, value in views.items()}
+    return {"hyper_parameters": hyper_parameters, "state_dict": state_dict}
 
 
 def _damage(path: Path) -> str:
@@ -185,8 +174,11 @@ def find(path: str | Path) -> Path:
 
 def load(path: str | Path, backend: Mapping[str, str] | None = None) -> Network:
     """The trained network, in evaluation mode, under any backend (default: the one it was trained with)."""
-    content = read(path)
-    _refuse_other_run(find(path), content)
+    content, file = read(path), find(path)
+    directory = file.parent.parent
+    if "identity" in content and file.parent.name == CHECKPOINTS and (directory / "run.json").exists():
+        # It was copied into the directory of another run.
+        refuse_other(f"{file} is of a run", content["identity"], read_record(directory)["config"])
     arguments = dict(content["hyper_parameters"])
     if unknown := sorted(set(arguments) - set(signature(Network).parameters)):
         raise UserError(
@@ -205,20 +197,8 @@ def load(path: str | Path, backend: Mapping[str, str] | None = None) -> Network:
     return network.eval()
 
 
-def _refuse_other_run(path: Path, content: dict[str, Any]) -> None:
-    """Raises UserError for a checkpoint that was copied into the directory of another run."""
-    directory = path.parent.parent
-    if "identity" in content and path.parent.name == CHECKPOINTS and (directory / "run.json").exists():
-        refuse_other(f"{path} is of a run", content["identity"], read_record(directory)["config"])
-
-
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's alexnet state dict under our names, for AlexNet with the `owt` preset."""
-    return {_rename(name): value for name, value in state.items()}
-
-
-def _rename(name: str) -> str:
-    layer, _, parameter = name.rpartition(".")
-    if layer not in TORCHVISION_LAYERS:
-        raise UserError(f"{name!r} must be a parameter of torchvision's alexnet")
-    return f"{TORCHVISION_LAYERS[layer]}.{parameter}"
+    if unknown := [name for name in state if name not in TORCHVISION]:
+        raise UserError(f"{unknown[0]!r} must be a parameter of torchvision's alexnet")
+    return {TORCHVISION[name]: value for name, value in state.items()}

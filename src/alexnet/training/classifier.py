@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from alexnet.cli import typed
-from alexnet.data.module import Batch, ImageData
+from alexnet.data.module import Batch
 from alexnet.layers import cross_entropy, dropout_key
 from alexnet.optim import Krizhevsky, OptimConfig, build_optimizer, build_scheduler, conv1_scale
 from alexnet.training.master_weights import WorkingCopies, build_fused
@@ -35,7 +35,6 @@ class Classifier(Network, pl.LightningModule):
         super().__init__(optim=optim, backend=backend, classes=classes, **more)
         self.save_hyperparameters(self.arguments)
         self.optim_config = typed(OptimConfig, optim)
-        self.colour_until = self.augment.config.colour_until
         self.loss_backend = backend["cross_entropy"]
         self.copies: WorkingCopies | None = None
         self.captured = False  # the step is one CUDA graph (capture.py)
@@ -67,7 +66,7 @@ class Classifier(Network, pl.LightningModule):
     @property
     def colour_on(self) -> bool:
         """Whether this epoch's images get colour noise."""
-        return self.progress < self.colour_until
+        return self.progress < self.augment.config.colour_until
 
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
         key = dropout_key(self.seed, self.global_step, 0)
@@ -118,8 +117,12 @@ class Classifier(Network, pl.LightningModule):
             metric.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.make_optimizer()
-        scheduler = build_scheduler(optimizer, self.optim_config, self._steps())
+        optimizer, data = self.make_optimizer(), self.trainer.datamodule  # type: ignore[attr-defined]
+        # Not trainer.estimated_stepping_batches: asked for here, it sets the loaders up before the checkpoint is read,
+        # and their positions in it are lost.
+        batches, limit = len(data.train_dataloader()), self.trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        scheduler = build_scheduler(optimizer, self.optim_config, batches * self.optim_config.epochs)
         if not isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         self.plateau = scheduler
@@ -158,26 +161,10 @@ class Classifier(Network, pl.LightningModule):
         else:
             nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
-    def clip(self, optimizer: Any) -> None:
-        """Clips the gradients as trainer.gradient_clip_val says; for a step that Lightning does not run."""
-        trainer = self.trainer
-        self.configure_gradient_clipping(
-            optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm"
-        )
-
     def optimizer_zero_grad(self, epoch: int, batch_index: int, optimizer: torch.optim.Optimizer) -> None:
         """Lightning asks for it after `training_step`; a captured step has used its gradients by then."""
         if not self.captured:
             optimizer.zero_grad()
-
-    def _steps(self) -> int:
-        """Updates in the whole run. Not trainer.estimated_stepping_batches: asked for here, it sets the loaders up
-        before the checkpoint is read, and their positions in it are lost."""
-        data: ImageData = self.trainer.datamodule  # type: ignore[attr-defined]
-        batches = len(data.train_dataloader())
-        limit = self.trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return batches * self.optim_config.epochs
 
     # Lightning would step the plateau rule after the epoch's checkpoint and not at all when resumed from it, so the
     # rule is stepped here, before the checkpoint, and its state travels with the module.

@@ -94,26 +94,26 @@ class FusedKrizhevsky(Krizhevsky):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, rate in zip(self.param_groups, rates or self._rate_tensors(), strict=True):
+        if rates is None:
+            device = self.param_groups[0]["params"][0].device
+            # Filled there: a number copied to a GPU would wait for it.
+            rates = [
+                torch.full((), r, dtype=torch.float32, device=device) if r else None for r in self.rates()
+            ]
+        for group, rate in zip(self.param_groups, rates, strict=True):
             params = [p for p in group["params"] if self.copy_of.get(p, p).grad is not None]
-            if rate is not None and params:
-                self._update_group(params, rate, group["momentum"], group["weight_decay"])
+            if rate is None or not params:
+                continue
+            gradients = [self.copy_of.get(p, p).grad for p in params]
+            velocities = [self._velocity(p) for p in params]
+            copies = [self.copy_of[p].detach() for p in params if p in self.copy_of]
+            masters, decay = [p.detach() for p in params], group["weight_decay"]
+            self._update(masters, gradients, velocities, copies, rate, group["momentum"], decay)
         return loss
 
     def rates(self) -> list[float]:
         """The rate of each group now; 0 where a group is frozen."""
         return [group["lr"] * group["scale"] for group in self.param_groups]
-
-    def _rate_tensors(self) -> list[Tensor | None]:
-        device = self.param_groups[0]["params"][0].device
-        # Filled there: a number copied to a GPU would wait for it.
-        return [torch.full((), r, dtype=torch.float32, device=device) if r else None for r in self.rates()]
-
-    def _update_group(self, params: Tensors, rate: Tensor, momentum: float, decay: float) -> None:
-        gradients = [self.copy_of.get(p, p).grad for p in params]
-        velocities = [self._velocity(p) for p in params]
-        copies = [self.copy_of[p].detach() for p in params if p in self.copy_of]
-        self._update([p.detach() for p in params], gradients, velocities, copies, rate, momentum, decay)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from alexnet.errors import UserError
@@ -57,17 +57,13 @@ class Row:
 
     @classmethod
     def of(cls, cells: Mapping[str, str | None]) -> "Row":
-        def number(column: str) -> float | None:
-            cell = cells.get(column)
-            return float(cell) if cell else None
-
         def numbers(columns: Mapping[str, str]) -> dict[str, float]:
-            found = {quantity: number(column) for quantity, column in columns.items()}
-            return {quantity: value for quantity, value in found.items() if value is not None}
+            return {quantity: float(cell) for quantity, name in columns.items() if (cell := cells.get(name))}
 
         step, epoch = (int(cells[column] or "") for column in ("step", "epoch"))
-        images = number("images_per_second")
-        return cls(Kind(_kind(cells)), step, epoch, numbers(TRAIN), numbers(HOLDOUT), images)
+        cell = cells.get("images_per_second")
+        speed = float(cell) if cell else None
+        return cls(Kind(_kind(cells)), step, epoch, numbers(TRAIN), numbers(HOLDOUT), speed)
 
 
 def _kind(cells: Mapping[str, str | None]) -> str:
@@ -209,7 +205,7 @@ class MetricsFile(Callback):
             ) from error
         return HEADER + "".join(_line({**row, "kind": _kind(row)}) for row in rows)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self.started = self.window_started = time.monotonic()
         if trainer.is_global_zero:
             write_whole(self.path, self.text)
@@ -220,7 +216,7 @@ class MetricsFile(Callback):
         return self.seconds_before + here
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         totals = outputs["totals"]
         if trainer.world_size > 1:
@@ -234,27 +230,24 @@ class MetricsFile(Callback):
             self._write(trainer, Kind.steps, self.window, {"images_per_second": f"{speed:.1f}"})
             self.window, self.window_started = Sums(), now
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, *_: Any) -> None:
         self.validation_started = time.monotonic()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         self.window_started += time.monotonic() - self.validation_started  # images/s are those of training
         if self.epoch.images:
             values = {column: repr(float(trainer.callback_metrics[column])) for column in HOLDOUT.values()}
             self._write(trainer, Kind.epoch, self.epoch, values)
             self.epoch = Sums()
 
-    def _write(self, trainer: pl.Trainer, kind: Kind, sums: "Sums", more: Mapping[str, str]) -> None:
+    def _write(self, trainer: Trainer, kind: Kind, sums: "Sums", more: Mapping[str, str]) -> None:
         """Appends a row; loggers of conf/logger get its numbers too."""
         if not trainer.is_global_zero:
             return
+        # The rate that the schedule moves: biases may keep theirs, and conv1 may be frozen.
+        rate = next(g["lr"] for g in trainer.optimizers[0].param_groups if g["name"] == "others.weight")
         means = {TRAIN[quantity]: repr(mean) for quantity, mean in sums.means().items()}
-        row = {
-            "lr": rate_of_weights(trainer.optimizers[0]),
-            **means,
-            **more,
-            "seconds": f"{self.seconds():.1f}",
-        }
+        row = {"lr": float(rate), **means, **more, "seconds": f"{self.seconds():.1f}"}
         cells = {"step": trainer.global_step, "epoch": trainer.current_epoch, **row, "kind": kind}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(cells))
@@ -264,11 +257,6 @@ class MetricsFile(Callback):
         numbers: Mapping[str, Any] = row if kind == Kind.steps else more
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in numbers.items()}, trainer.global_step)
-
-
-def rate_of_weights(optimizer: torch.optim.Optimizer) -> float:
-    """The rate that the schedule moves: biases may keep theirs, and conv1 may be frozen."""
-    return float(next(g["lr"] for g in optimizer.param_groups if g["name"] == "others.weight"))
 
 
 class Sums:

@@ -7,6 +7,7 @@ with broken weights the last one was the first.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,12 +31,10 @@ def origin(
             found.append(f"the output of {names[module]}, for {broken} of {len(output)} images")
 
     names = {module: name for name, module in net.named_modules() if not list(module.children())}
-    hooks = [module.register_forward_hook(look) for module in names]
-    try:
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(look))
         forward(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found[0] if found else "the loss itself: the logits are finite"
 
 

@@ -27,8 +27,10 @@ eight.
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -94,56 +96,51 @@ class Probe:
         plateau, signal = f"ln({self.classes}) = {math.log(self.classes):.3f}", f"{self.logit_signal:.2g}"
         if not math.isfinite(self.loss):
             return "The first loss is not a number: lower model.init_std, or check the images and their mean."
-        if self.stalls:
-            return (
-                f"Expect a plateau at {plateau}: from image to image the logits differ by {signal} only "
-                f"(training starts at once above {STALLS}). {self._remedy()}"
-            )
-        if self.loss > TOO_LOUD * math.log(self.classes):
-            return (
-                f"Expect a burst or NaN: the first loss is {self.loss:.3g}, guessing gives {plateau}. "
-                "Lower model.init_std or optim.lr; model.init=he belongs to augment.input=normalised."
-            )
-        return f"No plateau expected: from image to image the logits differ by {signal} (above {STALLS})."
-
-    def _remedy(self) -> str:
-        worst = max((layer for layer in self.layers if layer.dead), key=_dead, default=None)
-        if worst and _dead(worst) > MANY_DEAD:
-            return f"{worst.dead:.0%} of the units after {worst.name} are dead: raise model.init_bias there."
-        if self.input_rms < RAW_RMS:
-            return (
+        if not self.stalls:
+            if self.loss > TOO_LOUD * math.log(self.classes):
+                return (
+                    f"Expect a burst or NaN: the first loss is {self.loss:.3g}, guessing gives {plateau}. "
+                    "Lower model.init_std or optim.lr; model.init=he belongs to augment.input=normalised."
+                )
+            return f"No plateau expected: from image to image the logits differ by {signal} (above {STALLS})."
+        dead, worst = max(((layer.dead or 0.0, layer.name) for layer in self.layers), key=itemgetter(0), default=(0.0, ""))
+        if dead > MANY_DEAD:
+            remedy = f"{dead:.0%} of the units after {worst} are dead: raise model.init_bias there."
+        elif self.input_rms < RAW_RMS:
+            remedy = (
                 f"The input has rms {self.input_rms:.2g}: these weights are meant for raw pixels. "
                 "Set model.init=he 'model.init_bias=[0,0,0,0,0,0,0,0]', or augment.input=mean_image and "
                 "model.init=fan_in with model=code145's weights."
             )
+        else:
+            remedy = (
+                "Use the 2012 code's weights, scaled to this net: model.init=fan_in, init_std .03 "
+                "for conv3, conv4, conv5 (as model=code145 has); or augment.input=normalised, model.init=he."
+            )
         return (
-            "Use the 2012 code's weights, scaled to this net: model.init=fan_in, init_std .03 "
-            "for conv3, conv4, conv5 (as model=code145 has); or augment.input=normalised, model.init=he."
+            f"Expect a plateau at {plateau}: from image to image the logits differ by {signal} only "
+            f"(training starts at once above {STALLS}). {remedy}"
         )
 
     def table(self) -> str:
         """Text of at most 100 columns: layers, denominators of the response norms, logits."""
-        guess = f"ln({self.classes}) = {math.log(self.classes):.3f}"
-        norms = [(n.name, f"{n.median:.5f}", f"{n.p99:.5f}", f"{n.largest:.5f}") for n in self.norms]
-        parts: list[list[tuple[str, ...]]] = [
-            [("layer", "rms", "image rms", "correlation", "dead", "|g|/|w|"), *map(_cells, self.layers)],
-            [("response norm, s/k", "median", "99 %", "largest"), *norms] if norms else [],
-            [
-                ("logit signal", f"{self.logit_signal:.2g}", f"stalls below {STALLS}"),
-                ("first loss", f"{self.loss:.4g}", f"guessing: {guess}"),
-            ],
+        layers: list[tuple[str, ...]] = [("layer", "rms", "image rms", "correlation", "dead", "|g|/|w|")]
+        for y in self.layers:
+            dead = "" if y.dead is None else f"{y.dead:.1%}"
+            ratio = "" if y.gradient_to_weight is None else f"{y.gradient_to_weight:.1e}"
+            layers.append((y.name, f"{y.rms:.3g}", f"{y.image_rms:.2g}", f"{y.correlation:.4f}", dead, ratio))
+        norms: list[tuple[str, ...]] = [("response norm, s/k", "median", "99 %", "largest")]
+        norms += [(n.name, f"{n.median:.5f}", f"{n.p99:.5f}", f"{n.largest:.5f}") for n in self.norms]
+        logits: list[tuple[str, ...]] = [
+            ("logit signal", f"{self.logit_signal:.2g}", f"stalls below {STALLS}"),
+            (
+                "first loss",
+                f"{self.loss:.4g}",
+                f"guessing: ln({self.classes}) = {math.log(self.classes):.3f}",
+            ),
         ]
-        return "\n\n".join(table(rows, right=range(1, len(rows[0]))) for rows in parts if rows)
-
-
-def _dead(layer: Layer) -> float:
-    return layer.dead or 0.0
-
-
-def _cells(layer: Layer) -> tuple[str, ...]:
-    dead = "" if layer.dead is None else f"{layer.dead:.1%}"
-    ratio = "" if layer.gradient_to_weight is None else f"{layer.gradient_to_weight:.1e}"
-    return layer.name, f"{layer.rms:.3g}", f"{layer.image_rms:.2g}", f"{layer.correlation:.4f}", dead, ratio
+        parts = (layers, norms, logits) if self.norms else (layers, logits)
+        return "\n\n".join(table(rows, right=range(1, len(rows[0]))) for rows in parts)
 
 
 def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Probe:
@@ -157,7 +154,26 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Pro
         raise UserError("The probe compares images and got one: give it at least two, better 32.")
     layers: list[Layer] = []
     norms: list[Denominators] = []
-    with _untouched(model), _hooks(model, layers, norms):
+    last = "input"
+
+    @torch.no_grad()
+    def measure(name: str, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        """A module without weights is named after the layer it follows, since one activation may serve them all."""
+        nonlocal last
+        last = name if _weight(module) is not None else last
+        label = name if _weight(module) is not None else f"{last} {type(module).__name__}"
+        layers.append(_layer(label, y.detach().float()))
+        s = _denominators(module, inputs[0].detach().float())
+        if s is not None:
+            # From every so-many-th value: torch.quantile takes 16 million at most.
+            sample = s.flatten()[:: max(1, s.numel() // 1_000_000)]
+            median, p99 = torch.quantile(sample, torch.tensor([0.5, 0.99], device=s.device)).tolist()
+            norms.append(Denominators(label, median, p99, float(s.max())))
+
+    with _untouched(model), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if not any(module.children()) and not type(module).__name__.startswith(SILENT):
+                hooks.enter_context(module.register_forward_hook(partial(measure, name)))
         logits = model(images).float()
         if labels is None:
             labels = torch.arange(len(images), device=images.device) % logits.shape[1]
@@ -168,15 +184,11 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Pro
         images=len(images),
         classes=logits.shape[1],
         input_rms=_rms(images.float()),
-        layers=tuple(_with_gradient(layer, ratios) for layer in layers),
+        layers=tuple(replace(layer, gradient_to_weight=ratios.get(layer.name)) for layer in layers),
         norms=tuple(norms),
         logit_signal=float(logits.detach().std(0).mean()),
         loss=float(loss.detach()),
     )
-
-
-def _with_gradient(layer: Layer, ratios: dict[str, float]) -> Layer:
-    return Layer(**(asdict(layer) | {"gradient_to_weight": ratios.get(layer.name)}))
 
 
 @contextmanager
@@ -205,35 +217,6 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-@contextmanager
-def _hooks(model: nn.Module, layers: list[Layer], norms: list[Denominators]) -> Iterator[None]:
-    """Measures every leaf module as it runs. A module without weights is named after the layer it follows,
-    since one activation may serve them all."""
-    last = "input"
-
-    def hook_for(name: str) -> Any:
-        @torch.no_grad()
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-            nonlocal last
-            last = name if _weight(module) is not None else last
-            label = name if _weight(module) is not None else f"{last} {type(module).__name__}"
-            layers.append(_layer(label, y.detach().float()))
-            s = _denominators(module, inputs[0].detach().float())
-            if s is not None:
-                norms.append(_quantiles(label, s))
-
-        return hook
-
-    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-    heard = [(n, m) for n, m in leaves if not type(m).__name__.startswith(SILENT)]
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in heard]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _weight(module: nn.Module) -> nn.Parameter | None:
     weight = getattr(module, "weight", None)
     return weight if isinstance(weight, nn.Parameter) else None
@@ -258,23 +241,15 @@ def _layer(name: str, y: Tensor) -> Layer:
 
 def _denominators(module: nn.Module, x: Tensor) -> Tensor | None:
     """s/k of a response norm for its input x (N, C, H, W); None for any other module."""
-    kind = type(module).__name__
     size, alpha, k = (getattr(module, name, None) for name in ("size", "alpha", "k"))
     if size is None or alpha is None or k is None:
         return None
-    if kind == "SameMapNorm":
+    if type(module).__name__ == "SameMapNorm":
         return 1 + alpha / k * F.avg_pool2d(x.square(), size, 1, size // 2)
     if str(getattr(module, "order", "")).startswith("relu"):
         x = x.relu()
     towers = x.square().unflatten(1, (getattr(module, "groups", 1), -1))  # (N, towers, C / towers, H, W)
     return 1 + alpha / (k * size) * window_sum(towers, 2, size // 2, (size - 1) // 2)
-
-
-def _quantiles(name: str, s: Tensor) -> Denominators:
-    """From every so-many-th value: torch.quantile takes 16 million at most."""
-    sample = s.flatten()[:: max(1, s.numel() // 1_000_000)]
-    median, p99 = torch.quantile(sample, torch.tensor([0.5, 0.99], device=s.device)).tolist()
-    return Denominators(name, median, p99, float(s.max()))
 
 
 def _gradients(model: nn.Module, used: Mapping[str, Tensor]) -> Iterator[tuple[str, float, float]]:
@@ -316,34 +291,30 @@ def explain_stall(
     rows = list(_gradients(model, dict(model.named_parameters()) if used is None else used))
     cells = [(name, f"{ratio:.1e}", f"{dead:.0%}") for name, ratio, dead in rows]
     layers = table([("layer", "|g|/|w|", "dead"), *cells], right=(1, 2))
-    return "\n".join([_what(loss, classes, step, origin), layers, _next_step(model, loss, rows)])
-
-
-def _what(loss: float, classes: int, step: int, origin: str) -> str:
-    if not math.isfinite(loss):
-        return f"Step {step:,}: the loss is {loss}" + (f"; first not finite: {origin}." if origin else ".")
-    guess = math.log(classes)
-    return (
-        f"Step {step:,}: the loss is {loss:.4f}, {abs(loss / guess - 1):.1%} from ln({classes}) = {guess:.4f}: "
-        "every image gets the same answer."
-    )
-
-
-def _next_step(model: nn.Module, loss: float, rows: list[tuple[str, float, float]]) -> str:
-    broken = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
-    if broken or not math.isfinite(loss):
-        where = f"{broken[0]} is no longer finite. " if broken else ""
-        return (
-            f"Next: {where}Train with a tenth of the rate (optim.lr), from the last good checkpoint or anew."
+    if math.isfinite(loss):
+        guess = math.log(classes)
+        what = (
+            f"{loss:.4f}, {abs(loss / guess - 1):.1%} from ln({classes}) = {guess:.4f}: "
+            "every image gets the same answer."
         )
-    if not rows:
-        return "Next: no layer has a gradient: is everything frozen?"
+    else:
+        what = f"{loss}; first not finite: {origin}." if origin else f"{loss}."
+    broken = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
     # A dead layer starves all layers before it, so the last one in the list is the culprit.
     culprit = next((name for name, _, dead in reversed(rows) if dead > MANY_DEAD), None)
-    if culprit:
-        return f"Next: {culprit} is dead; no step revives it. Start anew with a lower rate (optim.lr) or another seed."
-    return (
-        "Next: run the same command with probe=true; its verdict names the remedy. It is mostly the start: use\n"
-        "model=code145's weights with model.init=fan_in on raw pixels, or model.init=he on normalised ones.\n"
-        "Some starts leave the plateau after thousands of steps: a larger watchdog_steps waits for them."
-    )
+    if broken or not math.isfinite(loss):
+        where = f"{broken[0]} is no longer finite. " if broken else ""
+        then = f"{where}Train with a tenth of the rate (optim.lr), from the last good checkpoint or anew."
+    elif not rows:
+        then = "no layer has a gradient: is everything frozen?"
+    elif culprit:
+        then = (
+            f"{culprit} is dead; no step revives it. Start anew with a lower rate (optim.lr) or another seed."
+        )
+    else:
+        then = (
+            "run the same command with probe=true; its verdict names the remedy. It is mostly the start: use\n"
+            "model=code145's weights with model.init=fan_in on raw pixels, or model.init=he on normalised ones.\n"
+            "Some starts leave the plateau after thousands of steps: a larger watchdog_steps waits for them."
+        )
+    return f"Step {step:,}: the loss is {what}\n{layers}\nNext: {then}"
