@@ -198,7 +198,7 @@ def _write(
         "store_sha256": store.manifest["sha256"],
         "results": [r.as_dict() for r in results],
         "calibration": reliability,
-        "paper": [r.as_dict() for r in references],
+        "paper": [asdict(row) for row in references],
         **environment(),
     }
     elsewhere = Path(config.output_dir) / "evaluate" / _file_name(config, paths, in_run=False)

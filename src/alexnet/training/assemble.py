@@ -104,7 +104,7 @@ class TrainingRun:
             return None
         there, here = content.get("identity"), self.same_run
         if there is None:
-            # Until November 2026 a checkpoint knew its network alone. It may be trained under another backend.
+            # Until November 2026 a checkpoint knew its network alone. The backend may be another one.
             there = {**content["hyper_parameters"], "backend": {}}
             here = _shared(there, self.classifier.arguments)
         refuse_other(f"{path} is of a run", there, here)
@@ -310,7 +310,7 @@ def build_trainer(
     signals: Signals,
     each_step: bool,
 ) -> pl.Trainer:
-    """lightning.Trainer from conf/trainer/*.yaml, with the loggers of conf/logger, our callbacks, and conf/callbacks.
+    """The trainer of conf/trainer/*.yaml, the loggers of conf/logger, our callbacks and conf/callbacks.
 
     Enters into `resolved` whether the step is captured.
     """

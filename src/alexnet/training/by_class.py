@@ -65,12 +65,11 @@ def errors_by_class(confusion: np.ndarray, names: Sequence[str]) -> list[ClassEr
     """The classes that have images, in order of their labels."""
     found = []
     for label, counts in enumerate(confusion):
-        n = int(counts.sum())
         others = counts.copy()
         others[label] = 0
-        most = [int(k) for k in np.argsort(-others, kind="stable")[:TAKEN_FOR] if others[k]]
-        if n:
-            taken_for = [(names[k], int(others[k])) for k in most]
+        most = np.argsort(-others, kind="stable")[:TAKEN_FOR]
+        taken_for = [(names[k], int(others[k])) for k in most if others[k]]
+        if n := int(counts.sum()):
             found.append(ClassError(label, names[label], n, float(others.sum() / n), taken_for))
     return found
 

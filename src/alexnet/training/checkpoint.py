@@ -25,7 +25,7 @@ from alexnet.optim import OptimConfig
 from alexnet.training.network import Network
 from alexnet.training.record import read_record, refuse_other
 
-# Ours under torchvision's names (torchvision.models.alexnet), the "one weird trick" network: conv1 is features.0, ...
+# Ours under the names of torchvision.models.alexnet, the "one weird trick" network: conv1 is features.0, ...
 LAYERS = {f"features.{i}": f"conv{number}" for number, i in zip(range(1, 6), (0, 3, 6, 8, 10), strict=True)}
 LAYERS |= {f"classifier.{i}": f"fc{number}" for number, i in zip(range(6, 9), (1, 4, 6), strict=True)}
 TORCHVISION = {

@@ -118,8 +118,8 @@ class Classifier(Network, pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, data = self.make_optimizer(), self.trainer.datamodule  # type: ignore[attr-defined]
-        # Not trainer.estimated_stepping_batches: asked for here, it sets the loaders up before the checkpoint is read,
-        # and their positions in it are lost.
+        # Not trainer.estimated_stepping_batches: asked for here, it sets the loaders up before the checkpoint is
+        # read, and their positions in it are lost.
         batches, limit = len(data.train_dataloader()), self.trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         scheduler = build_scheduler(optimizer, self.optim_config, batches * self.optim_config.epochs)

@@ -44,7 +44,12 @@ def compare(directories: Sequence[Path]) -> list[dict[str, Any]]:
         }
         for directory, config, record in zip(directories, configs, records, strict=True)
     ]
-    return sorted(rows, key=_error)
+
+    def error(row: dict[str, Any]) -> float:
+        there = (row["results"][split]["top1_error"] for split in SPLITS if split in row["results"])
+        return next(there, math.inf)
+
+    return sorted(rows, key=error)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -55,16 +60,17 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _error(row: dict[str, Any]) -> float:
-    errors = [row["results"][split]["top1_error"] for split in SPLITS if split in row["results"]]
-    return errors[0] if errors else math.inf
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line per run, as `compare` sorts them. Keys that do not fit into the width are named below it."""
     root = os.path.commonpath([Path(row["run"]).parents[1] for row in rows])
     keys = list(rows[0]["differs"])
-    lines = [_cells(row, root, keys) for row in rows]
+    lines = []
+    for row in rows:
+        results = {split: Result.from_dict(values) for split, values in row["results"].items()}
+        errors = [percent(results[split].top1_error) if split in results else "-" for split in SPLITS]
+        minutes = row["state"] if row["seconds"] is None else f"{row['seconds'] / 60:.1f}"
+        different = (str(row["differs"][key]) for key in keys)
+        lines.append([os.path.relpath(row["run"], root), *different, *errors, minutes])
     head = ["run", *(key.rpartition(".")[2] for key in keys)]
     head += [*(f"{split} top-1 error %" for split in SPLITS), "minutes"]
     widths = [max(map(len, column)) + 2 for column in zip(head, *lines, strict=True)]
@@ -73,10 +79,3 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     shown = [[*line[: 1 + n], *line[-3:]] for line in (head, *lines)]
     more = [f"they differ also in {', '.join(keys[n:])}"] * (n < len(keys))
     return "\n".join([f"runs below {root}: {len(rows)}", cli.table(shown, right=(n + 3,)), *more])
-
-
-def _cells(row: dict[str, Any], root: str, keys: Sequence[str]) -> list[str]:
-    results = {split: Result.from_dict(values) for split, values in row["results"].items()}
-    errors = [percent(results[split].top1_error) if split in results else "-" for split in SPLITS]
-    minutes = row["state"] if row["seconds"] is None else f"{row['seconds'] / 60:.1f}"
-    return [os.path.relpath(row["run"], root), *(str(row["differs"][k]) for k in keys), *errors, minutes]

@@ -19,6 +19,7 @@ NEEDED = ("accelerator", "devices", "strategy", "precision", "max_epochs", "enab
 # The values that other arguments may have, and what to do instead of another value: it would end a run, step its rate
 # or look at the holdout elsewhere than the schedule does, or have no effect; Lightning would say so late or never.
 _EVERY_EPOCH = "the holdout is evaluated after every epoch, leave it out"
+_SET_HERE = "it is set by this project, leave it out"
 ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "_target_": (("lightning.pytorch.Trainer",), "leave it out"),
     "accelerator": (("auto", "cpu", "gpu", "cuda"), "choose one of auto, cpu, gpu"),
@@ -33,10 +34,10 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_checkpointing": ((None, True), "set checkpoint_every=0 for one checkpoint an epoch"),
     "callbacks": ((), "add one to the group, +callbacks.<name>._target_=<class>"),
     "logger": ((), "choose one of the group, logger=tensorboard"),
-    **{
-        key: ((), "it is set by this project, leave it out")
-        for key in ("plugins", "default_root_dir", "enable_model_summary", "num_sanity_val_steps")
-    },
+    "plugins": ((), _SET_HERE),
+    "default_root_dir": ((), _SET_HERE),
+    "enable_model_summary": ((), _SET_HERE),
+    "num_sanity_val_steps": ((), _SET_HERE),
     "use_distributed_sampler": (
         (False,),
         "images are dealt out to the devices by data/module.py, leave it out",
@@ -103,10 +104,8 @@ class Train:
             raise UserError(f"freeze={self.freeze} would freeze random weights: set init_from=<checkpoint>")
         for name, least in {"log_every": 1, "checkpoint_every": 0, "watchdog_steps": 1}.items():
             if getattr(self, name) < least:
-                wanted = (
-                    "a positive integer" if least else "a positive integer, or 0 for none within an epoch"
-                )
-                raise UserError(f"{name}={getattr(self, name)} must be {wanted}")
+                none = "" if least else ", or 0 for none within an epoch"
+                raise UserError(f"{name}={getattr(self, name)} must be a positive integer{none}")
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
@@ -137,5 +136,4 @@ def check_callbacks(callbacks: Mapping[str, Any], loggers: Mapping[str, Any]) ->
 
 def compose_train(overrides: Sequence[str]) -> Train:
     """conf/train.yaml with these overrides. Raises UserError, one line, for what the user can put right."""
-    config: Train = compose("train", Train, overrides)
-    return config
+    return compose("train", Train, overrides)

@@ -6,8 +6,6 @@ convolutions stay as they were; they get no gradient. The input is scaled by the
 
 from typing import Any
 
-from torch import Tensor
-
 from alexnet.data.store import sha256
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
@@ -26,24 +24,16 @@ def take_weights(net: AlexNet, origin: str, classes: list[dict[str, str]]) -> di
     given = {name.removeprefix("net."): value for name, value in content["state_dict"].items()}
     own = net.state_dict()
     new = HEAD if content["hyper_parameters"]["classes"] != classes else ()
-    for name, value in own.items():
-        if name not in new:
-            _refuse_other_shape(origin, name, value, given.get(name))
+    for name, here in own.items():
+        there = given.get(name)
+        if name not in new and (there is None or there.shape != here.shape):
+            found = "missing" if there is None else f"{tuple(there.shape)}"
+            raise UserError(
+                f"init_from={origin}: {name} is {found} there and {tuple(here.shape)} here: "
+                "choose the model=... it was trained with"
+            )
     net.load_state_dict({name: value if name in new else given[name] for name, value in own.items()})
-    return {
-        "path": str(path),
-        "sha256": sha256(path),
-        "new_layers": sorted({name.split(".")[0] for name in new}),
-    }
-
-
-def _refuse_other_shape(origin: str, name: str, here: Tensor, there: Tensor | None) -> None:
-    if there is None or there.shape != here.shape:
-        found = "missing" if there is None else f"{tuple(there.shape)}"
-        raise UserError(
-            f"init_from={origin}: {name} is {found} there and {tuple(here.shape)} here: choose the model=... it was "
-            "trained with"
-        )
+    return {"path": str(path), "sha256": sha256(path), "new_layers": ["fc8"] * bool(new)}
 
 
 def freeze_features(net: AlexNet) -> None:

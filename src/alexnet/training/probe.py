@@ -103,7 +103,8 @@ class Probe:
                     "Lower model.init_std or optim.lr; model.init=he belongs to augment.input=normalised."
                 )
             return f"No plateau expected: from image to image the logits differ by {signal} (above {STALLS})."
-        dead, worst = max(((layer.dead or 0.0, layer.name) for layer in self.layers), key=itemgetter(0), default=(0.0, ""))
+        shares = [(layer.dead or 0.0, layer.name) for layer in self.layers]
+        dead, worst = max(shares, key=itemgetter(0), default=(0.0, ""))
         if dead > MANY_DEAD:
             remedy = f"{dead:.0%} of the units after {worst} are dead: raise model.init_bias there."
         elif self.input_rms < RAW_RMS:
@@ -158,7 +159,7 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Pro
 
     @torch.no_grad()
     def measure(name: str, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        """A module without weights is named after the layer it follows, since one activation may serve them all."""
+        """A module without weights is named after the layer it follows: one activation may serve them all."""
         nonlocal last
         last = name if _weight(module) is not None else last
         label = name if _weight(module) is not None else f"{last} {type(module).__name__}"

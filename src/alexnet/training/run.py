@@ -90,7 +90,7 @@ def _train(config: Train, lock: bool, signals: Signals) -> float | None:
                 run.record.update(state="interrupted")
             raise
         finally:
-            # Lightning closes every logger but this one, which would take the next run of a sweep for the same.
+            # Lightning closes every logger but this one, which would take a sweep's next run for the same.
             wandb = sys.modules.get("wandb")
             if wandb is not None and wandb.run is not None:
                 wandb.finish()
@@ -183,7 +183,8 @@ def _headline(run: assemble.TrainingRun) -> str:
     captured = ", step captured as one CUDA graph" if resolved["captured"] else ""
     lines = [
         str(run.directory),
-        f"  {parameters:,} parameters, {len(run.data.classes)} classes, {train:,} train and {holdout:,} holdout images",
+        f"  {parameters:,} parameters, {len(run.data.classes)} classes, "
+        f"{train:,} train and {holdout:,} holdout images",
         f"  {resolved['device']}, precision {resolved['precision']}, backend {backends}{captured}",
         *(f"  {note}" for note in run.notes),
     ]

@@ -18,7 +18,7 @@ give another error. How much another *seed* changes it is a different question, 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from statistics import NormalDist
 from typing import Any, NamedTuple, Protocol
@@ -80,12 +80,11 @@ class Result:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Result":
         """The inverse of `as_dict`."""
+        intervals = {
+            k.removesuffix("_interval"): bounds for k, bounds in plain.items() if k.endswith("_interval")
+        }
         values = {key: value for key, value in plain.items() if not key.endswith("_interval")}
-        for key, interval in plain.items():
-            if key.endswith("_interval"):
-                name = key.removesuffix("_interval")
-                values[name] = Estimate(plain[name], *interval)
-        return cls(**values)
+        return cls(**values | {name: Estimate(plain[name], *bounds) for name, bounds in intervals.items()})
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,6 @@ class PaperRow:
     networks: int
     top1_error: float
     top5_error: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # Trained from scratch only: the rows with a star were pre-trained on other ImageNet releases.
@@ -152,27 +148,16 @@ def log_probabilities(
         ):
             parts = []
             for start in range(0, len(rows), step):
-                batch = _read(images, rows[start : start + step]).to(device)
-                parts.append(_batch(model, augment, batch, views).cpu())
+                # Indexing by an array copies, also from a read-only map.
+                batch = torch.as_tensor(images[rows[start : start + step]]).to(device)
+                x = augment.centre(batch).unsqueeze(1) if views == 1 else augment.ten_views(batch)
+                logits = model(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])  # (B, views, classes)
+                parts.append((logits.log_softmax(-1).logsumexp(1) - math.log(views)).cpu())
                 bar.update(len(batch))
         return torch.cat(parts)
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _read(images: np.ndarray | Tensor, rows: np.ndarray) -> Tensor:
-    """The rows of a store as a tensor of their own: indexing by an array copies, also from a read-only map."""
-    if isinstance(images, Tensor):
-        return images[torch.as_tensor(rows, device=images.device)]
-    return torch.from_numpy(images[rows])
-
-
-def _batch(model: nn.Module, augment: Views, images: Tensor, views: int) -> Tensor:
-    """uint8 images (B, px, px, 3) -> log of the softmax averaged over the views, (B, classes)."""
-    x = augment.centre(images).unsqueeze(1) if views == 1 else augment.ten_views(images)
-    logits = model(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])  # (B, views, classes)
-    return logits.log_softmax(-1).logsumexp(1) - math.log(views)
 
 
 def average(log_probs: Sequence[Tensor]) -> Tensor:
@@ -200,20 +185,10 @@ def score(
     Raises UserError for fewer than two images, labels the network has no output for, and NaN outputs.
     """
     truth = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-    _check(log_probs, truth)
-    top = log_probs.topk(min(5, log_probs.shape[1])).indices == truth[:, None]  # (N, 5)
-    wrong1, wrong5 = int((~top[:, 0]).sum()), int((~top.any(1)).sum())
     n, classes = log_probs.shape
-    loss = -log_probs.double().gather(1, truth[:, None])
-    top5 = _share(wrong5, n) if classes >= TOP5_CLASSES else None
-    return Result(split, views, n, networks, _share(wrong1, n), top5, _mean(loss), name)
-
-
-def _check(log_probs: Tensor, labels: Tensor) -> None:
-    n, classes = log_probs.shape
-    if len(labels) != n or n < 2:
-        raise UserError(f"{n} outputs and {len(labels)} labels: give as many of each, and at least two.")
-    low, high = int(labels.min()), int(labels.max())
+    if len(truth) != n or n < 2:
+        raise UserError(f"{n} outputs and {len(truth)} labels: give as many of each, and at least two.")
+    low, high = int(truth.min()), int(truth.max())
     if low < 0 or high >= classes:
         raise UserError(
             f"The labels run from {low} to {high}, but the network has {classes} outputs: "
@@ -224,6 +199,14 @@ def _check(log_probs: Tensor, labels: Tensor) -> None:
             f"The network's output is not a number for {broken:,} of {n:,} images: its training diverged; "
             "take an earlier checkpoint=... or train with a lower optim.lr."
         )
+    top = log_probs.topk(min(5, classes)).indices == truth[:, None]  # (N, 5)
+    top1 = _share(int((~top[:, 0]).sum()), n)
+    top5 = _share(int((~top.any(1)).sum()), n) if classes >= TOP5_CLASSES else None
+    # The normal interval: mean +- 1.96 s / sqrt(n).
+    losses = -log_probs.double().gather(1, truth[:, None])
+    loss = float(losses.mean())
+    half = float(NormalDist().inv_cdf((1 + LEVEL) / 2) * losses.std() / math.sqrt(n))
+    return Result(split, views, n, networks, top1, top5, Estimate(loss, loss - half, loss + half), name)
 
 
 def _share(count: int, n: int) -> Estimate:
@@ -234,32 +217,18 @@ def _share(count: int, n: int) -> Estimate:
     return Estimate(count / n, float(interval.low), float(interval.high))
 
 
-def _mean(values: Tensor) -> Estimate:
-    """A mean with the normal interval: mean +- 1.96 s / sqrt(n)."""
-    mean = float(values.mean())
-    half = float(NormalDist().inv_cdf((1 + LEVEL) / 2) * values.std() / math.sqrt(values.numel()))
-    return Estimate(mean, mean - half, mean + half)
-
-
-COLUMNS = ("network", "split", "views", "images", "top-1 error %", "top-5 error %", "cross-entropy")
-
-
 def table(results: Sequence[Result], references: Sequence[PaperRow] = ()) -> str:
     """Text of at most 100 columns: a line per result with its 95 % intervals, then the paper's rows."""
-    lines = [*map(_cells, results), *map(_reference_cells, references)]
-    return cli.table([COLUMNS, *lines], right=(2, 3))
-
-
-def _cells(r: Result) -> tuple[str, ...]:
-    name = r.name or ("1 network" if r.networks == 1 else f"{r.networks} networks")
-    loss, _, high = r.cross_entropy
-    errors = (percent(r.top1_error), percent(r.top5_error))
-    return name, r.split, str(r.views), f"{r.n:,}", *errors, f"{loss:.3f} ±{high - loss:.3f}"
-
-
-def _reference_cells(r: PaperRow) -> tuple[str, ...]:
-    errors = (f"{100 * r.top1_error:.1f}", f"{100 * r.top5_error:.1f}")
-    return f"paper {r.name}, {r.source}", r.split, str(r.views), "", *errors, ""
+    rows = [("network", "split", "views", "images", "top-1 error %", "top-5 error %", "cross-entropy")]
+    for r in results:
+        name = r.name or ("1 network" if r.networks == 1 else f"{r.networks} networks")
+        loss, _, high = r.cross_entropy
+        shown = f"{r.n:,}", percent(r.top1_error), percent(r.top5_error), f"{loss:.3f} ±{high - loss:.3f}"
+        rows.append((name, r.split, str(r.views), *shown))
+    for p in references:
+        errors = f"{100 * p.top1_error:.1f}", f"{100 * p.top5_error:.1f}"
+        rows.append((f"paper {p.name}, {p.source}", p.split, str(p.views), "", *errors, ""))
+    return cli.table(rows, right=(2, 3))
 
 
 def percent(e: Estimate | None) -> str:
