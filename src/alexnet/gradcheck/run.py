@@ -1,19 +1,19 @@
 """Runs every check with every backend that was asked for, prints one table, and says whether all checks passed."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from alexnet.errors import UserError
 from alexnet.gradcheck import exercises, reader
-from alexnet.gradcheck.cases import Case, Operation
+from alexnet.gradcheck.cases import Case
 from alexnet.gradcheck.checks import Result, results_of
 from alexnet.gradcheck.config import CheckGradients
-from alexnet.gradcheck.mutants import Kill, Mutant, try_to_kill
+from alexnet.gradcheck.mutants import Kill, try_to_kill
 from alexnet.gradcheck.mutants_of_reference import MUTANTS
 from alexnet.gradcheck.network import NETWORKS, STEPS_NET, network_results, step_results
 from alexnet.gradcheck.operations import ALL
@@ -48,18 +48,6 @@ class Proof:
     def passed(self) -> bool:
         return bool(self.results) and not self.failures and not self.survivors
 
-    def content(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "command": command_line(),
-            **environment(),
-            "passed": self.passed,
-            "seconds": self.seconds,
-            "results": [result.row() for result in self.results],
-            "skipped": self.skipped,
-            "kills": [{**kill.__dict__, "killed": bool(kill.killed_by)} for kill in self.kills],
-        }
-
 
 def check(config: CheckGradients, say: Say = print) -> bool:
     """What was asked for: an exercise, the proof of the reader's file, or the proof of ours. False if it failed."""
@@ -80,11 +68,7 @@ def check(config: CheckGradients, say: Say = print) -> bool:
 def prove(config: CheckGradients, say: Say = print) -> Proof:
     """Checks what `config` asks for, prints each row as soon as it is known, and writes results.json."""
     started, proof = time.perf_counter(), Proof()
-    say(OPERATION_HEAD)
-    for device in devices():
-        for operation in ALL:
-            if not config.operations or operation.name in config.operations:
-                _operation(operation, config, device, proof, say)
+    _operations(config, proof, say)
     if not config.operations:
         _networks(config, proof, say)
     if config.mutants:
@@ -92,18 +76,32 @@ def prove(config: CheckGradients, say: Say = print) -> Proof:
     if not proof.results:
         raise UserError(f"there is nothing to check: {'; '.join(proof.skipped) or 'no case is left'}")
     proof.seconds = time.perf_counter() - started
-    for line in (*proof.skipped, *map(failure_line, proof.failures[:20])):
+
+    verdict = f"{len(proof.results):,} checks in {proof.seconds:.0f} s, {len(proof.failures)} failed"
+    most = max((r.share for r in proof.results if r.passed), default=None)
+    verdict += "" if most is None else f"; the largest error is {100 * most:.1f} % of its bound"
+    for line in (*proof.skipped, *map(failure_line, proof.failures[:20]), f"\n{verdict}"):
         say(line)
-    say(verdict(proof))
-    part = "+".join(config.operations)  # the whole proof is not replaced by a part of it
-    _write(proof, Path(config.output_dir) / "check_gradients" / part, say)
+    if proof.kills:
+        say(f"{len(proof.kills)} mutants, {len(proof.survivors)} survived")
+    _write(config, proof, verdict, say)
     return proof
 
 
-def _write(proof: Proof, directory: Path, say: Say) -> None:
+def _write(config: CheckGradients, proof: Proof, verdict: str, say: Say) -> None:
     """results.json, and the lesson where its tools are installed (they are extras: the checks need none)."""
+    part = "+".join(config.operations)  # the whole proof is not replaced by a part of it
+    directory = Path(config.output_dir) / "check_gradients" / part
     directory.mkdir(parents=True, exist_ok=True)
-    content = proof.content()
+    content = {
+        "command": command_line(),
+        **environment(),
+        "passed": proof.passed,
+        "seconds": proof.seconds,
+        "results": [result.row() for result in proof.results],
+        "skipped": proof.skipped,
+        "kills": [{**kill.__dict__, "killed": bool(kill.killed_by)} for kill in proof.kills],
+    }
     write_json(directory / "results.json", content)
     say(f"results  {directory / 'results.json'}")
     try:
@@ -111,7 +109,7 @@ def _write(proof: Proof, directory: Path, say: Say) -> None:
     except (ModuleNotFoundError, UserError) as error:
         say(f"skipped  report.html: {error}")
         return
-    write_lesson(directory / "report.html", proof.results, proof.kills, verdict_line(proof), content)
+    write_lesson(directory / "report.html", proof.results, proof.kills, verdict, content)
     say(f"report   {directory / 'report.html'}")
 
 
@@ -119,15 +117,22 @@ def devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def _operation(operation: Operation, config: CheckGradients, device: str, proof: Proof, say: Say) -> None:
-    for backend in backends_for(operation.name, config, device, proof.skipped):
-        started = time.perf_counter()
-        found: list[Result] = []
-        for case in operation.cases:
-            if case.kind != "large" or config.full:
-                found += results_of(operation, case, backend, device, _dtypes(case, backend, config.full))
-        proof.results += found
-        say(operation_row(found, time.perf_counter() - started))
+# ---- what is checked ------------------------------------------------------------------------------------------
+
+
+def _operations(config: CheckGradients, proof: Proof, say: Say) -> None:
+    say(OPERATION_HEAD)
+    for device, operation in product(devices(), ALL):
+        if config.operations and operation.name not in config.operations:
+            continue
+        for backend in backends_for(operation.name, config, device, proof.skipped):
+            started = time.perf_counter()
+            found: list[Result] = []
+            for case in operation.cases:
+                if case.kind != "large" or config.full:
+                    found += results_of(operation, case, backend, device, _dtypes(case, backend, config.full))
+            proof.results += found
+            say(operation_row(found, time.perf_counter() - started))
 
 
 def _dtypes(case: Case, backend: str, full: bool) -> tuple[torch.dtype, ...]:
@@ -162,16 +167,23 @@ def backends_for(operation: str, config: CheckGradients, device: str, skipped: l
 
 
 def _networks(config: CheckGradients, proof: Proof, say: Say) -> None:
+    """The networks with each mapping of backends, and the rules, which have none."""
     say(f"\n{ROW_HEAD}")
     for device in devices():
         for backends in network_backends(config, device):
-            for result in _network_results(config, backends, device):
+            for name, model in NETWORKS.items():
+                directions, *parameters = network_results(name, model, backends, device)
+                proof.results += [directions, *parameters]
+                say(result_row(directions))
+                worst = max(parameters, key=lambda result: result.share)
+                say(result_row(replace(worst, what=f"{len(parameters)} gradients; {worst.what}")))
+            steps = step_results("ten steps", STEPS_NET, backends, device, both_types=True)
+            if config.full:
+                net = NETWORKS["code145, 224 px"]
+                steps = chain(steps, step_results("ten steps, code145", net, backends, device))
+            for result in steps:
                 proof.results.append(result)
-                # Sixteen parameters a network: the worst is shown.
-                if result.check != "parameters":
-                    say(result_row(result))
-                elif result.what == "images":
-                    say(result_row(_worst_parameter(proof.results, result)))
+                say(result_row(result))
     for result in rule_results():
         proof.results.append(result)
         say(result_row(result))
@@ -191,33 +203,12 @@ def network_backends(config: CheckGradients, device: str) -> list[dict[str, str]
     return found
 
 
-def _network_results(config: CheckGradients, backends: dict[str, str], device: str) -> Iterator[Result]:
-    for name, model in NETWORKS.items():
-        yield from network_results(name, model, backends, device)
-    yield from step_results("ten steps", STEPS_NET, backends, device, both_types=True)
-    if config.full:
-        yield from step_results("ten steps, code145", NETWORKS["code145, 224 px"], backends, device)
-
-
-def _worst_parameter(results: list[Result], like: Result) -> Result:
-    where = (like.operation, like.backend, like.device, like.check)
-    same = [r for r in results if (r.operation, r.backend, r.device, r.check) == where]
-    worst = max(same, key=lambda result: result.share)
-    return replace(worst, what=f"{len(same)} gradients; {worst.what}")
-
-
 def _mutants(config: CheckGradients, proof: Proof, say: Say) -> None:
-    say(f"\n{KILL_HEAD}")
-    for mutant in mutants(config):
-        proof.kills.append(try_to_kill(mutant, compiled=config.full))
-        say(kill_row(proof.kills[-1]))
-
-
-def mutants(config: CheckGradients) -> Iterator[Mutant]:
     """The mutants of the pairs that are checked here, and of the rules, which are the same with every pair."""
+    say(f"\n{KILL_HEAD}")
     chosen = {name: backends_for(name, config, "cpu", []) for name in OPERATIONS}
     found = [*MUTANTS]
-    if any(backend in (Backend.compiled, Backend.library) for each in chosen.values() for backend in each):
+    if {Backend.compiled, Backend.library} & {backend for each in chosen.values() for backend in each}:
         from alexnet.gradcheck.mutants_of_compiled import MUTANTS_OF_COMPILED  # imports the compiler
 
         found += MUTANTS_OF_COMPILED
@@ -225,7 +216,8 @@ def mutants(config: CheckGradients) -> Iterator[Mutant]:
         if config.operations and mutant.where not in config.operations:
             continue
         if mutant.where not in OPERATIONS or mutant.backend in chosen[mutant.where]:
-            yield mutant
+            proof.kills.append(try_to_kill(mutant, compiled=config.full))
+            say(kill_row(proof.kills[-1]))
 
 
 # ---- what is printed ------------------------------------------------------------------------------------------
@@ -241,38 +233,32 @@ KILL_HEAD = f"{'mutant (a differences, b autograd, c identity)':61} {'':3} kille
 
 def operation_row(results: list[Result], seconds: float) -> str:
     """Worst value over the cases of one operation, backend and device."""
+
+    def largest(check: str, dtype: str, of: str) -> float:
+        return max((getattr(r, of) for r in results if (r.check, r.dtype) == (check, dtype)), default=0.0)
+
     first = results[0]
     differences = [r for r in results if r.check == "differences"]
     slopes = [r for r in differences if r.what.startswith("slope")]
     worst = max(slopes or differences, key=lambda r: r.share)
     shown = worst.what.split()[1] if slopes else f"{worst.value:.0e}"
-    float64 = (_largest(results, "autograd", "float64"), _largest(results, "identity", "float64"))
-    half = [
-        max(r.share for r in results if (r.check, r.dtype) == ("autograd", dtype))
-        for dtype in ("float32", "bfloat16")
-    ]
+    values = [f"{largest(check, 'float64', 'value'):9.0e}" for check in ("autograd", "identity")]
+    shares = [f"{percent(largest('autograd', dtype, 'share')):>7}" for dtype in ("float32", "bfloat16")]
     count = len({r.case for r in results})
     mark = "" if all(r.passed for r in results) else " FAILED"
     return (
         f"{first.operation:20} {first.backend:10.10} {first.device:5} {count:5} {shown:>12} "
-        f"{float64[0]:9.0e} {float64[1]:9.0e} {percent(half[0]):>7} {percent(half[1]):>7}   {seconds:4.1f}{mark}"
+        f"{' '.join(values)} {' '.join(shares)}   {seconds:4.1f}{mark}"
     )
 
 
-def _largest(results: list[Result], check: str, dtype: str) -> float:
-    return max((r.value for r in results if (r.check, r.dtype) == (check, dtype)), default=0.0)
-
-
 def result_row(result: Result) -> str:
-    name = result.operation if result.check != "rule" else f"{result.operation}: {result.case}"
-    what = {"directions": "random directions", "steps": result.what, "parameters": result.what}
-    width = 31 if result.check != "rule" else 76  # a rule has no backend: its name takes the room
-    described = "" if result.check == "rule" else (
-        f" {result.backend:10.10} {result.device:5} {what.get(result.check, ''):28}"
-    )  # fmt: skip
     mark = "" if result.passed else " FAILED"
     numbers = f"{result.value:8.1e} {result.bound:6.0e} {percent(result.share)}{mark}"
-    return f"{name[:width]:{width}}{described} {numbers}" if described else f"{name:{width + 1}} {numbers}"
+    if result.check == "rule":  # it has no backend: its name takes the room
+        return f"{f'{result.operation}: {result.case}':77} {numbers}"
+    what = "random directions" if result.check == "directions" else result.what
+    return f"{result.operation[:31]:31} {result.backend:10.10} {result.device:5} {what:28} {numbers}"
 
 
 def percent(share: float) -> str:
@@ -289,16 +275,3 @@ def failure_line(result: Result) -> str:
     where = f"{result.operation}, {result.backend} on {result.device}, {result.dtype}, {result.case}"
     what = f" ({result.what})" if result.what else ""
     return f"FAILED   {where}: {result.check}{what} {result.value:.2e}, bound {result.bound:.0e}"
-
-
-def verdict(proof: Proof) -> str:
-    line = f"\n{verdict_line(proof)}"
-    if proof.kills:
-        line += f"\n{len(proof.kills)} mutants, {len(proof.survivors)} survived"
-    return line
-
-
-def verdict_line(proof: Proof) -> str:
-    line = f"{len(proof.results):,} checks in {proof.seconds:.0f} s, {len(proof.failures)} failed"
-    most = max((r.share for r in proof.results if r.passed), default=None)
-    return line if most is None else f"{line}; the largest error is {100 * most:.1f} % of its bound"
