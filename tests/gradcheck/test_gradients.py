@@ -28,6 +28,7 @@ from alexnet.layers.backend import OPERATIONS
 from alexnet.layers.local_response_norm import local_response_norm_backward
 from alexnet.layers.pair import PAIRS
 from alexnet.layers.relu import relu_backward
+from alexnet.system import environment
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ten_steps.json"
 REFERENCE = Backends().resolve("cpu")
@@ -379,11 +380,18 @@ def test_lesson_needs_no_network(page):
     assert not re.search(r"url\((?!#)", page)
 
 
-def test_a_failure_stands_in_the_lesson():
+def test_a_failure_stands_in_the_lesson(tmp_path, monkeypatch):
+    monkeypatch.setattr(lesson, "pictures", lambda results: dict.fromkeys(figures, "<svg/>"))
+    figures = re.findall(r'figure\("(\w+)"', (Path(lesson.__file__).parent / "gradients.html").read_text())
     missed = Result("relu", "reference", "cpu", "float64", "maps", "ordinary", "autograd", 1.0, 1e-10)
-    assert not lesson._worst_rows([missed, replace(missed, value=0.0)])[0]["passed"]
-    survivor = Kill("relu", "nothing changed", [], "")
-    assert lesson._survivors([survivor]).endswith("0 killed, 1 survived.")
+    results, survivor = [missed, replace(missed, value=0.0)], Kill("relu", "nothing changed", [], "")
+    made = {"command": "", **environment(), "seconds": 1.0, "skipped": []}
+    lesson.write_lesson(tmp_path / "page.html", results, [survivor], "", made)
+    page = (tmp_path / "page.html").read_text()
+    assert "1 mutants of the code were checked: 0 killed, 1 survived." in page
+    section = page.split('<h2 id="relu">')[1].split("<h2")[0]
+    assert re.search(r'<td>maps</td><td class="number">1.0e\+00</td>.*"number failed"', section)
+    assert '<td>nothing changed</td><td><span class="failed">survived</span></td>' in section
 
 
 def test_checks_need_no_extras(tmp_path):
