@@ -12,10 +12,10 @@ from alexnet import optim
 from alexnet.gradcheck.checks import Result
 from alexnet.gradcheck.derivation import chapter, title
 from alexnet.gradcheck.figures import pictures
-from alexnet.gradcheck.mathematics import MAP, glossary, located
+from alexnet.gradcheck.mathematics import MAP, glossary, located, numbers
 from alexnet.gradcheck.mutants import Kill
 from alexnet.gradcheck.rules import RULES
-from alexnet.gradcheck.walk import walk
+from alexnet.gradcheck.walk import DECAY, MOMENTUM, RATE, walk
 from alexnet.pages.html import mathematics, picture, render
 
 SECTIONS = {
@@ -58,12 +58,11 @@ def write_lesson(
         kills=places,
         results=_results(results),
         pictures={name: picture(svg) for name, svg in pictures(results).items()},
-        ideas={
-            branch: [{**i._asdict(), "number": i.number(), "place": located(i.place)} for i in ideas]
-            for branch, ideas in MAP.items()
-        },
+        ideas=MAP,
+        numbers=numbers(),
+        located=located,
         terms=glossary(),
-        steps=[{**s._asdict(), "numbers": [(n, _matrix(x)) for n, x in s.numbers.items()]} for s in steps],
+        steps=[[(name, _matrix(x)) for name, x in step.items()] for step in steps],
         compared=[
             {
                 "name": re.sub(r"([wb])(\d)", r"\1_\2", name),
@@ -73,6 +72,7 @@ def write_lesson(
             }
             for name, ours, theirs in compared
         ],
+        constants=(RATE, MOMENTUM, DECAY),
         made=made,
     )
     path.write_text(page, encoding="utf-8")
