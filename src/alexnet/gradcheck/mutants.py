@@ -20,7 +20,7 @@ compiled pairs runs uncompiled here. `try_to_kill(mutant, compiled=True)` also c
 
 import inspect
 import linecache
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from textwrap import dedent
@@ -31,7 +31,7 @@ from unittest import mock
 import torch
 
 from alexnet.gradcheck import rules
-from alexnet.gradcheck.checks import Result, results_of
+from alexnet.gradcheck.checks import results_of
 from alexnet.gradcheck.operations import by_name
 from alexnet.layers.pair import PAIRS, Pair
 
@@ -70,10 +70,8 @@ def mutate(function: Callable[..., Any], *replacements: str) -> Change:
             raise ValueError(f"mutate: {old!r} stands {source.count(old)} times in {name}, must be once")
         source = source.replace(old, new)
     changes = ", ".join(f"{old} -> {new}" for old, new in pairs)
-    filename, lines = (
-        f"<{inner.__module__}.{inner.__qualname__}: {changes}>",
-        source.splitlines(keepends=True),
-    )
+    filename = f"<{inner.__module__}.{inner.__qualname__}: {changes}>"
+    lines = source.splitlines(keepends=True)
     linecache.cache[filename] = (len(source), None, lines, filename)  # tracebacks show the mutated lines
     module = compile(source, filename, "exec", dont_inherit=True)  # not executed: nothing is decorated twice
     (code,) = (c for c in module.co_consts if isinstance(c, CodeType) and c.co_name == inner.__name__)
@@ -98,17 +96,20 @@ class Mutant(NamedTuple):
             yield
 
 
-Table = dict[str, Change | tuple[Change, ...]]  # name: what is changed
-
-
 def mutants(
-    where: str, table: Table, backend: str = "reference", dtype: torch.dtype = torch.float64
+    where: str,
+    function: Callable[..., Any],
+    table: dict[str, tuple[str, ...] | Change | list[Change]],
+    backend: str = "reference",
+    dtype: torch.dtype = torch.float64,
 ) -> list[Mutant]:
-    """One mutant for each row of the table."""
-    return [
-        Mutant(where, name, changes if isinstance(changes, tuple) else (changes,), backend, dtype)
-        for name, changes in table.items()
-    ]
+    """One mutant for each row, {name: (old, new, ...)} in `function`, or the change or changes of other functions."""
+    found = []
+    for name, row in table.items():
+        change = mutate(function, *row) if isinstance(row, tuple) else row
+        changes = tuple(change) if isinstance(change, list) else (change,)
+        found.append(Mutant(where, name, changes, backend, dtype))
+    return found
 
 
 @dataclass
@@ -132,34 +133,27 @@ def try_to_kill(mutant: Mutant, compiled: bool = False) -> Kill:
     needs_compiler = mutant.backend != "reference"
     with mutant.in_place():
         with torch.compiler.set_stance("force_eager") if needs_compiler else nullcontext():
-            kill = _kill(mutant, _small_checks(mutant))
+            kill = _kill(mutant)
         if compiled and needs_compiler and kill.killed_by:
-            kill = _kill(mutant, _small_checks(mutant, only=kill.case))
+            kill = _kill(mutant, only=kill.case)
     return kill
 
 
-def _kill(mutant: Mutant, checks: Iterator[tuple[str, list[str]]]) -> Kill:
-    for case, failed in checks:
-        if failed:
-            return Kill(mutant.where, mutant.name, failed, case)
-    return Kill(mutant.where, mutant.name, [], "")
-
-
-def _failed(results: Iterable[Result]) -> list[str]:
-    """The checks that failed; "exception" where torch refuses a gradient, for its shape say."""
-    try:
-        return sorted({result.check for result in results if not result.passed})
-    except RuntimeError:
-        return ["exception"]
-
-
-def _small_checks(mutant: Mutant, only: str = "") -> Iterator[tuple[str, list[str]]]:
+def _kill(mutant: Mutant, only: str = "") -> Kill:
     """Case by case, which checks of this operation or rule fail at a small size in one type."""
     if mutant.where in rules.RULES:
         for result in rules.rule_results(mutant.where):
-            yield result.case, _failed([result])
-        return
+            if not result.passed:
+                return Kill(mutant.where, mutant.name, [result.check], result.case)
+        return Kill(mutant.where, mutant.name, [], "")
     operation = by_name(mutant.where)
     for case in operation.small_cases:
         if only in ("", case.name):
-            yield case.name, _failed(results_of(operation, case, mutant.backend, "cpu", (mutant.dtype,)))
+            results = results_of(operation, case, mutant.backend, "cpu", (mutant.dtype,))
+            try:
+                failed = sorted({result.check for result in results if not result.passed})
+            except RuntimeError:  # torch refuses a gradient, for its shape say
+                failed = ["exception"]
+            if failed:
+                return Kill(mutant.where, mutant.name, failed, case.name)
+    return Kill(mutant.where, mutant.name, [], "")

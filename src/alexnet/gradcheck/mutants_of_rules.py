@@ -11,80 +11,59 @@ from alexnet.data.augment import (
     stream,
     to_input,
 )
-from alexnet.gradcheck.mutants import Table, mutants, mutate
+from alexnet.gradcheck.mutants import mutants, mutate
 from alexnet.gradcheck.rules import DATA, START, UPDATE
 from alexnet.model import initial_std, initialise
 from alexnet.optim import Krizhevsky, krizhevsky_update, parameter_groups
 
-_UPDATE: Table = {
-    "rate outside the velocity": mutate(
-        Krizhevsky.step, "krizhevsky_update if self.rate_inside else sgd_update", "sgd_update"
-    ),
-    "decay without the rate": mutate(krizhevsky_update, "-decay * lr", "-decay"),
-    "decay outside the velocity": mutate(
-        krizhevsky_update, "add_(v, w, alpha=-decay * lr)", "mul_(w, 1 - lr * decay)"
-    ),
-    "step by the velocity before": mutate(
-        krizhevsky_update,
-        *(
-            "torch._foreach_mul_(v, momentum)",
-            "old = torch._foreach_mul(v, 1); torch._foreach_mul_(v, momentum)",
-        ),
-        *("torch._foreach_add_(w, v)", "torch._foreach_add_(w, old)"),
-    ),
-    "Nesterov's look ahead": mutate(
-        krizhevsky_update,
-        "torch._foreach_add_(w, v)",
-        "[a.add_(momentum * c - lr * (b + decay * a)) for a, b, c in zip(w, g, v)]",
-    ),
-    "gradient dampened by 1 - momentum": mutate(
-        krizhevsky_update, "alpha=-lr)", "alpha=-lr * (1 - momentum))"
-    ),
+OF_UPDATE = mutants(UPDATE, krizhevsky_update, {
+    "rate outside the velocity":
+        mutate(Krizhevsky.step, "krizhevsky_update if self.rate_inside else sgd_update", "sgd_update"),
+    "decay without the rate": ("-decay * lr", "-decay"),
+    "decay outside the velocity": ("add_(v, w, alpha=-decay * lr)", "mul_(w, 1 - lr * decay)"),
+    "step by the velocity before":
+        ("torch._foreach_mul_(v, momentum)", "old = torch._foreach_mul(v, 1); torch._foreach_mul_(v, momentum)",
+         "torch._foreach_add_(w, v)", "torch._foreach_add_(w, old)"),
+    "Nesterov's look ahead":
+        ("torch._foreach_add_(w, v)",
+         "[a.add_(momentum * c - lr * (b + decay * a)) for a, b, c in zip(w, g, v)]"),
+    "gradient dampened by 1 - momentum": ("alpha=-lr)", "alpha=-lr * (1 - momentum))"),
     "decay on biases": mutate(parameter_groups, "config.bias_decay or not is_bias", "True"),
     "biases at the weights' rate": mutate(parameter_groups, "config.bias_lr_mult if is_bias else 1.0", "1.0"),
     "frozen layers coast on": mutate(Krizhevsky.step, "if lr and params", "if params"),
-}
+})  # fmt: skip
 
-_START: Table = {
-    "1 / fan-in for 2 / fan-in: the ReLU forgotten": mutate(initial_std, "(2.0 / fan_in)", "(1.0 / fan_in)"),
-    "variance for deviation under he": mutate(initial_std, "(2.0 / fan_in) ** 0.5", "2.0 / fan_in"),
-    "variance for deviation under fan_in": mutate(
-        initial_std, "/ fan_in) ** 0.5\n    return", "/ fan_in)\n    return"
-    ),
-    "fan-ins exchanged": mutate(initial_std, "PAPER_FAN_IN[i] / fan_in", "fan_in / PAPER_FAN_IN[i]"),
-    "fan-in ignored": mutate(
-        initial_std, "config.init_std[i] * (PAPER_FAN_IN[i] / fan_in) ** 0.5", "config.init_std[i]"
-    ),
+OF_START = mutants(START, initial_std, {
+    "1 / fan-in for 2 / fan-in: the ReLU forgotten": ("(2.0 / fan_in)", "(1.0 / fan_in)"),
+    "variance for deviation under he": ("(2.0 / fan_in) ** 0.5", "2.0 / fan_in"),
+    "variance for deviation under fan_in": ("/ fan_in) ** 0.5\n    return", "/ fan_in)\n    return"),
+    "fan-ins exchanged": ("PAPER_FAN_IN[i] / fan_in", "fan_in / PAPER_FAN_IN[i]"),
+    "fan-in ignored": ("config.init_std[i] * (PAPER_FAN_IN[i] / fan_in) ** 0.5", "config.init_std[i]"),
     "every bias 0": mutate(initialise, "config.init_bias[i]", "0.0"),
-}
+})  # fmt: skip
 
-_DATA: Table = {
+OF_DATA = mutants(DATA, draw_epoch, {
     "crop offset by one": mutate(crop_starts, "+ left) * 3", "+ (left - 1).clamp(min=0)) * 3"),
-    "rows and columns of the crop exchanged": mutate(
-        crop_starts, "+ top) * width + left", "+ left) * width + top"
-    ),
+    "rows and columns of the crop exchanged":
+        mutate(crop_starts, "+ top) * width + left", "+ left) * width + top"),
     "BGR for RGB": mutate(crops_at, "len(starts), side, side, 3)", "len(starts), side, side, 3).flip(-1)"),
     "mirrored upside down": mutate(mirror, "crops[i].flip(1)", "crops[i].flip(0)"),
     "mean image not from its centre": mutate(Augment._fill, "self.margin // 2, self.margin // 2", "0, 0"),
-    "mean subtracted before mirroring": mutate(
-        Augment.from_crops,
-        *("mirror(crops[slab], draws.flip[slab])", "crops[slab]"),
-        *("return out", "return mirror(out, draws.flip)"),
-    ),
-    "colour along rows of the eigenvectors": mutate(
-        principal_colours, "vectors * largest.sign()", "(vectors * largest.sign()).T"
-    ),
+    "mean subtracted before mirroring":
+        mutate(Augment.from_crops, "mirror(crops[slab], draws.flip[slab])", "crops[slab]",
+               "return out", "return mirror(out, draws.flip)"),
+    "colour along rows of the eigenvectors":
+        mutate(principal_colours, "vectors * largest.sign()", "(vectors * largest.sign()).T"),
     "colour along the wrong eigenvector": mutate(principal_colours, "values.flip(0)", "values"),
     "variance for standard deviation": mutate(colour_noise, "eigenvalues.sqrt()", "eigenvalues"),
     "divided by 1.1 before colour is added": mutate(to_input, "noise[:, None]", "noise[:, None] * divisor"),
-    "offsets stop one short of the margin": mutate(draw_epoch, "margin + 1", "margin"),
-    "draws by position, not by image": mutate(draw_epoch, "by_chunk = order,", "by_chunk = torch.arange(n),"),
+    "offsets stop one short of the margin": ("margin + 1", "margin"),
+    "draws by position, not by image": ("by_chunk = order,", "by_chunk = torch.arange(n),"),
     "the same draws in every epoch": mutate(stream, "{epoch}", "0"),
-    "a flip for each image, not for 32": mutate(
-        draw_epoch, "by_image if config.flip == Flip.per_image else by_chunk", "by_image"
-    ),
+    "a flip for each image, not for 32":
+        ("by_image if config.flip == Flip.per_image else by_chunk", "by_image"),
     "ten views mirrored upside down": mutate(Augment.ten_views, "views.flip(3)", "views.flip(2)"),
     "ten views: five of them twice": mutate(Augment.ten_views, "views.flip(3)", "views"),
-}
+})  # fmt: skip
 
-MUTANTS_OF_RULES = (*mutants(UPDATE, _UPDATE), *mutants(START, _START), *mutants(DATA, _DATA))
+MUTANTS_OF_RULES = (*OF_UPDATE, *OF_START, *OF_DATA)
