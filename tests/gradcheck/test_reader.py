@@ -58,6 +58,9 @@ def test_there_is_an_exercise_for_every_operation_the_update_rule_and_the_initia
     names = [exercise.name for exercise in EXERCISES]
     assert set(names) == {*OPERATIONS, "update_rule", "initialisation"}
     assert (names[0], names[-1]) == ("linear", "conv2d")
+    for exercise in EXERCISES:
+        assert len(exercise.hints) == 3
+        assert bool(exercise.examples) == exercise.is_operation != bool(exercise.task)
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.name)

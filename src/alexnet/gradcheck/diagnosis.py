@@ -6,10 +6,11 @@ none gets facts instead: a constant factor, a sign, a transposition, or which el
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from alexnet.gradcheck.operations import by_name
 
 SAME = 1e-9  # two float64 computations of one formula agree to this share of the largest element
 Outcome = dict[str, Tensor] | str  # {"y": ..., "dx": ..., ...}, or the kind of exception
-NAMES = ("y", "dx", "dw", "db")
 ROWS = 12
 
 
@@ -30,40 +30,43 @@ class Fault(Exception):
     """What a pair must not do, in one line."""
 
 
+ERRORS = (Fault, RuntimeError, ValueError, IndexError, TypeError)
+
+
 # ---- outcomes -------------------------------------------------------------------------------------------------
 
 
 def outcomes(exercise: Exercise, subject: Any = "reference") -> list[Outcome]:
-    """Output and gradients on every small case and example. `subject`: a backend, for a rule the function itself."""
-    if not exercise.is_operation:
-        function = getattr(exercise.module, exercise.functions[-1]) if subject == "reference" else subject
-        return [_guarded(partial(call, function)) for call in rules.CALLS[exercise.name]]
-    operation = by_name(exercise.name)
-    cases = (*operation.small_cases, *exercise.examples)
-    return [_guarded(partial(_outcome, exercise, case, subject)) for case in cases]
+    """What comes out at every small case and example. `subject`: a backend, for a rule the function itself."""
+    if exercise.is_operation:
+        points: Sequence[Any] = (*by_name(exercise.name).small_cases, *exercise.examples)
+    else:
+        points = rules.CALLS[exercise.name]
+    found: list[Outcome] = []
+    for point in points:
+        try:
+            found.append(_computed(exercise, point, subject))
+        except ERRORS as error:
+            found.append(type(error).__name__)
+    return found
 
 
-def _guarded(run: Callable[[], dict[str, Tensor]]) -> Outcome:
-    try:
-        return run()
-    except (Fault, RuntimeError, ValueError, IndexError, TypeError) as error:
-        return type(error).__name__
-
-
-def _outcome(exercise: Exercise, case: Case, backend: str) -> dict[str, Tensor]:
-    at = evaluation(exercise, case, backend)
-    return dict(zip(NAMES, (at.y, *at.gradients), strict=False))
+def _computed(exercise: Exercise, point: Any, subject: Any) -> dict[str, Tensor]:
+    """Output and gradients of a case, or what a rule gives for a call of rules.CALLS."""
+    if exercise.is_operation:
+        at = evaluation(exercise, point, subject)
+        return dict(zip(("y", "dx", "dw", "db"), (at.y, *at.gradients), strict=False))
+    return point(getattr(exercise.module, exercise.functions[-1]) if subject == "reference" else subject)
 
 
 def evaluation(exercise: Exercise, case: Case, backend: str) -> Evaluation:
     """A case in float64; the dy of an example is as short as its inputs."""
-    inputs = case.inputs()
-    dy = None
+    function, inputs, dy = by_name(exercise.name).function, case.inputs(), None
     if case in exercise.examples:
-        shape = by_name(exercise.name).function(*inputs, **case.options, backend="reference").shape
+        shape = function(*inputs, **case.options, backend="reference").shape
         dy = torch.randint(1, 4, shape, generator=torch.Generator().manual_seed(1)).double()
         dy = dy * (1 - 2 * (torch.arange(dy.numel()).reshape(shape) % 2)) if shape else dy / dy
-    return Evaluation.of(by_name(exercise.name).function, case.options, inputs, dy, backend)
+    return Evaluation.of(function, case.options, inputs, dy, backend)
 
 
 def same(a: Outcome, b: Outcome, name: str) -> bool:
@@ -104,12 +107,19 @@ def known(name: str) -> list[tuple[Mutant, list[Outcome]]]:
 def diagnosis(exercise: Exercise, subject: Any) -> list[str]:
     """One line for each mistake that was recognised, and a fact about every wrong tensor that none explains."""
     right, mine = outcomes(exercise), outcomes(exercise, subject)
-    tensors = dict.fromkeys(name for outcome in right if not isinstance(outcome, str) for name in outcome)
-    left = _changed(mine, right, list(tensors))
+    tensors = list(
+        dict.fromkeys(name for outcome in right if not isinstance(outcome, str) for name in outcome)
+    )
+    left = _changed(mine, right, tensors)
     explained: dict[tuple[str, ...], list[str]] = {}
     for mutant, theirs in known(exercise.name):
-        changed = _changed(theirs, right, list(tensors))
-        if changed and set(changed) <= set(left) and all(_agree(mine, theirs, name) for name in changed):
+        changed = _changed(theirs, right, tensors)
+        pairs = list(zip(mine, theirs, strict=True))
+        if (
+            changed
+            and set(changed) <= set(left)
+            and all(same(a, b, name) for name in changed for a, b in pairs)
+        ):
             explained.setdefault(tuple(changed), []).append(mutant.name)
     lines = []
     for names in sorted(explained, key=len, reverse=True):
@@ -129,34 +139,32 @@ def _changed(found: Sequence[Outcome], right: Sequence[Outcome], names: list[str
     return [name for name in names if any(not same(a, b, name) for a, b in computed)]
 
 
-def _agree(mine: Sequence[Outcome], theirs: Sequence[Outcome], name: str) -> bool:
-    return all(same(a, b, name) for a, b in zip(mine, theirs, strict=True))
-
-
 def fact(mine: Sequence[Outcome], right: Sequence[Outcome], name: str) -> str:
     """What can be said of a wrong tensor by looking at it."""
-    both = [
-        (a, b) for a, b in zip(mine, right, strict=True) if not isinstance(a, str) and not isinstance(b, str)
+    pairs = [
+        (a[name].double(), b[name].double())
+        for a, b in zip(mine, right, strict=True)
+        if not isinstance(a, str) and not isinstance(b, str) and name in a and name in b
     ]
-    pairs = [(a[name].double(), b[name].double()) for a, b in both if name in a and name in b]
     if all(not a.any() for a, _ in pairs):
         return "is zero"
     if any(not a.isfinite().all() for a, _ in pairs):
         return "has non-finite values"
     if all(torch.allclose(a, b, rtol=0, atol=1e-6 * float(b.abs().max())) for a, b in pairs if b.any()):
         return "is right to six digits only: something in it is computed in float32"
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=1e-8, atol=1e-12)
+
     factors = [float((a * b).sum() / (b * b).sum()) for a, b in pairs if b.any()]
-    exact = all(
-        torch.allclose(a, f * b, rtol=1e-8, atol=1e-12) for f, (a, b) in zip(factors, pairs, strict=False)
-    )
-    if exact and max(factors) - min(factors) < 1e-8:
-        return f"is {factors[0]:.4g} times the right one"
-    if exact:
+    if all(close(a, f * b) for f, (a, b) in zip(factors, pairs, strict=False)):
+        if max(factors) - min(factors) < 1e-8:
+            return f"is {factors[0]:.4g} times the right one"
         return f"is a constant times the right one in each case ({min(factors):.4g} to {max(factors):.4g})"
-    a, b = next((a, b) for a, b in pairs if not torch.allclose(a, b, rtol=1e-8, atol=1e-12))
-    share = float(((a - b).abs() > 1e-8 * b.abs().max()).double().mean())
-    cases = sum(not torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in pairs)
-    return f"is wrong in {cases} of {len(pairs)} cases, in the first of them in {100 * share:.0f} % of its elements"
+    wrong = [(a, b) for a, b in pairs if not close(a, b)]
+    a, b = wrong[0]
+    share = 100 * float(((a - b).abs() > 1e-8 * b.abs().max()).double().mean())
+    return f"is wrong in {len(wrong)} of {len(pairs)} cases, in the first of them in {share:.0f} % of its elements"
 
 
 # ---- the smallest example -------------------------------------------------------------------------------------
@@ -164,46 +172,37 @@ def fact(mine: Sequence[Outcome], right: Sequence[Outcome], name: str) -> str:
 
 def smallest_example(exercise: Exercise, subject: Any) -> list[str]:
     """The first example, else the small case with the fewest numbers, on which the subject is wrong: as a table."""
-    if not exercise.is_operation:
-        return _example_of_rule(exercise, subject)
-    cases = sorted(by_name(exercise.name).small_cases, key=lambda case: sum(x.numel() for x in case.inputs()))
-    for case in (*exercise.examples, *cases):
-        try:
-            mine, right = (evaluation(exercise, case, b) for b in (subject, "reference"))
-        except Fault:
-            continue
-        ours, theirs = (
-            {"y": at.y, **dict(zip(NAMES[1:], at.gradients, strict=False))} for at in (mine, right)
+    if exercise.is_operation:
+        cases = by_name(exercise.name).small_cases
+        points: Sequence[Any] = (
+            *exercise.examples,
+            *sorted(cases, key=lambda case: sum(x.numel() for x in case.inputs())),
         )
-        wrong = [name for name in ours if not same(ours, theirs, name)]
+    else:
+        points = rules.CALLS[exercise.name]
+    for point in points:
+        try:
+            mine, right = (_computed(exercise, point, each) for each in (subject, "reference"))
+        except ERRORS:
+            continue
+        wrong = [name for name in mine if not same(mine, right, name)]
         if wrong:
-            given = [f"{name} = {numbers(x)}" for name, x in zip(("x", "w", "b"), right.inputs, strict=False)]
-            options = ", ".join(f"{key}={value!r}" for key, value in case.options.items())
-            lines = [
-                "",
-                f"{case.name}{f' ({options})' if options else ''}",
-                *given,
-                f"dy = {numbers(right.dy)}",
-            ]
-            return [*lines, *(line for name in wrong for line in table(name, ours[name], theirs[name])), ""]
+            rows = [row for name in wrong for row in table(name, mine[name], right[name])]
+            return ["", *_given(exercise, point), *rows, ""]
     return []
 
 
-def _example_of_rule(exercise: Exercise, function: Any) -> list[str]:
-    for call, mine, right in zip(
-        rules.CALLS[exercise.name], outcomes(exercise, function), outcomes(exercise), strict=True
-    ):
-        if not isinstance(mine, str) and not isinstance(right, str):
-            wrong = [name for name in right if not same(mine, right, name)]
-            if wrong:
-                rows = [row for name in wrong for row in table(name, mine[name], right[name])]
-                return ["", str(call.__doc__), *rows, ""]
-    return []
-
-
-def numbers(x: Tensor) -> str:
-    """A small tensor in one line; the shape of a large one."""
-    return str(x.tolist()) if x.numel() <= 24 else f"random numbers of shape {tuple(x.shape)}"
+def _given(exercise: Exercise, point: Any) -> list[str]:
+    """A case with its numbers, or how a rule is called."""
+    if not exercise.is_operation:
+        return [str(point.__doc__)]
+    at = evaluation(exercise, point, "reference")
+    options = ", ".join(f"{key}={value!r}" for key, value in point.options.items())
+    lines = [f"{point.name}{f' ({options})' if options else ''}"]
+    for name, x in {**dict(zip(("x", "w", "b"), at.inputs, strict=False)), "dy": at.dy}.items():
+        shown = x.tolist() if x.numel() <= 24 else f"random numbers of shape {tuple(x.shape)}"
+        lines.append(f"{name} = {shown}")
+    return lines
 
 
 def table(name: str, mine: Tensor, right: Tensor) -> list[str]:
@@ -214,11 +213,7 @@ def table(name: str, mine: Tensor, right: Tensor) -> list[str]:
         order = sorted(difference.abs().nan_to_num(math.inf).topk(ROWS).indices.tolist())
     lines = [f"{name:16} {'yours':>10} {'right':>10} {'difference':>11}"]
     for i in order:
-        index = (
-            ",".join(str(int(k)) for k in torch.unravel_index(torch.tensor(i), right.shape))
-            if right.dim()
-            else ""
-        )
-        values = f"{float(mine.reshape(-1)[i]):10.4f} {float(right.reshape(-1)[i]):10.4f} {float(difference[i]):11.4f}"
-        lines.append(f"{f'{name}[{index}]':16} {values}")
+        index = ",".join(map(str, np.unravel_index(i, tuple(right.shape))))
+        values = (float(mine.reshape(-1)[i]), float(right.reshape(-1)[i]), float(difference[i]))
+        lines.append(f"{f'{name}[{index}]':16} {values[0]:10.4f} {values[1]:10.4f} {values[2]:11.4f}")
     return lines

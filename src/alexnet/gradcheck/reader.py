@@ -10,8 +10,7 @@ float64 and float32 must pass. bfloat16 is only reported: a right gradient may s
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -34,7 +33,7 @@ from alexnet.layers.pair import PAIRS, Pair
 from alexnet.system import write_json
 
 MINE = "mine"  # the name under which the reader's pair stands in PAIRS
-REQUIRED = (torch.float64, torch.float32)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 @dataclass
@@ -57,51 +56,64 @@ class Verdict:
 
 def prove_mine(path: str, output_dir: str, say: Callable[[str], None] = print) -> bool:
     """Proves every exercise that the file answers, says what was found, and whether all of it holds."""
-    module = import_file(path)
-    answered = [e for e in EXERCISES if _is_defined(module, e.functions[-1])]
+    module, passed = import_file(path), True
+    # A function that the file only imports is not the reader's.
+    own = {
+        name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__
+    }
+    answered = [exercise for exercise in EXERCISES if exercise.functions[-1] in own]
     if not answered:
         wanted = ", ".join(exercise.functions[-1] for exercise in EXERCISES)
         raise UserError(f"mine={path}: the file must define at least one of {wanted}")
-    passed = True
     for exercise in answered:
         verdict = proven(exercise, module)
         say(report(verdict, path))
         record = record_path(exercise.name, output_dir)
         record.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "file": path,
-            "sha256": file_hash(path),
-            "passed": verdict.passed,
-        }
-        write_json(
-            record, {**content, "faults": verdict.faults, "results": [r.row() for r in verdict.results]}
-        )
+        rows = [result.row() for result in verdict.results]
+        found = {"passed": verdict.passed, "faults": verdict.faults, "results": rows}
+        write_json(record, {"file": path, "sha256": file_hash(path), **found})
         passed = passed and verdict.passed
     return passed
 
 
-def _is_defined(module: ModuleType, name: str) -> bool:
-    """Whether the file defines the function itself; one that it only imports is not the reader's."""
-    return getattr(getattr(module, name, None), "__module__", None) == module.__name__
-
-
 def proven(exercise: Exercise, module: ModuleType) -> Verdict:
     """Contract, checks and diagnosis of one exercise in the reader's module."""
-    verdict = Verdict(exercise)
-    if not exercise.is_operation:
-        return _proven_rule(verdict, module)
-    operation, path = by_name(exercise.name), str(module.__file__)
+    return (_proven_operation if exercise.is_operation else _proven_rule)(Verdict(exercise), module)
+
+
+def _proven_operation(verdict: Verdict, module: ModuleType) -> Verdict:
+    exercise, path = verdict.exercise, str(module.__file__)
+    operation = by_name(exercise.name)
     pair = guarded(exercise.name, pair_from_file(path, exercise.name), path)
     with mock.patch.dict(PAIRS, {(exercise.name, MINE): pair}):
         for case in (*operation.small_cases, *exercise.examples):
             try:
                 _remembers_nothing(operation, case)
                 if case in operation.small_cases:
-                    verdict.results += results_of(operation, case, MINE, "cpu", (*REQUIRED, torch.bfloat16))
+                    verdict.results += results_of(operation, case, MINE, "cpu", DTYPES)
             except Fault as fault:
                 verdict.faults[case.name] = str(fault)
         if not verdict.passed:
             verdict.notes = [*smallest_example(exercise, MINE), *diagnosis(exercise, MINE)]
+    return verdict
+
+
+def _proven_rule(verdict: Verdict, module: ModuleType) -> Verdict:
+    """The checks of the update rule or the initialisation, run with the reader's function in the place of ours."""
+    exercise, name = verdict.exercise, verdict.exercise.functions[-1]
+    rule = rules.UPDATE if exercise.module is optim else rules.START
+
+    def watched(*arguments: Any) -> Any:
+        return called(getattr(module, name), arguments)
+
+    try:
+        with mock.patch.object(exercise.module, name, watched):
+            verdict.results += rules.rule_results(rule)
+    except Fault as fault:
+        verdict.faults["every case"] = str(fault)
+    if not verdict.passed:
+        verdict.notes = [*smallest_example(exercise, watched), *diagnosis(exercise, watched)]
     return verdict
 
 
@@ -139,10 +151,10 @@ def guarded(operation: str, pair: Pair, path: str) -> Pair:
     return pair._replace(forward=forward, backward=backward)
 
 
-def called(function: Callable[..., Any], arguments: tuple[Any, ...], path: str) -> Any:
-    """What the function returns. Raises Fault for an exception and for an argument that it changed in place."""
-    tensors = {i: a for i, a in enumerate(arguments) if isinstance(a, Tensor)}
-    before = {i: tensor.clone() for i, tensor in tensors.items()}
+def called(function: Callable[..., Any], arguments: tuple[Any, ...], path: str = "") -> Any:
+    """What the function returns. Raises Fault for an exception, with its line in the file `path`, and for a tensor
+    among the arguments that it changed in place."""
+    before = {i: argument.clone() for i, argument in enumerate(arguments) if isinstance(argument, Tensor)}
     try:
         result = function(*arguments)
     except NotImplementedError as error:
@@ -150,11 +162,10 @@ def called(function: Callable[..., Any], arguments: tuple[Any, ...], path: str) 
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"line {lines[-1]}: " if lines else ""
-        raise Fault(
-            f"{where}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
-    for i, tensor in tensors.items():
-        if not torch.equal(tensor, before[i]):
+        message = str(error).splitlines()[0] if str(error) else ""
+        raise Fault(f"{where}{type(error).__name__}: {message}") from error
+    for i, tensor in before.items():
+        if not torch.equal(arguments[i], tensor):
             name = list(inspect.signature(function).parameters)[i]
             raise Fault(
                 f"{function.__name__} changes its argument {name} in place: work on a copy, {name}.clone()"
@@ -191,38 +202,6 @@ def _remembers_nothing(operation: Operation, case: Case) -> None:
             raise Fault(
                 f"{name} depends on the call before: keep what the backward needs in what the forward returns"
             )
-
-
-# ---- the update rule and the initialisation -------------------------------------------------------------------
-
-
-@contextmanager
-def in_place_of_ours(exercise: Exercise, function: Callable[..., Any]) -> Iterator[None]:
-    with mock.patch.object(exercise.module, exercise.functions[-1], function):
-        yield
-
-
-def _proven_rule(verdict: Verdict, module: ModuleType) -> Verdict:
-    """The rule's checks, run with the reader's function in the place of ours."""
-    exercise = verdict.exercise
-    function = getattr(module, exercise.functions[-1])
-
-    def watched(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except NotImplementedError as error:
-            raise Fault(f"not written yet: {error}") from error
-        except Exception as error:
-            raise Fault(f"{type(error).__name__}: {error}") from error
-
-    try:
-        with in_place_of_ours(exercise, watched):
-            verdict.results += rules.rule_results(rules.UPDATE if exercise.module is optim else rules.START)
-    except Fault as fault:
-        verdict.faults["every case"] = str(fault)
-    if not verdict.passed:
-        verdict.notes = [*smallest_example(exercise, watched), *diagnosis(exercise, watched)]
-    return verdict
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------
