@@ -59,7 +59,7 @@ def main() -> None:
         print("alexnet <verb> [key=value ...]; alexnet <verb> --help lists its keys\n")
         for name, path in verbs.items():
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            print(f"  {name:16s} {text.split(':')[0].split('?')[0]}")
+            print(f"  {name:16s} {re.split('[:?]', text)[0]}")
         return
     if verb not in verbs:
         print(f"error: {verb} must be one of {', '.join(verbs)}", file=sys.stderr)
@@ -95,6 +95,16 @@ def command(
                 swept.append(loaded)
             return main(loaded)
 
+        def run_or_one_line(config: DictConfig) -> Any:
+            """Errors end here, before Hydra adds lines of its own."""
+            del os.environ["HYDRA_FULL_ERROR"]  # processes that the script starts must not inherit it
+            try:
+                return run(config)
+            except Exception as error:
+                _leave(error, name, config_dir)
+            finally:
+                os.environ["HYDRA_FULL_ERROR"] = "1"
+
         def entry() -> None:
             try:
                 started()
@@ -115,7 +125,7 @@ def command(
             os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
                 _refuse_options(sys.argv[1:])
-                app(_in_one_line(run, name, config_dir))()
+                app(run_or_one_line)()
                 if after_sweep and swept:
                     after_sweep(swept)
             except Exception as error:
@@ -148,24 +158,6 @@ def as_chosen(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     at = chosen[0]  # beside it: Hydra takes no second group of overrides behind an option
     return [*arguments[:at], "experiment=none", *arguments[at:]]
-
-
-def _in_one_line(
-    run: Callable[[DictConfig], Any], name: str, config_dir: Path
-) -> Callable[[DictConfig], Any]:
-    """Errors end here, before Hydra adds lines of its own. The mark is taken back meanwhile: processes that the
-    script starts must not inherit it."""
-
-    def guarded(config: DictConfig) -> Any:
-        del os.environ["HYDRA_FULL_ERROR"]
-        try:
-            return run(config)
-        except Exception as error:
-            _leave(error, name, config_dir)
-        finally:
-            os.environ["HYDRA_FULL_ERROR"] = "1"
-
-    return guarded
 
 
 def _refuse_options(typed: Sequence[str]) -> None:
@@ -351,51 +343,7 @@ def one_line(error: BaseException, name: str, config_dir: Path = CONF) -> str | 
         return _of_the_configuration(error, name, config_dir)
     if isinstance(error, yaml.YAMLError):
         return f"not YAML: {' '.join(str(error).split())}"
-    return _of_a_library(error)
-
-
-def _of_the_configuration(error: Exception, name: str, config_dir: Path) -> str:
-    cause: BaseException = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(cause.__cause__, UserError):
-        return str(cause.__cause__)
-    if isinstance(error, OverrideParseException):
-        return _of_the_parser(error)
-    text = _said(error)
-    for start, remedy in REMEDIES.items():
-        if text.startswith(start):
-            return f"{text.rstrip('.')}: {remedy}"
-    if isinstance(error, MissingConfigException) and error.options:
-        return (
-            f"{text.rstrip('.')}: {did_you_mean(str(error.missing_cfg_file).split('/')[-1], error.options)}"
-        )
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)'", str(cause))
-    if unknown and not re.search("Value '|Invalid value", str(cause)):
-        key = unknown.group(1) if unknown.re.pattern.startswith("Could") else _full_key(cause)
-        return f"unknown key {key}: {_meant(key, _known_keys(name, config_dir))}"
-    return _of_a_key(cause) if isinstance(cause, OmegaConfBaseException) else text
-
-
-def _of_a_key(error: BaseException) -> str:
-    """OmegaConf's first line behind the key it is about."""
-    key = _full_key(error)
-    kind = getattr(error, "object_type", None)
-    if isinstance(error, ConfigKeyError) and is_dataclass(kind):
-        return f"unknown key {key}: {did_you_mean(key.split('.')[-1], [f.name for f in fields(kind)])}"
-    return f"{key}: {_said(error)}" if key else _said(error)
-
-
-def _of_the_parser(error: OverrideParseException) -> str:
-    """Hydra's grammar knows signs of its own; a value that has them is quoted once for it and once for the shell."""
-    key, _, value = error.override.partition("=")
-    whole = re.fullmatch(r"[\w.+/@-]+", key) and value
-    remedy = f"quote the value, {key}='\"{value}\"'" if whole else "write key=value"
-    if value.startswith(("[", "{")):
-        remedy = f"close every bracket, and quote the whole for the shell, '{key}=[a,b]'"
-    return f"{error.override} cannot be read ({_said(error)}): {remedy}"
-
-
-def _of_a_library(error: BaseException) -> str | None:
-    """An error of torch, Lightning or Python, and the line of ours that led there; None for a mistake of our own."""
+    # Of torch, Lightning or Python, with the line of ours that led there; or a mistake of our own.
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
     if frames and {"hydra", "omegaconf"} & set(Path(frames[-1].filename).parts):
@@ -412,6 +360,44 @@ def _of_a_library(error: BaseException) -> str | None:
     return f"{type(error).__name__} at {place}: {_said(error)} (HYDRA_FULL_ERROR=1 shows the traceback)"
 
 
+def _of_the_configuration(error: Exception, name: str, config_dir: Path) -> str:
+    cause: BaseException = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause.__cause__, UserError):
+        return str(cause.__cause__)
+    text = _said(error)
+    if isinstance(error, OverrideParseException):
+        # Hydra's grammar knows signs of its own; a value that has them is quoted once for it and once for the shell.
+        key, _, value = error.override.partition("=")
+        whole = re.fullmatch(r"[\w.+/@-]+", key) and value
+        remedy = f"quote the value, {key}='\"{value}\"'" if whole else "write key=value"
+        if value.startswith(("[", "{")):
+            remedy = f"close every bracket, and quote the whole for the shell, '{key}=[a,b]'"
+        return f"{error.override} cannot be read ({text}): {remedy}"
+    for start, remedy in REMEDIES.items():
+        if text.startswith(start):
+            return f"{text.rstrip('.')}: {remedy}"
+    if isinstance(error, MissingConfigException) and error.options:
+        wanted = str(error.missing_cfg_file).split("/")[-1]
+        return f"{text.rstrip('.')}: {did_you_mean(wanted, error.options)}"
+    could_not = re.search(r"Could not override '([^']+)'", text)
+    is_unknown = could_not or re.search(r"Key '([^']+)'", str(cause))
+    if is_unknown and not re.search("Value '|Invalid value", str(cause)):
+        key = could_not.group(1) if could_not else _full_key(cause)
+        with _hydra(config_dir):
+            known = OmegaConf.to_container(hydra.compose(name), resolve=False)
+        return f"unknown key {key}: {_meant(key, _flat(known))}"
+    return _of_a_key(cause) if isinstance(cause, OmegaConfBaseException) else text
+
+
+def _of_a_key(error: BaseException) -> str:
+    """OmegaConf's first line behind the key it is about."""
+    key = _full_key(error)
+    kind = getattr(error, "object_type", None)
+    if isinstance(error, ConfigKeyError) and is_dataclass(kind):
+        return f"unknown key {key}: {did_you_mean(key.split('.')[-1], [f.name for f in fields(kind)])}"
+    return f"{key}: {_said(error)}" if key else _said(error)
+
+
 def _said(error: BaseException) -> str:
     """The first line of its message that is not empty, else its name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -421,12 +407,8 @@ def _full_key(error: BaseException) -> str:
     return str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")
 
 
-def _known_keys(name: str, config_dir: Path) -> list[str]:
-    with _hydra(config_dir):
-        return list(_flat(OmegaConf.to_container(hydra.compose(name), resolve=False)))
-
-
 def _flat(tree: Any, prefix: str = "") -> list[str]:
+    """Every key of nested dicts: optim, optim.lr, ..."""
     if not isinstance(tree, dict):
         return [prefix]
     below = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
