@@ -18,7 +18,7 @@ from alexnet.layers import Backends
 from alexnet.system import command_line, device_type_of, environment, write_json
 from alexnet.training.by_class import Calibration, calibration, confusion_matrix, errors_by_class
 from alexnet.training.by_class import table as by_class_table
-from alexnet.training.checkpoint import find, load
+from alexnet.training.checkpoint import BEST, find, load
 from alexnet.training.compare import compare, runs_below
 from alexnet.training.compare import table as comparison
 from alexnet.training.network import Network
@@ -67,11 +67,6 @@ class Evaluate:
         if self.split not in ("train", "holdout", "val"):
             raise UserError(f"split={self.split} must be one of train, holdout, val")
 
-    @property
-    def checkpoints(self) -> list[str]:
-        several = isinstance(self.checkpoint, list)
-        return [str(c) for c in self.checkpoint] if several else [str(self.checkpoint)]
-
 
 def evaluate(config: Evaluate) -> list[Result]:
     """Each checkpoint on the split, then their average if there are several.
@@ -80,13 +75,14 @@ def evaluate(config: Evaluate) -> list[Result]:
     """
     if config.compare:
         return _compared(config, Path(config.compare))
-    paths = [find(path) for path in config.checkpoints]
+    given = config.checkpoint if isinstance(config.checkpoint, list) else [config.checkpoint]
+    paths = [find(str(path)) for path in given]
     device = torch.device(device_type_of(config.device, "device", "device=cpu"))
     backend = config.backend.resolve(device.type)
     classifiers = [load(path, backend) for path in paths]
     store = _store(config, classifiers[0])
-    for path, classifier in zip(paths, classifiers, strict=True):
-        _same_classes(path, classifier, store)
+    for checkpoint, classifier in zip(paths, classifiers, strict=True):
+        _same_classes(checkpoint, classifier, store)
     index = None if config.split == "val" else store.holdout()[config.split == "holdout"]
     labels = store.labels if index is None else store.labels[index]
     outputs = [
@@ -163,9 +159,8 @@ def _store(config: Evaluate, classifier: Network) -> Store:
 
 def _same_classes(path: Path, classifier: Network, store: Store) -> None:
     ours, theirs = ([c["wnid"] for c in classes] for classes in (classifier.classes, store.classes))
-    unnamed = not any(ours) and len(ours) == len(
-        theirs
-    )  # torchvision's file: ImageNet's order, without wnids
+    # torchvision's file: ImageNet's order, without wnids.
+    unnamed = not any(ours) and len(ours) == len(theirs)
     if ours != theirs and not unnamed:
         raise UserError(
             f"checkpoint={path} knows {len(ours)} classes ({', '.join(ours[:3])}, ...), {store.path} holds "
@@ -188,10 +183,18 @@ def _write(
 ) -> Path:
     """The JSON beside run.json if one network of a run was evaluated, else under output_dir; a copy where `json` says.
 
-    The same command writes the same file again.
+    The same command writes the same file again; other networks and another protocol write another. The best of a run
+    has the plain name, last.ckpt names itself, and an ensemble or a file outside of a run is known by a hash of its
+    paths, in any order.
     """
-    run = paths[0].parent.parent
-    in_run = len(paths) == 1 and (run / "run.json").exists()
+    run, single = paths[0].parent.parent, len(paths) == 1
+    known = sha256("\n".join(sorted(str(path.resolve()) for path in paths)).encode()).hexdigest()[:8]
+    protocol = f"{config.split}-{config.views}view.json"
+    who = paths[0].stem if single else f"{len(paths)}networks"
+    path = elsewhere = Path(config.output_dir) / "evaluate" / f"evaluate-{who}-{known}-{protocol}"
+    in_run = single and (run / "run.json").exists()
+    if in_run:
+        path = run / f"evaluate-{'' if paths[0].name == BEST else f'{who}-'}{protocol}"
     content = {
         "command": command_line(),
         "store": str(store.path),
@@ -201,8 +204,6 @@ def _write(
         "paper": [asdict(row) for row in references],
         **environment(),
     }
-    elsewhere = Path(config.output_dir) / "evaluate" / _file_name(config, paths, in_run=False)
-    path = run / _file_name(config, paths, in_run) if in_run else elsewhere
     try:
         _write_json(path, content)
     except OSError as error:
@@ -219,13 +220,3 @@ def _write(
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
-
-
-def _file_name(config: Evaluate, paths: Sequence[Path], in_run: bool) -> str:
-    """Different for other networks and another protocol: the best of a run has the plain name, last.ckpt names itself,
-    and an ensemble or a file outside of a run is known by a hash of its paths, in any order."""
-    who = [] if not in_run or paths[0].name == "best.ckpt" else [paths[0].stem]
-    if not in_run:
-        known = sha256("\n".join(sorted(str(path.resolve()) for path in paths)).encode())
-        who = [f"{len(paths)}networks" if len(paths) > 1 else paths[0].stem, known.hexdigest()[:8]]
-    return "-".join(["evaluate", *who, config.split, f"{config.views}view.json"])

@@ -43,7 +43,9 @@ class Export:
 
     checkpoint: str | None = None  # a checkpoint file or a run directory
     format: Format = Format.safetensors
-    into: str | None = None  # a new folder; None: <output_dir>/export/<run>-<format>
+    into: str | None = (
+        None  # a new folder; None: <output_dir>/export/<run>-seed<k>-<format>, or <file>-<format>
+    )
     output_dir: str = "outputs"
 
     def __post_init__(self) -> None:
@@ -77,7 +79,9 @@ def export(config: Export) -> Path:
     source = find(str(config.checkpoint))
     native = {field.name: "native" for field in fields(Backends) if field.name != "default"}
     classifier = load(source, native)
-    directory = Path(config.into or Path(config.output_dir) / "export" / f"{name_of(source)}-{config.format}")
+    run = source.parent.parent
+    name = f"{run.parent.name}-{run.name}" if (run / "run.json").exists() else source.stem
+    directory = Path(config.into or Path(config.output_dir) / "export" / f"{name}-{config.format}")
     if directory.exists():
         raise UserError(f"into={directory} exists: remove it, or set into=<another folder>")
     crop = classifier.augment.config.crop_px
@@ -99,12 +103,6 @@ def export(config: Export) -> Path:
         raise
     print(f"{config.format}: logits agree to {difference:.0e} of the largest\n{directory}")
     return directory
-
-
-def name_of(checkpoint: Path) -> str:
-    """<name>-seed<k> of a run's checkpoint, else the name of the file."""
-    run = checkpoint.parent.parent
-    return f"{run.parent.name}-{run.name}" if (run / "run.json").exists() else checkpoint.stem
 
 
 def as_safetensors(classifier: Network, example: Tensor, directory: Path) -> Tensor:
@@ -161,28 +159,22 @@ def describe(classifier: Network, source: Path, config: Export, directory: Path)
     """config.json and the model card README.md."""
     path = directory / CONFIG
     known = read_json(path) if path.exists() else {"model_type": "alexnet"}
-    hparams, crop = classifier.arguments, classifier.augment.config.crop_px
-    steps = (
-        f"short side to {hparams['px']} pixels, centre square, centre crop of {crop} pixels, RGB in 0..255"
-    )
+    px, crop = classifier.arguments["px"], classifier.augment.config.crop_px
+    steps = f"short side to {px} pixels, centre square, centre crop of {crop} pixels, RGB in 0..255"
     classes = {str(i): c["words"] or c["wnid"] for i, c in enumerate(classifier.classes)}
     known |= {"preprocessing": steps, "input": [3, crop, crop], "id2label": classes}
     known |= {"opset": OPSET} if config.format == Format.onnx else {}
     write_json(path, known)
     run = source.parent.parent / "run.json"
-    (directory / "README.md").write_text(card(read_json(run) if run.exists() else {}, known))
-
-
-def card(record: dict[str, Any], known: dict[str, Any]) -> str:
-    """The model card: what it is, what it was trained on, how well it does, how to use it."""
-    trained = record.get("command", "not recorded")
+    record = read_json(run) if run.exists() else {}
+    data = record.get("config", {}).get("data", {}).get("name", "not recorded")
     lines = [
         "---\nlibrary_name: pytorch\npipeline_tag: image-classification\ntags: [alexnet]\n---\n",
         "# AlexNet (Krizhevsky, Sutskever and Hinton, 2012)\n",
-        f"Input: {known['preprocessing']}. {len(known['id2label'])} classes.\n",
-        f"Data set: {record.get('config', {}).get('data', {}).get('name', 'not recorded')}. Trained by `{trained}`.\n",
+        f"Input: {steps}. {len(classes)} classes.\n",
+        f"Data set: {data}. Trained by `{record.get('command', 'not recorded')}`.\n",
     ]
     for split, result in record.get("results", {}).items():
         error = f"top-1 error {100 * result['top1_error']:.2f} %"
         lines.append(f"- {split}, {result['n']:,} images, {result['views']} view(s): {error}")
-    return "\n".join([*lines, f"\nExported by `{command_line()}`.", ""])
+    (directory / "README.md").write_text("\n".join([*lines, f"\nExported by `{command_line()}`.", ""]))

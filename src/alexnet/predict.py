@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alexnet.cli import WIDTH
 from alexnet.data.files import Folder, shown
 from alexnet.data.pictures import HEAD, Resample, decode, fit, is_picture, reason
 from alexnet.errors import UserError
@@ -62,13 +63,6 @@ class Predict:
                 raise UserError(f"{key}={getattr(self, key)} must be a positive integer")
 
 
-class Picture(NamedTuple):
-    """One picture that was asked for: where it is from, and what can be read there."""
-
-    name: str
-    payload: bytes | Path
-
-
 class Prediction(NamedTuple):
     """The classes of one picture, the most probable first."""
 
@@ -86,45 +80,48 @@ def predict(config: Predict) -> bool:
     backend = config.backend.resolve(device.type)
     paths = config.checkpoint if isinstance(config.checkpoint, list) else [config.checkpoint]
     classifiers = [load(find(path), backend) for path in paths]
-    refuse_different(paths, classifiers)
+    first = classifiers[0]
+    for path, other in zip(paths, classifiers, strict=True):
+        if other.classes != first.classes or other.augment.px != first.augment.px:
+            raise UserError(f"checkpoint={path} has other classes or another image size than {paths[0]}")
     unread: dict[str, str] = {}
     predictions: list[Prediction] = []
     sheet: list[tuple[np.ndarray, Tensor]] = []
-    for names, pixels in decoded(config, classifiers[0], unread):
+    for names, pixels in decoded(config, first, unread):
         outputs = [
             log_probabilities(c.net, c.augment, pixels, config.views, config.batch_size, device)
             for c in classifiers
         ]
         probabilities = average(outputs).exp()
-        predictions += top_classes(names, probabilities, config.top)
+        p, labels = probabilities.topk(min(config.top, probabilities.shape[1]))
+        predictions += map(Prediction, names, labels.tolist(), p.tolist())
         sheet += list(zip(pixels, probabilities, strict=True))[: SHEET - len(sheet)]
     for name, why in unread.items():
         print(f"{shown(name)}: {why}", file=sys.stderr)
     if not predictions:
         raise UserError(f"images={config.images}: none of {len(unread)} pictures can be read")
-    classes = classifiers[0].classes
-    print(table(predictions, classes))
+    print(table(predictions, first.classes))
     directory = Path(config.output_dir) / "predict"
     directory.mkdir(parents=True, exist_ok=True)
-    write(config, directory, predictions, unread, classes)
-    contact_sheet(predictions, sheet, classes, directory / "predictions.png")
+    write(config, directory, predictions, unread, first.classes)
+    contact_sheet(predictions, sheet, first.classes, directory / "predictions.png")
     print(f"\npredicted {len(predictions)}, unreadable {len(unread)}; written to {directory}")
     return not unread
 
 
-def refuse_different(paths: Sequence[Any], classifiers: Sequence[Network]) -> None:
-    """Networks to average must have the same classes and image size."""
-    first = classifiers[0]
-    for path, other in zip(paths, classifiers, strict=True):
-        if other.classes != first.classes or other.augment.px != first.augment.px:
-            raise UserError(f"checkpoint={path} has other classes or another image size than {paths[0]}")
+def pictures(images: Any) -> Iterator[tuple[str, bytes | Path]]:
+    """Each picture that `images` names, in order of their names: its name, and its content or its file.
 
-
-def pictures(images: Any) -> Iterator[Picture]:
-    """Every picture that `images` names, in order of their names. Raises UserError for what is not there."""
+    Raises UserError for what is not there.
+    """
     for given in images if isinstance(images, list) else [images]:
         if given == STDIN:
-            yield from standard_input(sys.stdin.buffer.read())
+            content = sys.stdin.buffer.read()
+            if is_picture(content[:HEAD]):
+                yield "standard input", content
+                continue
+            lines = content.decode(errors="surrogateescape").splitlines()  # the names of pictures
+            yield from ((line, Path(line)) for line in lines if line.strip())
             continue
         path = Path(str(given)).expanduser()
         found = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
@@ -134,33 +131,22 @@ def pictures(images: Any) -> Iterator[Picture]:
             files = [one / name for name in sorted(Folder(one).pictures)] if one.is_dir() else [one]
             if not files:
                 raise UserError(f"images={one} holds no picture")
-            yield from (Picture(str(file), file) for file in files)
-
-
-def standard_input(content: bytes) -> Iterator[Picture]:
-    """A picture by its content, else the names of pictures, one a line."""
-    if is_picture(content[:HEAD]):
-        yield Picture("standard input", content)
-        return
-    for line in content.decode(errors="surrogateescape").splitlines():
-        if line.strip():
-            yield Picture(line, Path(line))
+            yield from ((str(file), file) for file in files)
 
 
 def decoded(
     config: Predict, classifier: Network, unread: dict[str, str]
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """Names and pixels (n, px, px, 3) uint8 of some pictures at a time; what cannot be read goes into `unread`."""
-    px = classifier.arguments["px"]
-    resample = config.resample or Resample(classifier.arguments.get("resample", Resample.area))
+    resample = config.resample or Resample(classifier.arguments["resample"])
     names: list[str] = []
     pixels: list[np.ndarray] = []
-    for picture in pictures(config.images):
+    for name, content in pictures(config.images):
         try:
-            pixels.append(np.asarray(fit(decode(picture.payload), px, resample)))
-            names.append(picture.name)
+            pixels.append(np.asarray(fit(decode(content), classifier.arguments["px"], resample)))
+            names.append(name)
         except Exception as error:  # Pillow's plugins raise almost anything at damaged files
-            unread[picture.name] = reason(error)
+            unread[name] = reason(error)
         if len(names) == CHUNK:
             yield names, np.stack(pixels)
             names, pixels = [], []
@@ -168,26 +154,20 @@ def decoded(
         yield names, np.stack(pixels)
 
 
-def top_classes(names: Sequence[str], probabilities: Tensor, top: int) -> list[Prediction]:
-    """probabilities (n, classes) -> the `top` largest of each row."""
-    p, labels = probabilities.topk(min(top, probabilities.shape[1]))
-    return [Prediction(*row) for row in zip(names, labels.tolist(), p.tolist(), strict=True)]
-
-
 def words(classes: Sequence[dict[str, str]], label: int) -> str:
     """The first synonym of a class."""
     return classes[label]["words"].split(",")[0] or classes[label]["wnid"]
 
 
-def table(predictions: Sequence[Prediction], classes: Sequence[dict[str, str]], width: int = 100) -> str:
-    """A line for each picture: its name and its classes with percentages, cut to `width` columns."""
+def table(predictions: Sequence[Prediction], classes: Sequence[dict[str, str]]) -> str:
+    """A line for each picture: its name and its classes with percentages, cut to a terminal's width."""
     longest = min(max(len(p.name) for p in predictions), 40)
     lines = []
     for name, labels, probabilities in predictions:
         name = name if len(name) <= longest else f"…{name[1 - longest :]}"
         found = [f"{words(classes, k)} {100 * p:.1f} %" for k, p in zip(labels, probabilities, strict=True)]
         line = f"{name:{longest}s}  {', '.join(found)}"
-        lines.append(line if len(line) <= width else f"{line[: width - 1]}…")
+        lines.append(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…")
     return "\n".join(lines)
 
 
@@ -199,18 +179,14 @@ def write(
     classes: Sequence[dict[str, str]],
 ) -> None:
     """predictions.json and predictions.csv."""
-    found = [
-        {
-            "image": prediction.name,
-            "top": [{**classes[k], "probability": p} for k, p in zip(*prediction[1:], strict=True)],
-        }
-        for prediction in predictions
-    ]
+    found = []
+    for name, *top in predictions:
+        classes_of_it = [{**classes[k], "probability": p} for k, p in zip(*top, strict=True)]
+        found.append({"image": name, "top": classes_of_it})
     content = {"command": command_line(), "views": config.views, "predictions": found, "unreadable": unread}
     write_json(directory / "predictions.json", {**content, **environment()})
-    with (directory / "predictions.csv").open(
-        "w", newline="", encoding="utf-8", errors="surrogateescape"
-    ) as file:
+    path, as_given = directory / "predictions.csv", "surrogateescape"
+    with path.open("w", newline="", encoding="utf-8", errors=as_given) as file:
         rows = csv.writer(file)
         rows.writerow(["image", "rank", "wnid", "words", "probability"])
         for name, *top in predictions:

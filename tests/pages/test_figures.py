@@ -60,7 +60,7 @@ def test_every_figure_is_written(tmp_path):
     bands = {"ReLU": Curve([0, 1], [3, 2], [2, 1], [4, 3]), "tanh": Curve([0, 1], [3, 3], style="--")}
     near = np.stack([images] * 3)
     paths = [
-        curves_figure(bands, tmp_path / "deep" / "curves.png", level=2.5, title="Figure 1"),
+        curves_figure(bands, tmp_path / "deep" / "curves.png", level=2.5),
         predictions_figure(images, p, [0, 6, 3], ["cat, feline", "x" * 40, *"cdefg"], tmp_path / "p.png"),
         neighbours_figure(images, near, tmp_path / "n.png", agree=np.eye(3, dtype=bool)),
         neighbours_figure(images[:1], near[:1], tmp_path / "one.png"),
