@@ -25,8 +25,6 @@ from alexnet.data.module import (
     ahead_of_time,
     host_memory,
     is_resident,
-    num_workers_of,
-    on_device,
 )
 from alexnet.data.store import FORMAT, Store, sha256, write_manifest
 from alexnet.errors import UserError
@@ -372,11 +370,11 @@ def test_a_failing_read_reaches_the_training_loop(threads: int) -> None:
     assert not readers()
 
 
-def test_the_number_of_readers_is_the_users_or_one_per_core() -> None:
-    assert num_workers_of(7) == 7
-    assert 1 <= num_workers_of(0) <= MAX_WORKERS
+def test_the_number_of_readers_is_the_users_or_one_per_core(data: ImageData) -> None:
+    assert Pixels(data.val_store, CPU, num_workers=7).num_workers == 7
+    assert 1 <= Pixels(data.val_store, CPU).num_workers <= MAX_WORKERS
     with pytest.raises(UserError, match=r"data\.num_workers=-1 must be a positive integer, or 0"):
-        num_workers_of(-1)
+        Pixels(data.val_store, CPU, num_workers=-1)
 
 
 def test_num_workers_of_the_configuration_reaches_the_loaders(root: Path) -> None:
@@ -401,8 +399,10 @@ def test_the_memory_of_a_job_is_its_limit_and_not_the_machine_s(tmp_path: Path) 
 
 
 def test_a_store_that_cannot_be_copied_is_an_error_with_a_remedy() -> None:
+    images = np.broadcast_to(np.zeros((), dtype=np.uint8), (2**50, 1, 1, 3))
+    store = Store(Path("huge"), images, np.zeros(1), {}, None)
     with pytest.raises(UserError, match=r"do not fit on cpu: set data.resident=never"):
-        on_device(torch.empty(1, dtype=torch.uint8).expand(2**50), CPU)
+        Pixels(store, CPU, Resident.always)
 
 
 # Evaluation and the splits --------------------------------------------------------------------------------

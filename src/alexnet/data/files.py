@@ -37,7 +37,11 @@ from alexnet.errors import UserError
 
 TEXTS = ("words.txt", "LOC_synset_mapping.txt", "LOC_val_solution.csv", "val_annotations.txt",
          "ILSVRC2012_validation_ground_truth.txt", "meta.mat")  # fmt: skip
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by first bytes
+OPENERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}  # by first bytes
 ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".parquet")
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
 PUBLISHED = re.compile(
@@ -195,23 +199,23 @@ class _Header(tarfile.TarInfo):
 
 
 class Tar(Files):
-    """A tar archive, compressed or not."""
+    """A tar archive; what is compressed, `opener` opens."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opener: Callable[..., Any] | None) -> None:
         super().__init__(path)
-        head = _head(path)
-        self.opener: Any = next((opener for magic, opener in OPENERS.items() if head.startswith(magic)), None)
+        self.opener = opener
         self.offsets: dict[str, int] = {}
-        for name, member, offset, archive in self._members():
-            if member.isdir():
-                self.folders.add(name)
-            elif not _is_file(member):
-                self.left_out["link or device in an archive"] += 1
-            elif name in self.pictures:
-                self.left_out["a second time"] += 1
-            else:
-                self._enter(name, member.size, partial(archive.extractfile, member))
-                self.offsets[name] = offset
+        with (opener or open)(path, "rb") as file:
+            for name, member, offset, archive in self._members(file):
+                if member.isdir():
+                    self.folders.add(name)
+                elif not _is_file(member):
+                    self.left_out["link or device in an archive"] += 1
+                elif name in self.pictures:
+                    self.left_out["a second time"] += 1
+                else:
+                    self._enter(name, member.size, partial(archive.extractfile, member))
+                    self.offsets[name] = offset
 
     def stream(self, wanted: set[str]) -> Iterator[tuple[str, Payload]]:
         if self.opener is None:
@@ -219,30 +223,27 @@ class Tar(Files):
                 yield name, Slice(self.path, self.offsets[name], self.pictures[name])
             return
         remaining = set(wanted)
-        for name, member, _, archive in self._members():
-            if _is_file(member) and name in remaining:
-                remaining.remove(name)
-                too_large = member.size > MAX_BYTES
-                yield name, _too_large(member.size) if too_large else archive.extractfile(member).read()
-            if not remaining:
-                return
+        with self.opener(self.path, "rb") as file:
+            for name, member, _, archive in self._members(file):
+                if _is_file(member) and name in remaining:
+                    remaining.remove(name)
+                    too_large = member.size > MAX_BYTES
+                    yield name, _too_large(member.size) if too_large else archive.extractfile(member).read()
+                if not remaining:
+                    return
 
-    def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, int, Any]]:
-        """Of each member the name, the header, where its content lies in the file, and the archive that reads it."""
-        with (self.opener or open)(self.path, "rb") as file:
-            yield from self._members_of(file, "", 0)
-
-    def _members_of(
-        self, file: Any, prefix: str, start: int
+    def _members(
+        self, file: Any, prefix: str = "", start: int = 0
     ) -> Iterator[tuple[str, tarfile.TarInfo, int, Any]]:
-        """The same for the tar that `file` holds, which begins at byte `start`, from front to back."""
+        """Of each member of the tar in `file`, which begins at byte `start`, the name, the header, where its content
+        lies, and the archive that reads it; from front to back."""
         with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # a million of them would stay in memory
                 name, offset = prefix + member.name, start + member.offset_data
                 if _is_file(member) and name.endswith(".tar"):
                     inside = name.removesuffix(".tar") + "/"
-                    yield from self._members_of(archive.extractfile(member), inside, offset)
+                    yield from self._members(archive.extractfile(member), inside, offset)
                 else:
                     yield _safe(name, self.path), member, offset, archive
         while block := file.read(1 << 20):  # to the end, where the checksum of a compressed file stands
@@ -422,22 +423,21 @@ def open_files(path: Path, folder: Folder) -> Files:
 def open_archive(path: Path) -> Files:
     """The archive, by its content; UserError if it is not whole."""
     try:
-        head = _head(path)
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
         if is_picture(head):
             raise UserError(f"path={path} is one picture: give the folder or the archive of all of them")
-        kind = Zip if head.startswith((b"PK\3\4", b"PK\5\6")) else Parquet if head[:4] == b"PAR1" else Tar
-        return kind(path)
+        if head.startswith((b"PK\3\4", b"PK\5\6")):
+            return Zip(path)
+        if head.startswith(b"PAR1"):
+            return Parquet(path)
+        return Tar(path, next((opener for magic, opener in OPENERS.items() if head.startswith(magic)), None))
     except UserError:
         raise
     except DAMAGE as error:
         raise UserError(
             f"path={path} is not a whole archive ({' '.join(str(error).split())}): fetch it again"
         ) from error
-
-
-def _head(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(HEAD)
 
 
 def fingerprint(folder: Folder) -> dict[str, Any]:

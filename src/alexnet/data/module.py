@@ -95,13 +95,24 @@ class Pixels:
         copies: int = 1,
         num_workers: int = 0,
     ) -> None:
-        self.device = device
+        if num_workers < 0:
+            raise UserError(
+                f"data.num_workers={num_workers} must be a positive integer, or 0 for one thread per core"
+            )
+        self.device, self.num_workers = device, num_workers or min(cores(), MAX_WORKERS)
         self.resident = is_resident(store.images.nbytes * copies, device, resident)
-        self.num_workers = num_workers_of(num_workers)
         with warnings.catch_warnings():  # torch warns that the map is read-only; nothing writes to it
             warnings.simplefilter("ignore", UserWarning)
-            images = torch.from_numpy(store.images)
-        self.images = on_device(images, device) if self.resident else images
+            self.images = torch.from_numpy(store.images)
+        if self.resident:
+            try:
+                self.images = self.images.clone() if device.type == "cpu" else self.images.to(device)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                    raise
+                raise UserError(
+                    f"the store's {store.images.nbytes / 1e9:.2f} GB do not fit on {device}: set data.resident=never"
+                ) from error
         self.labels = torch.from_numpy(np.array(store.labels, dtype=np.int64))  # on the CPU: see `send`
         streamed_to_gpu = device.type == "cuda" and not self.resident
         self.copy_stream = torch.cuda.Stream(device) if streamed_to_gpu else None
@@ -148,27 +159,6 @@ class Pixels:
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device. To a GPU by pinned memory, so that the host does not wait for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def num_workers_of(num_workers: int) -> int:
-    """The number of reader threads; 0 is one per core of this process, at most MAX_WORKERS."""
-    if num_workers < 0:
-        raise UserError(
-            f"data.num_workers={num_workers} must be a positive integer, or 0 for one thread per core"
-        )
-    return num_workers or min(cores(), MAX_WORKERS)
-
-
-def on_device(images: Tensor, device: torch.device) -> Tensor:
-    """A copy of the images in the device's memory."""
-    try:
-        return images.clone() if device.type == "cpu" else images.to(device)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise UserError(
-            f"the store's {images.nbytes / 1e9:.2f} GB do not fit on {device}: set data.resident=never"
-        ) from error
 
 
 def is_resident(size: int, device: torch.device, resident: Resident) -> bool:
