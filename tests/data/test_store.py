@@ -87,9 +87,9 @@ def test_a_missing_store_says_what_makes_it(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_that_makes_a_store_follows_from_its_name(name: str, words: str) -> None:
-    command = f"python scripts/prepare_data.py {words}"
-    assert DataConfig(name, f"data/{name}").prepare_command() == command
-    assert DataConfig(name, f"/else/{name}").prepare_command() == f"{command} data_dir=/else"
+    command = f"make it with `python scripts/prepare_data.py {words}"
+    assert DataConfig(name, f"data/{name}").remedy() == f"{command}`"
+    assert DataConfig(name, f"/else/{name}").remedy() == f"{command} data_dir=/else`"
 
 
 def test_an_unfinished_store_says_so(tmp_path: Path) -> None:

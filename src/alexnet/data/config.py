@@ -39,8 +39,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         self.root = os.path.expanduser(self.root)
 
-    def prepare_command(self) -> str:
-        """The command that makes the stores; imagenet100 and imagenet_100 are taken for subsets of imagenet."""
+    def remedy(self) -> str:
+        """The command that makes the stores, for messages; imagenet100 and imagenet_100 are subsets of imagenet."""
         known = [kind for kind in SourceKind if self.name.startswith(kind)]
         kind = max(known, key=len, default=SourceKind.folder)
         words = ["python scripts/prepare_data.py", f"data={kind}"]
@@ -50,7 +50,7 @@ class DataConfig:
             words.append(shlex.quote(f"name={self.name}"))
         if (data_dir := str(Path(self.root).parent)) != "data":
             words.append(shlex.quote(f"data_dir={data_dir}"))
-        return " ".join(words)
+        return f"make it with `{' '.join(words)}`"
 
 
 def cores() -> int:

@@ -113,9 +113,6 @@ def shown(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-# Folders --------------------------------------------------------------------------------------------------
-
-
 class Folder(Files):
     """A directory tree. Whoever decodes a file reads it."""
 
@@ -180,9 +177,6 @@ class Folder(Files):
 def _identity(path: str | Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-# Archives -------------------------------------------------------------------------------------------------
 
 
 class _Header(tarfile.TarInfo):
@@ -320,9 +314,8 @@ class Parquet(Files):
                 f"but its columns are {', '.join(schema.names)}"
             )
         self.column = images[0]
-        features = (
-            json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        )
+        hints = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = hints.get("info", {}).get("features", {})
         self.class_names = dict(enumerate(features.get(labels[0], {}).get("names", [])))
         table = self.file.read(columns=[f"{self.column}.path", labels[0]])
         paths = table.column(self.column).combine_chunks().field("path").to_pylist()
@@ -366,12 +359,10 @@ class Archives(Files):
                 continue
             part = open_archive(path / name)
             prefix = f"{split}/{base}/" if split and part.numbers else f"{split or base}/"
-            for inner, size in part.pictures.items():
-                if prefix + inner in self.pictures:
-                    raise UserError(
-                        f"path={path}: two archives hold {shown(prefix + inner)}: keep one of them"
-                    )
-                self.pictures[prefix + inner] = size
+            pictures = {prefix + inner: size for inner, size in part.pictures.items()}
+            if twice := pictures.keys() & self.pictures.keys():
+                raise UserError(f"path={path}: two archives hold {shown(min(twice))}: keep one of them")
+            self.pictures |= pictures
             self.folders |= {prefix + folder for folder in part.folders}
             self.texts |= {prefix + inner: text for inner, text in part.texts.items()}
             self.numbers |= {prefix + inner: number for inner, number in part.numbers.items()}
@@ -385,9 +376,6 @@ class Archives(Files):
             inside = {name for name in part.pictures if prefix + name in wanted}
             if inside:
                 yield from ((prefix + name, payload) for name, payload in part.stream(inside))
-
-
-# Opening --------------------------------------------------------------------------------------------------
 
 
 def listing(path: Path) -> Folder:
@@ -456,14 +444,14 @@ def fingerprint(folder: Folder) -> dict[str, Any]:
                 contents.update(file.read(SAMPLE_BYTES))
         except OSError:
             contents.update(b"unreadable")
+
+    def digest(values: list[Any]) -> str:
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
     return {
         "place": shown(str(folder.path.resolve())),
         "files": len(sizes),
-        "names": _hash(list(sizes)),
-        "sizes": _hash(list(sizes.values())),
+        "names": digest(list(sizes)),
+        "sizes": digest(list(sizes.values())),
         "contents": contents.hexdigest(),
     }
-
-
-def _hash(values: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -331,16 +331,11 @@ class ImageData(LightningDataModule):
 
     @cached_property
     def train_store(self) -> Store:
-        return self._open("train")
+        return open_store(Path(self.config.root) / "train", remedy=self.config.remedy())
 
     @cached_property
     def val_store(self) -> Store:
-        return self._open("val")
-
-    def _open(self, split: str) -> Store:
-        return open_store(
-            Path(self.config.root) / split, remedy=f"make it with `{self.config.prepare_command()}`"
-        )
+        return open_store(Path(self.config.root) / "val", remedy=self.config.remedy())
 
     @cached_property
     def split(self) -> tuple[Tensor, Tensor]:

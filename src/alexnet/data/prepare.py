@@ -171,9 +171,6 @@ class Prepared(NamedTuple):
         return f"{store.path}: {'; '.join(parts)}"
 
 
-# The verbs ------------------------------------------------------------------------------------------------
-
-
 def prepare(config: PrepareConfig) -> list[Prepared]:
     """Make the stores that `config` asks for; what is already there is left alone.
 
@@ -190,20 +187,18 @@ def prepare(config: PrepareConfig) -> list[Prepared]:
         if source.left_out:
             log.warning("not taken from %s: %s", source.description, counts(source.left_out))
         splits = [split for split, items in source.splits.items() if items]
-        with Crew(_workers(config, source)) as crew:
+        few = max(map(len, source.splits.values())) < FEW
+        workers = 0 if config.source == SourceKind.synthetic or few else cores()
+        with Crew(workers if config.workers is None else config.workers) as crew:
             return [_prepare_split(config, source, split, splits, crew) for split in splits]
 
 
 def verify(config: PrepareConfig) -> list[Store]:
     """Open the stores and compare every hash; UserError says which file is damaged, or that there is none."""
-    root, remedy = Path(config.root), _remedy(config)
+    root, remedy = Path(config.root), DataConfig(config.name, config.root).remedy()
     train = open_store(root / "train", verify=True, px=config.px, remedy=remedy)
     others = [split for split in train.manifest.get("splits", []) if split != "train"]
     return [train, *(open_store(root / split, verify=True, px=config.px, remedy=remedy) for split in others)]
-
-
-def _remedy(config: PrepareConfig) -> str:
-    return f"make it with `{DataConfig(config.name, config.root).prepare_command()}`"
 
 
 @contextmanager
@@ -247,7 +242,7 @@ def _finished(config: PrepareConfig, root: Path) -> list[Store] | None:
     """The stores, when all are there; None when there is work to do; UserError when they are others."""
     if not (root / "train").is_dir():
         return None
-    train = open_store(root / "train", remedy=_remedy(config))
+    train = open_store(root / "train", remedy=DataConfig(config.name, config.root).remedy())
     there, asked = BEFORE | train.manifest.get("request", {}), config.request()
     for key in asked:
         if there.get(key) != asked[key]:
@@ -328,9 +323,6 @@ def choose(config: PrepareConfig) -> Source:
     return source
 
 
-# Processes -----------------------------------------------------------------------------------------------
-
-
 class Crew:
     """The processes of one call of `prepare`; with 0 workers all is done in this one."""
 
@@ -379,17 +371,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     Thread(target=wait_and_exit, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _workers(config: PrepareConfig, source: Source) -> int:
-    if config.workers is not None:
-        return config.workers
-    if config.source == SourceKind.synthetic or max(map(len, source.splits.values())) < FEW:
-        return 0
-    return cores()
-
-
-# One split ------------------------------------------------------------------------------------------------
 
 
 def _prepare_split(
@@ -506,9 +487,6 @@ def decode_chunk(
             marks[row] = 2 if enlarged else 1
     write_rows(images_path, config.px, list(marks), images)
     return marks, bad
-
-
-# Statistics of train --------------------------------------------------------------------------------------
 
 
 def _statistics(

@@ -220,9 +220,6 @@ def _check_classes(
         )
 
 
-# Published archives ---------------------------------------------------------------------------------------
-
-
 def check_archive(path: Path) -> None:
     """Compare the MD5 of a file that has a published name; UserError when it differs."""
     published = {Path(entry.url).name: entry.md5 for entries in OFFICIAL.values() for entry in entries}
@@ -279,9 +276,6 @@ class Lines(io.TextIOBase):
 def progress_stream() -> TextIO:
     """Where a progress bar is written."""
     return sys.stderr if sys.stderr.isatty() else Lines(sys.stderr)  # type: ignore[return-value]
-
-
-# Subsets --------------------------------------------------------------------------------------------------
 
 
 def with_classes(source: Source, wanted: Sequence[str]) -> Source:

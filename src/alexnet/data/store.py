@@ -81,9 +81,6 @@ def draw_order(n: int, *seed: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(n), kind="stable")
 
 
-# Reading ------------------------------------------------------------------------------------------------
-
-
 def open_store(
     path: str | os.PathLike[str], verify: bool = False, px: int | None = None, remedy: str = MAKE
 ) -> Store:
@@ -149,9 +146,6 @@ def _array(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> np.ndar
     if array.shape != shape or array.dtype != np.dtype(dtype):
         raise ValueError(f"{name} holds {array.dtype}{array.shape}, not {dtype}{shape}")
     return array
-
-
-# Writing ------------------------------------------------------------------------------------------------
 
 
 def partial_directory(path: Path) -> Path:
