@@ -129,9 +129,10 @@ def test_tiny_imagenet_gives_train_and_flat_val_the_same_labels(
 
 
 def test_the_root_itself_or_the_folder_around_it_may_be_given(tmp_path: Path) -> None:
-    root = write_folder(tmp_path, tiny_files())
+    root = write_folder(tmp_path, tiny_files() | {"tiny-imagenet-200/preview.jpg": b"x"})
     outer, inner = opened("tiny_imagenet", root), opened("tiny_imagenet", root / "tiny-imagenet-200")
     assert contents(outer, "val") == contents(inner, "val")
+    assert outer.left_out == inner.left_out == {".txt": 2, "outside train/ and val/": 1}
 
 
 def refused(kind: str, path: Path, *words: str, **options) -> None:

@@ -40,8 +40,8 @@ class Splits(StrEnum):
 
 def by_class(files: Files, splits: Splits, kind: SourceKind, wanted: Sequence[str] | None) -> Labelled:
     """<split>/<class>/**, or <class>/** alone."""
-    prefix = _shared_folder(files, splits)
-    named = _named_splits(files, prefix, splits)
+    prefix, folders_below = _shared_folder(files, splits)
+    named = _named_splits({path[0] for path in folders_below}, splits, files)
     labelled: Labelled = {"train": {}, "val": {}}
     flat: dict[str, list[str]] = defaultdict(list)  # pictures that lie in no folder of their class
     unused: dict[str, list[str]] = defaultdict(list)
@@ -73,37 +73,34 @@ def by_class(files: Files, splits: Splits, kind: SourceKind, wanted: Sequence[st
     for where, names in unused.items():
         files.left_out[f"{where} ({some(names, 3)})"] += len(names)
     if wanted is None:
-        train = next((f"{prefix}{top}/" for top, split in named.items() if split == "train"), prefix)
-        _check_class_folders(files, train, splits, bool(named))
+        train = next((f"{top}/" for top, split in named.items() if split == "train"), "")
+        paths = [path[1:] for path in folders_below if f"{path[0]}/" == train] if named else folders_below
+        _check_class_folders(files, prefix + train, paths, splits, bool(named))
     return labelled
 
 
-def _folders_below(files: Files, prefix: str) -> list[list[str]]:
-    """Below `prefix`, the path of each folder that directly holds pictures: [] is the folder `prefix` itself."""
-    folders = {f"{name.rpartition('/')[0]}/" for name in files.pictures}
-    paths = sorted(folder.removeprefix(prefix) for folder in folders if folder.startswith(prefix))
-    return [[part for part in path.split("/") if part] for path in paths]
+def _shared_folder(files: Files, splits: Splits) -> tuple[str, list[list[str]]]:
+    """The folder of the splits or classes, and the path below it of each folder that directly holds pictures.
 
-
-def _shared_folder(files: Files, splits: Splits) -> str:
-    """The folder of the splits or classes: down while one folder alone holds pictures, in splits or in classes."""
+    Down while one folder alone holds pictures, in splits or in classes.
+    """
 
     def any_split(names: Iterable[str]) -> bool:
         return splits != Splits.none and any(name.lower() in SPLIT_NAMES for name in names)
 
-    prefix = ""
+    prefix, folders = "", {name.rpartition("/")[0] for name in files.pictures}
+    below = [folder.split("/") for folder in folders if folder]
     while True:
-        below = [path for path in _folders_below(files, prefix) if path]
         tops, seconds = {path[0] for path in below}, {path[1] for path in below if len(path) > 1}
         is_class = any(len(path) == 1 for path in below) and not any_split(seconds)
         if len(tops) != 1 or is_class or any_split(tops):
-            return prefix
+            return prefix, below
         prefix += f"{tops.pop()}/"
+        below = [path[1:] for path in below if len(path) > 1]
 
 
-def _named_splits(files: Files, prefix: str, splits: Splits) -> dict[str, str]:
+def _named_splits(tops: set[str], splits: Splits, files: Files) -> dict[str, str]:
     """{top folder: its split}; {} where every top folder is a class. UserError where that is not clear."""
-    tops = {path[0] for path in _folders_below(files, prefix) if path}
     named = {top: SPLIT_NAMES[top.lower()] for top in sorted(tops) if top.lower() in SPLIT_NAMES}
     if not named or splits == Splits.none:
         return {}
@@ -122,12 +119,13 @@ def _named_splits(files: Files, prefix: str, splits: Splits) -> dict[str, str]:
     return named
 
 
-def _check_class_folders(files: Files, prefix: str, splits: Splits, named: bool) -> None:
-    """UserError for class folders without a picture and for classes that look like splits."""
+def _check_class_folders(
+    files: Files, prefix: str, paths: list[list[str]], splits: Splits, named: bool
+) -> None:
+    """UserError for class folders below `prefix` without a picture and for classes that look like splits."""
     folders: dict[str, set[str]] = defaultdict(set)  # {class: its folders; "" for pictures directly in it}
-    for path in _folders_below(files, prefix):
-        if path:
-            folders[path[0]].add("".join(path[1:2]))
+    for path in filter(None, paths):
+        folders[path[0]].add("".join(path[1:2]))
     inside = next(iter(folders.values()), set())
     alike = len(folders) > 1 and all(other == inside for other in folders.values())
     if alike and len(inside) > 1 and "" not in inside and splits == Splits.auto:
@@ -161,13 +159,13 @@ def _val_labels(files: Files) -> dict[str, str]:
 
 def _devkit_classes(files: Files) -> list[tuple[int, str, str]]:
     """(number in the ground truth, wnid, words) of the 1000 classes; further rows of meta.mat are their ancestors."""
-    name = _named(files, "meta.mat")
-    if name is None:
+    name, data = _listed(files, "meta.mat")
+    if not name:
         return []
     from scipy.io import loadmat
 
     try:
-        rows = loadmat(io.BytesIO(files.texts[name]), squeeze_me=True)["synsets"]
+        rows = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         return [(int(row[0]), str(row[1]), str(row[2])) for row in np.atleast_1d(rows) if row[4] == 0]
     except Exception as error:  # scipy raises almost anything at a damaged file
         raise UserError(
@@ -177,22 +175,23 @@ def _devkit_classes(files: Files) -> list[tuple[int, str, str]]:
 
 def tiny_imagenet(files: Files) -> Labelled:
     """train/<wnid>/images/*.JPEG, and the flat val/ by its val_annotations.txt (file, wnid, box)."""
-    prefix = _shared_folder(files, Splits.auto)
+    prefix, _ = _shared_folder(files, Splits.auto)
     lines = _text(files, "val_annotations.txt").splitlines()
     annotations = dict(line.split("\t")[:2] for line in lines if "\t" in line)
     labelled: Labelled = {"train": {}, "val": {}}
     for name in files.pictures:
-        split, *folders, base = name.removeprefix(prefix).split("/")
-        if split not in labelled or not folders:
+        *folders, base = name.removeprefix(prefix).split("/")
+        split = folders[0] if len(folders) > 1 else ""
+        if split not in labelled:
             files.left_out["outside train/ and val/"] += 1
-        elif split == "val" and folders[0] == "images":
+        elif split == "val" and folders[1] == "images":
             if base not in annotations:
                 raise UserError(
                     f"{shown(name)} is not in val/val_annotations.txt: unpack the official archive again"
                 )
             labelled[split][name] = annotations[base]
         else:
-            labelled[split][name] = folders[0]
+            labelled[split][name] = folders[1]
     missing = annotations.keys() - {name.rpartition("/")[2] for name in labelled["val"]}
     if missing:
         raise UserError(
@@ -233,16 +232,16 @@ def _classes_of(train: Mapping[str, int], wnids: Sequence[str], names: Mapping[i
     return {number: f"{number:0{digits}d}" for number in found}
 
 
-def _named(files: Files, base: str) -> str | None:
-    """The list of this file name that lies least deep."""
-    return min(
-        (n for n in files.texts if n.rpartition("/")[2] == base), key=lambda n: (len(n), n), default=None
-    )
+def _listed(files: Files, base: str) -> tuple[str, bytes]:
+    """Name and content of the list of this file name that lies least deep; empty if there is none."""
+    names = (name for name in files.texts if name.rpartition("/")[2] == base)
+    name = min(names, key=lambda name: (len(name), name), default="")
+    return name, files.texts.get(name, b"")
 
 
 def _text(files: Files, base: str) -> str:
-    name = _named(files, base)
-    return "" if name is None else decoded_text(files.texts[name], f"path={files.path}: {shown(name)}")
+    name, data = _listed(files, base)
+    return decoded_text(data, f"path={files.path}: {shown(name)}")
 
 
 def decoded_text(data: bytes, what: str) -> str:
@@ -256,12 +255,12 @@ def decoded_text(data: bytes, what: str) -> str:
 
 def words_of(files: Files, given: Path | None) -> dict[str, str]:
     """{wnid: words} from the file given, else from words.txt, LOC_synset_mapping.txt or meta.mat in the source."""
-    if given is not None and not given.is_file():
-        raise UserError(f"words={given} does not exist: give a file of 'wnid words' lines, or leave it out")
-    if given is not None:
+    if given is None:
+        text = _text(files, "words.txt") or _text(files, "LOC_synset_mapping.txt")
+    elif given.is_file():
         text = decoded_text(given.read_bytes(), f"words={given}")
     else:
-        text = _text(files, "words.txt") or _text(files, "LOC_synset_mapping.txt")
+        raise UserError(f"words={given} does not exist: give a file of 'wnid words' lines, or leave it out")
     pairs = (line.split(None, 1) for line in text.splitlines())
     found = {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
     return found or {wnid: words for _, wnid, words in _devkit_classes(files)}
