@@ -93,6 +93,16 @@ class AugmentConfig:
     colour_divide: bool = False  # the noisy image / (1 + colour_std), as the 2012 code
     colour_until: float = 1.0  # fraction of the epochs after which the noise is off (2012: 67 of 90)
 
+    def margin(self, px: int) -> int:
+        """px - crop_px: crops start at 0..margin inclusive. UserError if the stored images are too small."""
+        if not 0 < self.crop_px <= px:
+            raise UserError(
+                f"augment.crop_px={self.crop_px} (the network's image) does not fit into the store's "
+                f"{px}-pixel images: choose a network of smaller images (model=mini or tiny: 56), or prepare the data "
+                "with a larger px"
+            )
+        return px - self.crop_px
+
 
 class Draws(NamedTuple):
     """What chance decides about N images, in the order in which they are visited."""
@@ -121,8 +131,7 @@ def draw_epoch(config: AugmentConfig, order: Tensor, px: int, seed: int, epoch: 
     order (N,) int64 is the permutation of the images 0..N-1 in which the epoch visits them. Row i depends on
     order[i] where the rule is per_image (and always for colour), on i // 32 where it is per_32.
     """
-    margin = margin_of(config, px)
-    n = len(order)
+    margin, n = config.margin(px), len(order)
     by_image, by_chunk = order, torch.arange(n) // CHUNK
     offsets = torch.full((n, 2), margin // 2)
     if config.crop != Crop.centre:
@@ -134,16 +143,6 @@ def draw_epoch(config: AugmentConfig, order: Tensor, px: int, seed: int, epoch: 
         flip = table[by_image if config.flip == Flip.per_image else by_chunk]
     colour = torch.randn(n, 3, generator=stream(seed, epoch, "colour"))[by_image]
     return Draws(offsets[:, 0].contiguous(), offsets[:, 1].contiguous(), flip, colour)
-
-
-def margin_of(config: AugmentConfig, px: int) -> int:
-    """px - crop_px: crops start at 0..margin inclusive. UserError if the stored images are too small."""
-    if not 0 < config.crop_px <= px:
-        raise UserError(
-            f"augment.crop_px={config.crop_px} (the network's image) does not fit into the store's {px}-pixel images: "
-            "choose a network of smaller images (model=mini or tiny: 56), or prepare the data with a larger px"
-        )
-    return px - config.crop_px
 
 
 def statistics_of(store: Store) -> dict[str, Tensor]:
@@ -191,7 +190,7 @@ class Augment(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.px, self.in_one_pass = config, px, in_one_pass
-        self.margin = margin_of(config, px)
+        self.margin = config.margin(px)
         side = config.crop_px
         per_pixel = config.input == InputScale.mean_image
         self.register_buffer("mean", torch.zeros((side, side, 3) if per_pixel else (3,)))

@@ -43,7 +43,6 @@ from alexnet.data.augment import (
     crop_starts,
     crops_at,
     draw_epoch,
-    margin_of,
     statistics_of,
     stream,
 )
@@ -364,7 +363,7 @@ class ImageData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the store of the stage and check that the crop fits, so that mistakes show before training."""
-        margin_of(self.augment, self.val_store.px if stage == "test" else self.px)
+        self.augment.margin(self.val_store.px if stage == "test" else self.px)
 
     def train_dataloader(self) -> EpochLoader:
         world_size, rank, device = self._place()

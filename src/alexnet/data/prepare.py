@@ -11,6 +11,8 @@ The mean image and the colour covariance are those of train without holdout. The
 """
 
 import errno
+import hashlib
+import json
 import logging
 import multiprocessing
 import os
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import partial
 from itertools import islice
@@ -38,15 +40,7 @@ from alexnet.data.files import DAMAGE, fingerprint, listing, shown
 from alexnet.data.layouts import WNID, Splits, counts, decoded_text
 from alexnet.data.pictures import MAX_PIXELS, Payload, Resample, decode, fit, reason
 from alexnet.data.sources import Source
-from alexnet.data.store import (
-    Store,
-    StoreBuilder,
-    holdout_split,
-    open_store,
-    plan_hash,
-    remove_scratch,
-    write_rows,
-)
+from alexnet.data.store import Store, StoreBuilder, holdout_split, open_store, remove_scratch, write_rows
 from alexnet.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -186,11 +180,10 @@ def prepare(config: PrepareConfig) -> list[Prepared]:
         source = choose(config)
         if source.left_out:
             log.warning("not taken from %s: %s", source.description, counts(source.left_out))
-        splits = [split for split, items in source.splits.items() if items]
         few = max(map(len, source.splits.values())) < FEW
         workers = 0 if config.source == SourceKind.synthetic or few else cores()
         with Crew(workers if config.workers is None else config.workers) as crew:
-            return [_prepare_split(config, source, split, splits, crew) for split in splits]
+            return [_prepare_split(config, source, split, crew) for split in source.splits]
 
 
 def verify(config: PrepareConfig) -> list[Store]:
@@ -320,7 +313,7 @@ def choose(config: PrepareConfig) -> Source:
         source = sources.with_val_fraction(source, config.val_fraction, config.seed)
     if config.images_per_class is not None:
         source = sources.with_images_per_class(source, config.images_per_class, config.seed)
-    return source
+    return replace(source, splits={split: items for split, items in source.splits.items() if items})
 
 
 class Crew:
@@ -373,9 +366,7 @@ def _end_with_parent() -> None:
     Thread(target=wait_and_exit, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _prepare_split(
-    config: PrepareConfig, source: Source, split: str, splits: list[str], crew: Crew
-) -> Prepared:
+def _prepare_split(config: PrepareConfig, source: Source, split: str, crew: Crew) -> Prepared:
     """Decode what is to do, leave the bad rows out, add labels, statistics and manifest; the store then exists."""
     path = Path(config.root) / split
     if path.is_dir():
@@ -384,7 +375,10 @@ def _prepare_split(
     labels = np.array([item.label for item in source.splits[split]])
     rule = {"short_side": config.px, "crop": "centre", "resample": str(config.resample)}
     made_by = (rule, config.min_side, config.max_pixels, source.description, source.origin.get("place"))
-    building = StoreBuilder(path, len(names), config.px, plan_hash(*made_by, names=names, labels=labels))
+    plan = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode())  # differs whenever any row would
+    plan.update("\0".join(names).encode(errors="surrogatepass"))
+    plan.update(labels.tobytes())
+    building = StoreBuilder(path, len(names), config.px, plan.hexdigest())
     started, already = time.perf_counter(), int(np.count_nonzero(building.done))
     if not building.compacting:
         _decode_all(config, source, names, building, crew)
@@ -402,7 +396,7 @@ def _prepare_split(
     manifest = {
         "name": config.name,
         "split": split,
-        "splits": splits,
+        "splits": list(source.splits),
         "px": config.px,
         "n": len(labels),
         "classes": source.classes,

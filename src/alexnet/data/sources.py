@@ -22,21 +22,10 @@ from zlib import crc32
 
 import numpy as np
 
-from alexnet.data import synthetic
+from alexnet.data import layouts, synthetic
 from alexnet.data.config import SourceKind
 from alexnet.data.files import fingerprint, listing, open_files, shown
-from alexnet.data.layouts import (
-    WNID,
-    Labelled,
-    Splits,
-    by_class,
-    counts,
-    key_of,
-    numbered,
-    some,
-    tiny_imagenet,
-    words_of,
-)
+from alexnet.data.layouts import Labelled, Splits, counts, key_of, some
 from alexnet.data.pictures import Payload
 from alexnet.data.store import draw_order, holdout_split
 from alexnet.errors import UserError, did_you_mean
@@ -143,13 +132,13 @@ def open_source(
         check_archive(path)
     folder = listing(path)
     files = open_files(path, folder)
-    names = words_of(files, words) | WORDS.get(kind, {})
+    names = layouts.words_of(files, words) | WORDS.get(kind, {})
     if files.numbers:
-        labelled = numbered(files, sorted(names))
+        labelled = layouts.numbered(files, sorted(names))
     elif kind == SourceKind.tiny_imagenet:
-        labelled = tiny_imagenet(files)
+        labelled = layouts.tiny_imagenet(files)
     else:
-        labelled = by_class(files, splits, kind, wanted)
+        labelled = layouts.by_class(files, splits, kind, wanted)
     if not labelled.get("train"):
         raise UserError(
             f"path={path} holds no train images in the layout of source={kind} ({counts(files.left_out)})"
@@ -194,7 +183,7 @@ def synthetic_source(n_train: int, n_val: int, px: int, seed: int) -> Source:
 def _check_classes(
     labelled: Labelled, wnids: Sequence[str], kind: SourceKind, path: Path, official: bool
 ) -> None:
-    strange = [wnid for wnid in wnids if not WNID.fullmatch(wnid)]
+    strange = [wnid for wnid in wnids if not layouts.WNID.fullmatch(wnid)]
     if strange and kind != SourceKind.folder:
         raise UserError(f"path={path} has the class {shown(strange[0])!r}, which is no wnid (n and 8 digits), so it is "
                         f"not source={kind}; for classes of your own use source=folder, for ImageNet with numbers "

@@ -284,14 +284,6 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     (directory / "manifest.json").write_text(text + "\n")
 
 
-def plan_hash(*parts: Any, names: Sequence[str], labels: np.ndarray) -> str:
-    """One line that differs whenever any row of a store would."""
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    digest.update("\0".join(names).encode(errors="surrogatepass"))
-    digest.update(np.ascontiguousarray(labels).tobytes())
-    return digest.hexdigest()
-
-
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
