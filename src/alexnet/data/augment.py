@@ -55,29 +55,15 @@ CHUNK = 32  # images that share one draw in the 2012 code (crop_chunk)
 SLAB = 1 << 19  # pixels x channels that a CPU augments at a time: 2 MB of float32
 
 
-class Crop(StrEnum):
-    per_image = "per_image"
-    per_32 = "per_32"
-    centre = "centre"
-
-
-class Flip(StrEnum):
-    per_image = "per_image"
-    per_32 = "per_32"
-    none = "none"
+Crop = StrEnum("Crop", "per_image per_32 centre")
+Flip = StrEnum("Flip", "per_image per_32 none")
+Colour = StrEnum("Colour", "none stdev eigenvalue literal")
 
 
 class InputScale(StrEnum):
     mean_image = "mean_image"  # x - mean[row, column, channel]
     mean_channel = "mean_channel"  # x - mean[channel]
     normalised = "normalised"  # (x - mean[channel]) / std[channel]
-
-
-class Colour(StrEnum):
-    none = "none"
-    stdev = "stdev"
-    eigenvalue = "eigenvalue"
-    literal = "literal"
 
 
 @dataclass
@@ -191,6 +177,7 @@ class Augment(nn.Module):
         super().__init__()
         self.config, self.px, self.in_one_pass = config, px, in_one_pass
         self.margin = config.margin(px)
+        self.divisor = 1 + config.colour_std if config.colour_divide else 1.0
         side = config.crop_px
         per_pixel = config.input == InputScale.mean_image
         self.register_buffer("mean", torch.zeros((side, side, 3) if per_pixel else (3,)))
@@ -240,7 +227,7 @@ class Augment(nn.Module):
         crops, flip = batched(crops, flip)
         normals = None if normals is None else batched(normals)[0]
         std = self.std if self.config.input == InputScale.normalised else None
-        out = compiled_augment(crops, flip, normals, self.mean, std, self._divisor, self._colour)
+        out = compiled_augment(crops, flip, normals, self.mean, std, self.divisor, self._colour)
         return out.permute(0, 3, 1, 2)
 
     def centre(self, images: Tensor) -> Tensor:
@@ -263,10 +250,6 @@ class Augment(nn.Module):
     def _colour(self) -> tuple[Tensor, Tensor, Colour, float]:
         return self.eigenvalues, self.eigenvectors, self.config.colour, self.config.colour_std
 
-    @property
-    def _divisor(self) -> float:
-        return 1 + self.config.colour_std if self.config.colour_divide else 1.0
-
     def _cut(self, images: Tensor, top: int, left: int) -> Tensor:
         """The same window of every image: (N, px, px, 3) -> (N, c, c, 3)."""
         side = self.config.crop_px
@@ -285,9 +268,9 @@ class Augment(nn.Module):
         if in_one_pass:
             lines, rows = batched(lines, rows)
             noise = None if noise is None else batched(noise)[0]
-            compiled_to_input(lines, rows, mean, noise, self._divisor, std)
+            compiled_to_input(lines, rows, mean, noise, self.divisor, std)
         else:
-            to_input(lines, rows, mean, noise, self._divisor, std)
+            to_input(lines, rows, mean, noise, self.divisor, std)
         return out
 
     def extra_repr(self) -> str:

@@ -6,14 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-
-class SourceKind(StrEnum):
-    synthetic = "synthetic"
-    tiny_imagenet = "tiny_imagenet"
-    imagenette = "imagenette"
-    imagewoof = "imagewoof"
-    imagenet = "imagenet"
-    folder = "folder"
+SourceKind = StrEnum("SourceKind", "synthetic tiny_imagenet imagenette imagewoof imagenet folder")
 
 
 class Resident(StrEnum):

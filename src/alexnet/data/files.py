@@ -153,21 +153,19 @@ class Folder(Files):
         path = self.path / name
         try:
             status = path.stat()
-        except OSError:  # a link to nothing; as a picture it becomes a bad file
-            if name.lower().endswith(ENDINGS):
+            if not stat.S_ISREG(status.st_mode):
+                self.left_out["neither file nor folder"] += 1
+            elif name.lower().endswith(ARCHIVES):
+                self.archives[name] = status.st_size
+            else:
+                self._enter(name, status.st_size, partial(open, path, "rb"))
+        except OSError:
+            if os.path.exists(path):
+                self.left_out["unreadable"] += 1
+            elif name.lower().endswith(ENDINGS):  # a link to nothing, which becomes a bad file
                 self.pictures[name] = 0
             else:
                 self.left_out["broken link"] += 1
-            return
-        if not stat.S_ISREG(status.st_mode):
-            self.left_out["neither file nor folder"] += 1
-        elif name.lower().endswith(ARCHIVES):
-            self.archives[name] = status.st_size
-        else:
-            try:
-                self._enter(name, status.st_size, partial(open, path, "rb"))
-            except OSError:
-                self.left_out["unreadable"] += 1
 
     def stream(self, wanted: set[str]) -> Iterator[tuple[str, Payload]]:
         for name in sorted(wanted):

@@ -53,9 +53,7 @@ FEW = 512  # below this many images, starting processes takes longer than decodi
 FEW_CLASSES = 10  # that a summary names
 
 
-class OnCorrupt(StrEnum):
-    fail = "fail"
-    skip = "skip"
+OnCorrupt = StrEnum("OnCorrupt", "fail skip")
 
 
 @dataclass
@@ -255,7 +253,7 @@ def _refuse_other_source(config: PrepareConfig, store: Store) -> None:
     path = Path(config.path) if config.path else None
     if path is None or config.source == SourceKind.synthetic:
         return
-    before, now = store.manifest.get("source"), sources.described(config.source, path)
+    before, now = store.manifest.get("source"), f"{config.source}: {shown(path.name)}"
     origin = store.manifest.get("origin")
     if origin is not None and path.exists():
         given = fingerprint(listing(path))

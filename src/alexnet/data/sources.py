@@ -101,11 +101,6 @@ class Source:
         return sum(self.sizes.get(item.name, 0) for items in self.splits.values() for item in items)
 
 
-def described(kind: str, path: Path) -> str:
-    """The source in a manifest. Its place is left out: a folder that was moved holds the same images."""
-    return f"{kind}: {shown(path.name)}"
-
-
 def open_source(
     kind: SourceKind,
     path: Path,
@@ -156,8 +151,9 @@ def open_source(
         for split, found in labelled.items()
         if found
     }
-    origin = fingerprint(folder)
-    return Source(described(kind, path), classes, items, files.stream, origin, files.pictures, files.left_out)
+    # Its place is not in the name: a folder that was moved holds the same images.
+    description, origin = f"{kind}: {shown(path.name)}", fingerprint(folder)
+    return Source(description, classes, items, files.stream, origin, files.pictures, files.left_out)
 
 
 def synthetic_source(n_train: int, n_val: int, px: int, seed: int) -> Source:
