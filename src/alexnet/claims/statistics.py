@@ -23,9 +23,10 @@ a bootstrap over images, which says nothing about another training run and is la
 Units: errors are fractions and cross-entropies nats here; tables.py multiplies by 100.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum, StrEnum
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import lru_cache
 
 import numpy as np
@@ -34,9 +35,7 @@ from scipy import optimize, special, stats
 
 LEVEL = 0.95  # of every interval; two-sided
 POWER = 0.80
-SIGN_FLIP_SEEDS = range(
-    6, 25
-)  # below 6 the smallest possible p, 2/2**n, exceeds 5 %; above 24 we stop listing
+SIGN_FLIP_SEEDS = range(6, 25)  # below 6 the smallest p, 2/2**n, exceeds 5 %; above 24 we stop listing
 QUANTILES = (np.arange(2000) + 0.5) / 2000
 NO_SPREAD = 1e-12  # below it differences are equal but for rounding: errors go in steps of an image
 MOST_SEEDS = 100_000  # nobody will run more: answered with None
@@ -44,11 +43,8 @@ MOST_SEEDS = 100_000  # nobody will run more: answered with None
 Array = NDArray[np.float64]
 
 
-class Direction(Enum):
+class Direction(StrEnum):
     """What is expected of treatment - control (or of the ratio), written down before the runs."""
-
-    def __str__(self) -> str:
-        return self.name
 
     lower = "lower"
     higher = "higher"
@@ -97,7 +93,7 @@ class Effect:
 def summarise(values: ArrayLike) -> Summary:
     """Mean, standard deviation (n-1 in the denominator), n, and the values (n,) themselves."""
     x = _finite(values)
-    sd = float(x.std(ddof=1)) if x.size > 1 else float("nan")
+    sd = float(x.std(ddof=1)) if x.size > 1 else np.nan
     return Summary(float(x.mean()), sd, x.size, tuple(x.tolist()))
 
 
@@ -106,7 +102,17 @@ def paired_difference(treatment: ArrayLike, control: ArrayLike) -> Effect:
     a, b = _finite(treatment), _finite(control)
     if a.shape != b.shape:
         raise ValueError(f"pairs need equal numbers of runs: {a.size} and {b.size}")
-    return _t_effect(a - b)
+    d = a - b
+    mean, n = float(d.mean()), d.size
+    if n < 2:
+        return Effect(mean, -np.inf, np.inf, np.nan, n, np.nan)
+    sd = float(d.std(ddof=1))
+    if sd < NO_SPREAD:
+        return Effect(mean, mean, mean, sd, n, np.nan)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / np.sqrt(n)
+    p = float(2 * stats.t.sf(abs(mean) / (sd / np.sqrt(n)), n - 1))
+    flip = sign_flip_p(d) if n in SIGN_FLIP_SEEDS else None
+    return Effect(mean, mean - half, mean + half, sd, n, p, flip, minimum_detectable_effect(sd, n))
 
 
 def time_ratio(treatment: Sequence[float | None], control: Sequence[float | None], budget: float) -> Effect:
@@ -120,12 +126,11 @@ def time_ratio(treatment: Sequence[float | None], control: Sequence[float | None
     e = paired_difference(*logs)
     bound = {(False, False): "", (True, False): ">=", (False, True): "<=", (True, True): "?"}[late_a, late_b]
     informative = bound == "" or (bound == ">=" and e.estimate > 0) or (bound == "<=" and e.estimate < 0)
-    return Effect(
+    return replace(
+        e,
         estimate=float(np.exp(e.estimate)),
         low=0.0 if late_b else float(np.exp(e.low)),
-        high=float("inf") if late_a else float(np.exp(e.high)),
-        sd=e.sd,
-        n=e.n,
+        high=np.inf if late_a else float(np.exp(e.high)),
         p=e.p if informative else 1.0,
         p_sign_flip=e.p_sign_flip if informative else None,
         detectable=None if bound or e.detectable is None else float(np.exp(e.detectable)),
@@ -179,7 +184,7 @@ def bootstrap_images(
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     tail = min(np.sum(means <= 0), np.sum(means >= 0))
     p = min(1.0, 2 * (1 + float(tail)) / (1 + resamples))
-    sd = float(d.std(ddof=1)) if d.size > 1 else float("nan")
+    sd = float(d.std(ddof=1)) if d.size > 1 else np.nan
     return Effect(float(d.mean()), float(low), float(high), sd, d.size, p, source=Source.IMAGES)
 
 
@@ -244,15 +249,10 @@ def power_of_equivalence(margin: float, sd: float, n: int) -> float:
 
 def seeds_needed(effect: float, sd: float, power: Callable[[float, float, int], float] = power) -> int | None:
     """Fewest pairs that find `effect` with 80 % power; None above MOST_SEEDS (and for no effect at all)."""
-    if not np.isfinite(sd) or effect == 0 or power(effect, max(sd, 1e-300), MOST_SEEDS) < POWER:
+    sd = max(sd, 1e-300)
+    if not np.isfinite(sd) or effect == 0 or power(effect, sd, MOST_SEEDS) < POWER:
         return None
-    few, enough = 1, 2
-    while power(effect, max(sd, 1e-300), enough) < POWER:
-        few, enough = enough, 2 * enough
-    while enough - few > 1:
-        middle = (few + enough) // 2
-        few, enough = (few, middle) if power(effect, sd, middle) >= POWER else (middle, enough)
-    return enough
+    return 2 + bisect_left(range(2, MOST_SEEDS), True, key=lambda n: power(effect, sd, n) >= POWER)
 
 
 def split_excess(first: ArrayLike, second: ArrayLike, permutations: int = 2000, seed: int = 0) -> float:
@@ -266,22 +266,6 @@ def split_excess(first: ArrayLike, second: ArrayLike, permutations: int = 2000, 
     shuffled = rng.permuted(np.broadcast_to(both, (permutations, both.size)), axis=1)
     chance = np.abs(shuffled[:, : a.size].mean(1) - shuffled[:, a.size :].mean(1)).mean()
     return float(abs(a.mean() - b.mean()) - chance)
-
-
-def equivalence_p(effect: Effect, margin: float) -> float:
-    """The p of what the interval says of a margin: below 5 % where it lies within +-margin, or wholly outside.
-
-    Within: p of "the difference is at least the margin"; else p of "it is at most the margin". nan below two seeds.
-    """
-    if effect.n < 2:
-        return float("nan")
-    low, high, estimate = (
-        np.log(x) if effect.ratio else x for x in (effect.low, effect.high, effect.estimate)
-    )
-    error = (high - low) / 2 / stats.t.ppf((1 + LEVEL) / 2, effect.n - 1)
-    if error == 0:
-        return float("nan")
-    return float(min(1.0, 2 * stats.t.sf(abs(margin - abs(estimate)) / error, effect.n - 1)))
 
 
 class Word(StrEnum):
@@ -318,19 +302,21 @@ def verdict(
     `margin` belongs to Direction.same; `paper` is the paper's effect in the unit of `effect` (a ratio for ratios);
     below `min_n` seeds nothing is resolved. `p_holm`: the p adjusted for all claims tested together.
     """
+    low, high, _ = _linear(effect)
+    below, above = high < -margin, low > margin
     if direction is Direction.report:
-        return Verdict(Word.REPORTED, f"reported: {_seen(effect)}")
+        seen = "lower" if below else "higher" if above else "no difference resolved"
+        return Verdict(Word.REPORTED, f"reported: {seen}")
     if effect.source is Source.SEEDS and effect.n < min_n:
         return Verdict(Word.OPEN, f"{Word.OPEN} (would need {min_n} seeds, has {effect.n})")
     if effect.bound != "?" and effect.sd < NO_SPREAD:
-        return Verdict(
-            Word.OPEN, f"{Word.OPEN} (all differences are equal: nothing tells how much they vary)"
-        )
-    below, above = _outside(effect, margin if direction is Direction.same else 0.0)
-    if direction is Direction.same:
-        right, wrong = _inside(effect, margin), below or above
-    else:
-        right, wrong = (below, above) if direction is Direction.lower else (above, below)
+        equal = "all differences are equal: nothing tells how much they vary"
+        return Verdict(Word.OPEN, f"{Word.OPEN} ({equal})")
+    right, wrong = {
+        Direction.lower: (below, above),
+        Direction.higher: (above, below),
+        Direction.same: (-margin < low and high < margin, below or above),
+    }[direction]
     if not right and not wrong:
         return Verdict(Word.OPEN, f"{Word.OPEN} ({_would_need(effect, direction, margin, paper)})")
     confirmed = p_holm is None or p_holm <= 1 - LEVEL
@@ -340,46 +326,41 @@ def verdict(
 
 
 def tested_p(effect: Effect, direction: Direction, margin: float) -> float:
-    """The p that enters Holm's correction: of "no difference", or for SAME of "a difference of the margin"."""
-    return equivalence_p(effect, margin) if direction is Direction.same else effect.p
+    """The p that enters Holm's correction: of "no difference", or for `same` of what the interval says of the margin.
 
-
-def _outside(effect: Effect, margin: float) -> tuple[bool, bool]:
-    """Is the whole interval below, above null -+ margin?"""
-    low, high, _ = _linear(effect)
-    return high < -margin, low > margin
-
-
-def _inside(effect: Effect, margin: float) -> bool:
-    low, high, _ = _linear(effect)
-    return -margin < low and high < margin
-
-
-def _seen(effect: Effect) -> str:
-    below, above = _outside(effect, 0.0)
-    return "lower" if below else "higher" if above else "no difference resolved"
+    Where the interval lies within +-margin, p of "the difference is at least the margin"; else p of "it is at most
+    the margin". Below 5 % where the interval lies within +-margin, or wholly outside; nan below two seeds.
+    """
+    if direction is not Direction.same:
+        return effect.p
+    if effect.n < 2:
+        return np.nan
+    low, high, estimate = _linear(effect)
+    error = (high - low) / 2 / stats.t.ppf((1 + LEVEL) / 2, effect.n - 1)
+    if error == 0:
+        return np.nan
+    return float(min(1.0, 2 * stats.t.sf(abs(margin - abs(estimate)) / error, effect.n - 1)))
 
 
 def _would_need(effect: Effect, direction: Direction, margin: float, paper: float | None) -> str:
     """Seeds (images) for the paper's effect where that is more than we had, else for the one observed."""
-    unit = "seeds" if effect.source is Source.SEEDS else "images"
     if effect.bound:
         return "censored runs: would need a larger budget"
+    unit = "seeds" if effect.source is Source.SEEDS else "images"
+
+    def count(needed: int | None) -> str:
+        return f"over {MOST_SEEDS:,} {unit}" if needed is None else f"{needed:,} {unit}"
+
     if direction is Direction.same:
         needed = seeds_needed(margin, effect.sd, power_of_equivalence)
         if needed is None or needed > effect.n:
-            return f"would need {_count(needed)} {unit} to show a difference of 0 to be within the margin"
-        return f"the margin is within the interval; {_count(needed)} {unit} would do if the difference were 0"
-    observed = _linear(effect)[2]
+            return f"would need {count(needed)} to show a difference of 0 to be within the margin"
+        return f"the margin is within the interval; {count(needed)} would do if the difference were 0"
     if paper is not None:
         needed = seeds_needed(float(np.log(paper)) if effect.ratio else paper, effect.sd)
         if needed is None or needed > effect.n:
-            return f"would need {_count(needed)} {unit} for the paper's effect"
-    return f"would need {_count(seeds_needed(observed, effect.sd))} {unit} for the effect observed"
-
-
-def _count(n: int | None) -> str:
-    return f"over {MOST_SEEDS:,}" if n is None else f"{n:,}"
+            return f"would need {count(needed)} for the paper's effect"
+    return f"would need {count(seeds_needed(_linear(effect)[2], effect.sd))} for the effect observed"
 
 
 def _linear(effect: Effect) -> tuple[float, float, float]:
@@ -388,20 +369,6 @@ def _linear(effect: Effect) -> tuple[float, float, float]:
     with np.errstate(divide="ignore"):  # the open interval of a single run: log(0) = -inf
         low, high, estimate = np.log(three) if effect.ratio else three
     return float(low), float(high), float(estimate)
-
-
-def _t_effect(d: Array) -> Effect:
-    mean, n = float(d.mean()), d.size
-    if n < 2:
-        inf = float("inf")
-        return Effect(mean, -inf, inf, float("nan"), n, float("nan"))
-    sd = float(d.std(ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / np.sqrt(n)
-    p = float(2 * stats.t.sf(abs(mean) / (sd / np.sqrt(n)), n - 1)) if sd >= NO_SPREAD else float("nan")
-    if sd < NO_SPREAD:
-        return Effect(mean, mean, mean, sd, n, p)
-    flip = sign_flip_p(d) if n in SIGN_FLIP_SEEDS else None
-    return Effect(mean, mean - half, mean + half, sd, n, p, flip, minimum_detectable_effect(sd, n))
 
 
 def _finite(values: ArrayLike) -> Array:
