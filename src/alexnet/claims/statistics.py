@@ -26,7 +26,7 @@ Units: errors are fractions and cross-entropies nats here; tables.py multiplies 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from enum import Enum, StrEnum
 from functools import lru_cache
 
 import numpy as np
@@ -43,8 +43,11 @@ MOST_SEEDS = 100_000  # nobody will run more: answered with None
 Array = NDArray[np.float64]
 
 
-class Direction(StrEnum):
+class Direction(Enum):  # no StrEnum: a string has a method `lower`
     """What is expected of treatment - control (or of the ratio), written down before the runs."""
+
+    def __str__(self) -> str:
+        return self.name
 
     lower = "lower"
     higher = "higher"

@@ -7,7 +7,7 @@ Files carry fractions and nats; what is printed here is percent, percentage poin
 
 import math
 import textwrap
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -133,11 +133,11 @@ class Row:
 
 def compare(claim: Claim, gathered: Gathered) -> list[Row]:
     """The rows of one claim without verdicts, from whatever runs are finished."""
-    return [
-        _compared(Row(claim, c, metric), gathered)
-        for c in claim.comparisons
-        for metric in dict.fromkeys([c.metric, *c.also])
-    ]
+    rows = []
+    for c in claim.comparisons:
+        compared = _within_net if c.statistic is Statistic.within_net else _over_seeds
+        rows += [compared(Row(claim, c, metric), gathered) for metric in dict.fromkeys([c.metric, *c.also])]
+    return rows
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
@@ -145,89 +145,62 @@ def judge(rows: Sequence[Row]) -> list[Row]:
 
     One without a p, not measured yet say, is in the family with p = 1, so no verdict weakens when others arrive.
     """
-    p = {i: _p(row) for i, row in enumerate(rows) if row.expects}
-    corrected = holm([1.0 if math.isnan(x) else x for x in p.values()]) if p else np.zeros(0)
-    adjusted = {i: float(x) for i, x in zip(p, corrected, strict=True) if not math.isnan(p[i])}
-    return [_judged(row, adjusted.get(i)) for i, row in enumerate(rows)]
+    family = {i: row for i, row in enumerate(rows) if row.expects}
+    p = {i: tested_p(r.effect, r.comparison.direction, r.margin) for i, r in family.items() if r.effect}
+    known = {i: x for i, x in p.items() if not math.isnan(x)}
+    corrected = holm([known.get(i, 1.0) for i in family]) if family else ()
+    adjusted = dict(zip(family, corrected, strict=True))
+    judged = []
+    for i, row in enumerate(rows):
+        if row.effect is not None and row.main:
+            p_holm = float(adjusted[i]) if i in known else None
+            said = verdict(
+                row.effect,
+                row.comparison.direction,
+                margin=row.margin,
+                paper=None if row.paper is None else row.paper.value / _scale(row.unit),
+                min_n=row.claim.min_seeds,
+                p_holm=p_holm,
+            )
+            row = replace(row, p_holm=p_holm, verdict=said)
+        judged.append(row)
+    return judged
 
 
-def _p(row: Row) -> float:
-    return math.nan if row.effect is None else tested_p(row.effect, row.comparison.direction, row.margin)
+LOST = Verdict(Word.DIVERGED, f"{Word.DIVERGED}: no pair of runs is left to compare")
 
 
-def _judged(row: Row, p_holm: float | None) -> Row:
-    if row.effect is None or not row.main:
-        return row
-    said = verdict(
-        row.effect,
-        row.comparison.direction,
-        margin=row.margin,
-        paper=None if row.paper is None else row.paper.value / _scale(row.unit),
-        min_n=row.claim.min_seeds,
-        p_holm=p_holm,
-    )
-    return replace(row, p_holm=p_holm, verdict=said)
-
-
-def _compared(row: Row, gathered: Gathered) -> Row:
-    if row.comparison.statistic is Statistic.within_net:
-        return _within_net(row, gathered)
-    runs = [gathered.arms.get(arm, {}) for arm in (row.comparison.treatment, row.comparison.control)]
-    return _times(row, *runs) if row.unit is Unit.times else _differences(row, *runs)
-
-
-def _differences(row: Row, *runs: Mapping[int, Evidence]) -> Row:
-    values = [_values(of_arm, row.metric) for of_arm in runs]
-    diverged = [{seed for seed, x in of_arm.items() if not math.isfinite(x)} for of_arm in values]
-    seeds, lost = _pairs(row, values, diverged)
-    if not seeds:
-        return lost
-    a, b = ([of_arm[seed] for seed in seeds] for of_arm in values)
-    return _with_effect(lost, a, b, paired_difference(a, b), seeds)
-
-
-def _times(row: Row, *runs: Mapping[int, Evidence]) -> Row:
-    c = row.comparison
-    # A run that diverged before its first epoch was over has no curve, but it was run.
-    curved = [{s: run for s, run in arm.items() if run.curves.get(c.metric) or run.diverged} for arm in runs]
-    seeds, lost = _pairs(row, curved, [{s for s, run in arm.items() if run.diverged} for arm in curved])
-    if not seeds:
-        return lost
-    times = [[arrival(c, arm[seed]) for seed in seeds] for arm in curved]
-    # The latest arrival that could have been seen: a run that never arrives is not entered later than one that might.
-    budget = max(running_mean(arm[seed].curves[c.metric])[-1][0] for arm in curved for seed in seeds)
-    late = [
-        f"{name} did not arrive in {column.count(None)} of {len(seeds)} runs"
-        for name, column in zip((c.treatment, c.control), times, strict=True)
-        if None in column
-    ]
-    a, b = ([budget if t is None else t for t in column] for column in times)
-    lost = replace(lost, note=_joined(lost.note, *late))
-    return _with_effect(lost, a, b, time_ratio(times[0], times[1], budget), seeds)
-
-
-def _pairs(
-    row: Row, arms: Sequence[Mapping[int, Any]], diverged: Sequence[Container[int]]
-) -> tuple[tuple[int, ...], Row]:
-    """The seeds both arms have, in order, without those in which a run diverged; and the row, which says what was lost.
+def _over_seeds(row: Row, gathered: Gathered) -> Row:
+    """From the pairs of runs that both arms have, without those in which a run diverged.
 
     Nothing to compare is a verdict only where all pairs are there and diverged.
     """
+    c = row.comparison
+    names = c.treatment, c.control
+    arms = [_values(row, gathered.arms.get(name, {})) for name in names]
     there = sorted(set(arms[0]) & set(arms[1]))
-    seeds = tuple(seed for seed in there if not any(seed in of_arm for of_arm in diverged))
+    # None is a run that did not arrive, and no mistake.
+    seeds = tuple(s for s in there if all(math.isfinite(values[s] or 0.0) for values in arms))
+    notes = []
     if len(seeds) < len(there):
-        row = replace(row, note=f"{len(there) - len(seeds)} of {len(there)} pairs diverged")
+        notes = [f"{len(there) - len(seeds)} of {len(there)} pairs diverged"]
     elif not there:
-        named = zip((row.comparison.treatment, row.comparison.control), arms, strict=True)
-        empty = [name for name, of_arm in named if not of_arm]
-        missing = f"no finished runs of {', '.join(empty)} yet" if empty else "no seed that both arms have"
-        row = replace(row, note=missing)
-    return seeds, row if seeds or not there else _lost(row)
-
-
-def _lost(row: Row) -> Row:
-    said = Verdict(Word.DIVERGED, f"{Word.DIVERGED}: no pair of runs is left to compare")
-    return replace(row, verdict=said) if row.main else row
+        empty = [name for name, values in zip(names, arms, strict=True) if not values]
+        notes = [f"no finished runs of {', '.join(empty)} yet" if empty else "no seed that both arms have"]
+    if not seeds:
+        return replace(row, note=_joined(*notes), verdict=LOST if there and row.main else None)
+    first, second = ([values[seed] for seed in seeds] for values in arms)
+    latest = math.nan
+    if row.unit is Unit.times:
+        # The last arrival that could have been seen: a run that never arrives is not entered later than one that might.
+        curves = [gathered.arms[name][seed].curves[c.metric] for name in names for seed in seeds]
+        latest = max(running_mean(curve)[-1][0] for curve in curves)
+        late = {name: times.count(None) for name, times in zip(names, (first, second), strict=True)}
+        notes += [f"{name} did not arrive in {n} of {len(seeds)} runs" for name, n in late.items() if n]
+    a, b = ([latest if x is None else x for x in values] for values in (first, second))
+    effect = time_ratio(first, second, latest) if row.unit is Unit.times else paired_difference(a, b)
+    compared = replace(row, treatment=summarise(a), control=summarise(b), seeds=seeds)
+    return replace(compared, effect=effect, note=_joined(*notes))
 
 
 def _within_net(row: Row, gathered: Gathered) -> Row:
@@ -236,29 +209,27 @@ def _within_net(row: Row, gathered: Gathered) -> Row:
     lost = f"{sum(diverged)} of {len(diverged)} nets diverged" if any(diverged) else ""
     missing = [name for name in (c.treatment, c.control) if row.metric not in tests.get(name, {})]
     if missing:
-        row = replace(row, note=_joined(f"no results of {', '.join(missing)} yet", lost))
-        return _lost(row) if diverged and all(diverged) else row
+        note = _joined(f"no results of {', '.join(missing)} yet", lost)
+        nothing = diverged and all(diverged) and row.main
+        return replace(row, note=note, verdict=LOST if nothing else None)
     a, b = (np.atleast_2d(np.asarray(tests[name][row.metric])) for name in (c.treatment, c.control))
     nets = max(len(a), len(b))
     note = _joined(f"{Source.IMAGES} ({nets} net{'s' * (nets > 1)})", lost)
-    return _with_effect(replace(row, note=note), a.mean(1), b.mean(1), bootstrap_images(a, b))
+    means = summarise(a.mean(1)), summarise(b.mean(1))
+    return replace(row, treatment=means[0], control=means[1], effect=bootstrap_images(a, b), note=note)
 
 
-def _with_effect(
-    row: Row, treatment: ArrayLike, control: ArrayLike, effect: Effect, seeds: tuple[int, ...] = ()
-) -> Row:
-    a, b = summarise(treatment), summarise(control)
-    return replace(row, treatment=a, control=b, effect=effect, seeds=seeds)
+def _values(row: Row, runs: Mapping[int, Evidence]) -> dict[int, float | None]:
+    """{seed: value of the row's metric}, nan if the run diverged; a run without the metric counts as not there.
 
-
-def _joined(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
-
-
-def _values(runs: Mapping[int, Evidence], metric: str) -> dict[int, float]:
-    """{seed: value}; `gap` is the difference of two other metrics. A run without the metric counts as not there."""
-    split, _, quantity = metric.partition("/")
-    first, *rest = (f"val/{quantity}", f"train_eval/{quantity}") if split == "gap" else (metric,)
+    Of a ratio of times: when it arrived, None if it did not. `gap` is the difference of two other metrics.
+    """
+    if row.unit is Unit.times:
+        # A run that diverged before its first epoch was over has no curve, but it was run.
+        curved = {s: run for s, run in runs.items() if run.curves.get(row.metric) or run.diverged}
+        return {s: math.nan if run.diverged else arrival(row.comparison, run) for s, run in curved.items()}
+    split, _, quantity = row.metric.partition("/")
+    first, *rest = (f"val/{quantity}", f"train_eval/{quantity}") if split == "gap" else (row.metric,)
     return {
         seed: run.results[first] - sum(run.results[part] for part in rest)
         for seed, run in runs.items()
@@ -266,15 +237,15 @@ def _values(runs: Mapping[int, Evidence], metric: str) -> dict[int, float]:
     }
 
 
-def threshold_of(c: Comparison, run: Evidence) -> float:
-    """Where the curve of a time_ratio is cut, in units of its metric."""
-    assert c.threshold is not None  # claims.py refuses a time_ratio without one
-    return c.threshold * math.log(run.classes) if c.threshold_of_chance else c.threshold
-
-
 def arrival(c: Comparison, run: Evidence) -> float | None:
     """The middle of the first epoch-long stretch whose mean is at the threshold of a time_ratio, None if never."""
-    return time_to(running_mean(run.curves.get(c.metric, [])), threshold_of(c, run))
+    assert c.threshold is not None  # claims.py refuses a time_ratio without one
+    threshold = c.threshold * math.log(run.classes) if c.threshold_of_chance else c.threshold
+    return time_to(running_mean(run.curves.get(c.metric, [])), threshold)
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 # From numbers to tables ---------------------------------------------------------------------------------------------
@@ -292,22 +263,15 @@ def as_text(rows: Iterable[Row]) -> str:
     """One block per claim, at most 100 columns."""
     blocks: dict[str, list[str]] = {}
     for row in rows:
+        c = cells(row)
         title = f"{row.claim.name}  {row.claim.title} (section {row.claim.section})"
         lines = blocks.setdefault(row.claim.name, [title, columns(TEXT_HEAD, TEXT_WIDTHS, " ")])
-        lines += _text_row(row, cells(row))
+        name, *more = textwrap.wrap(row.comparison.name, TEXT_WIDTHS[0]) if row.main else [""]
+        lines += [columns([name, *(c[column] for column in NUMBERS)], TEXT_WIDTHS, " "), *more]
+        said = c["verdict"] + (f" ({c['fine_print']})" if c["fine_print"] else "")
+        for mark, text in (("   ", c["named_arms"]), ("-> ", said), ("-> ", row.note)):
+            lines += textwrap.wrap(text, WIDTH, initial_indent=f"    {mark}", subsequent_indent="       ")
     return "\n\n".join("\n".join(lines) for lines in blocks.values())
-
-
-def _text_row(row: Row, c: Mapping[str, str]) -> list[str]:
-    names = textwrap.wrap(row.comparison.name, TEXT_WIDTHS[0]) if row.main else [""]
-    numbers = [c[column] for column in NUMBERS]
-    said = c["verdict"] + (f" ({c['fine_print']})" if c["fine_print"] else "")
-    below = [
-        line
-        for mark, text in (("   ", c["named_arms"]), ("-> ", said), ("-> ", row.note))
-        for line in textwrap.wrap(text, WIDTH, initial_indent=f"    {mark}", subsequent_indent="       ")
-    ]
-    return [columns([names[0], *numbers], TEXT_WIDTHS, " "), *names[1:], *below]
 
 
 def as_markdown(rows: Iterable[Row]) -> str:
@@ -322,22 +286,31 @@ def as_markdown(rows: Iterable[Row]) -> str:
 
 def cells(row: Row) -> dict[str, str]:
     """What a table prints of a row, by column."""
-    over_images = row.effect is not None and row.effect.source is Source.IMAGES
-    c = row.comparison
+    c, e = row.comparison, row.effect
+    expected = str(c.direction) if row.expects else ""
+    if row.expects and c.direction is Direction.same:
+        unit = "" if row.unit is Unit.number else f" {row.unit}"
+        expected = f"the same within {row.margin * _scale(row.unit):g}{unit}"
+    fine_print = []
+    if row.verdict and e:
+        known = {"p": e.p, "sign flips": e.p_sign_flip, "Holm": row.p_holm}
+        fine_print = [f"{k} {_p_text(p)}" for k, p in known.items() if p is not None and not math.isnan(p)]
+        if e.detectable is not None:
+            fine_print.append(f"detectable at this n: {number(e.detectable, row.unit, signed=False)}")
     return {
         # A metric beside a ratio of times is a difference.
         "comparison": c.name if row.main else f"{c.treatment} - {c.control}",
         "arms": " / ".join(_summary(row, s) for _, s in row.arms),
         "named_arms": ", ".join(f"{name} {_summary(row, s)}" for name, s in row.arms),
-        "expected": _expected(row),
+        "expected": expected,
         "sources": _joined(*(f"{n.value:g}: {n.source}" for n in (row.paper, row.notes_2012) if n)),
         "metric": _label(row),
         "paper": _printed(row.paper),
         "notes_2012": _printed(row.notes_2012),
-        **effect_cells(row.effect, row.unit),
-        "of": "images" if over_images else "seeds",
+        **effect_cells(e, row.unit),
+        "of": "images" if e is not None and e.source is Source.IMAGES else "seeds",
         "verdict": row.verdict.sentence if row.verdict else "",
-        "fine_print": _fine_print(row, row.effect) if row.verdict and row.effect else "",
+        "fine_print": "; ".join(fine_print),
         "note": row.note,
     }
 
@@ -355,25 +328,6 @@ def effect_cells(e: Effect | None, unit: Unit) -> dict[str, str]:
         "interval": "-" if e.n < 2 or e.sd < NO_SPREAD else interval,
         "n": f"{e.n}",
     }
-
-
-def _expected(row: Row) -> str:
-    """lower, higher, or the same within the margin; empty for a row without an expectation."""
-    if not row.expects or row.comparison.direction is not Direction.same:
-        return str(row.comparison.direction) if row.expects else ""
-    unit = "" if row.unit is Unit.number else str(row.unit)
-    return f"the same within {row.margin * _scale(row.unit):g} {unit}".strip()
-
-
-def _fine_print(row: Row, effect: Effect) -> str:
-    """p values and what this n could have found."""
-    detectable = effect.detectable
-    return _joined(
-        "" if math.isnan(effect.p) else f"p {_p_text(effect.p)}",
-        "" if effect.p_sign_flip is None else f"sign flips {_p_text(effect.p_sign_flip)}",
-        "" if row.p_holm is None else f"Holm {_p_text(row.p_holm)}",
-        "" if detectable is None else f"detectable at this n: {number(detectable, row.unit, signed=False)}",
-    )
 
 
 _LABELS = {
@@ -426,29 +380,29 @@ def _scale(unit: Unit) -> float:
 
 def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Plain data, fractions and nats, with every run's value; numbers that are not finite become None."""
-    return [finite(_plain(row)) for row in rows]
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    c = row.comparison
-    return {
-        "claim": row.claim.name,
-        "title": row.claim.title,
-        "section": row.claim.section,
-        "treatment": c.treatment,
-        "control": c.control,
-        "metric": row.metric,
-        "unit": str(row.unit),
-        "statistic": str(c.statistic),
-        "expected": str(c.direction) if row.main else None,
-        "margin": c.margin,
-        "seeds": row.seeds,
-        "paper": row.paper and asdict(row.paper),
-        "notes_2012": row.notes_2012 and asdict(row.notes_2012),
-        "arms": {c.treatment: None, c.control: None} | {name: asdict(s) for name, s in row.arms},
-        "effect": row.effect and asdict(row.effect),
-        "p_holm": row.p_holm,
-        "verdict": row.verdict and str(row.verdict.word),
-        "sentence": row.verdict and row.verdict.sentence,
-        "note": row.note,
-    }
+    plain = []
+    for row in rows:
+        c = row.comparison
+        content = {
+            "claim": row.claim.name,
+            "title": row.claim.title,
+            "section": row.claim.section,
+            "treatment": c.treatment,
+            "control": c.control,
+            "metric": row.metric,
+            "unit": str(row.unit),
+            "statistic": str(c.statistic),
+            "expected": str(c.direction) if row.main else None,
+            "margin": c.margin,
+            "seeds": row.seeds,
+            "paper": row.paper and asdict(row.paper),
+            "notes_2012": row.notes_2012 and asdict(row.notes_2012),
+            "arms": {c.treatment: None, c.control: None} | {name: asdict(s) for name, s in row.arms},
+            "effect": row.effect and asdict(row.effect),
+            "p_holm": row.p_holm,
+            "verdict": row.verdict and str(row.verdict.word),
+            "sentence": row.verdict and row.verdict.sentence,
+            "note": row.note,
+        }
+        plain.append(finite(content))
+    return plain
