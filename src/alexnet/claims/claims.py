@@ -130,13 +130,16 @@ class Comparison:
     notes_2012: list[Number] = field(default_factory=list)
 
     @property
+    def timed(self) -> bool:
+        return self.statistic is Statistic.time_ratio
+
+    @property
     def unit(self) -> Unit:
-        return Unit.times if self.statistic is Statistic.time_ratio else METRICS[self.metric]
+        return Unit.times if self.timed else METRICS[self.metric]
 
     @property
     def name(self) -> str:
-        sign = "/" if self.statistic is Statistic.time_ratio else "-"
-        return f"{self.treatment} {sign} {self.control}"
+        return f"{self.treatment} {'/' if self.timed else '-'} {self.control}"
 
     def printed(self, numbers: list[Number], metric: str) -> Number | None:
         """The number given for this metric; beside a holdout error that of val, the only unseen split of 2012."""
@@ -153,6 +156,10 @@ class Run:
     seed: int
     recipe: str
     overrides: tuple[str, ...]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.seed
 
     @property
     def arguments(self) -> list[str]:
@@ -223,10 +230,15 @@ def load_claims(folder: Path) -> dict[str, Claim]:
     if not files:
         raise UserError(f"no claim files (*.yaml) in {folder}: run from the repository, or name the folder")
     claims = {file.stem: load_claim(file) for file in files}
-    for claim in claims.values():
-        if claim.uses is not None and (claim.uses not in claims or claims[claim.uses].uses):
-            raise UserError(f"{claim.name}.yaml: uses={claim.uses} must be a claim with runs of its own")
-    return {name: _with_borrowed_arms(claim, claims) for name, claim in claims.items()}
+    # A figure drawn from another claim's runs has that claim's arms.
+    shared = ("arms", "arms_at", "overrides", "recipe", "scale_overrides", "tune")
+    for name, claim in claims.items():
+        if claim.uses is not None:
+            lender = claims.get(claim.uses)
+            if lender is None or lender.uses:
+                raise UserError(f"{name}.yaml: uses={claim.uses} must be a claim with runs of its own")
+            claims[name] = dataclasses.replace(claim, **{key: getattr(lender, key) for key in shared})
+    return claims
 
 
 def load_claim(path: Path) -> Claim:
@@ -253,74 +265,7 @@ def select(claims: Mapping[str, Claim], names: str) -> list[Claim]:
     return [claims[name] for name in dict.fromkeys(wanted)]
 
 
-def _with_borrowed_arms(claim: Claim, claims: Mapping[str, Claim]) -> Claim:
-    """A figure drawn from another claim's runs has that claim's arms."""
-    if claim.uses is None:
-        return claim
-    shared = ("arms", "arms_at", "overrides", "recipe", "scale_overrides", "tune")
-    return dataclasses.replace(claim, **{key: getattr(claims[claim.uses], key) for key in shared})
-
-
 # Checking: what types cannot say --------------------------------------------------------------------------------------
-
-
-def _check(claim: Claim, file: str) -> None:
-    if claim.uses is None and not claim.arms:
-        raise UserError(f"{file}: arms is empty: name at least one arm, or the claim it uses")
-    values = claim.tune.values if claim.tune else {}
-    for scales in (claim.recipe, claim.scale_overrides, claim.arms_at, claim.conclusion, values):
-        _check_known(scales, SCALES, f"{file}: scale")
-    for scale, arms in claim.arms_at.items():
-        _check_known(arms, claim.arms, f"{file}: arms_at.{scale}: arm")
-    _check_overrides(claim, file)
-    _check_tune(claim, file)
-    for comparison in claim.comparisons:
-        _check_comparison(claim, comparison, f"{file}: {comparison.name}")
-
-
-def _check_tune(claim: Claim, file: str) -> None:
-    if claim.tune is None:
-        return
-    for scale in SCALES:
-        if not claim.tune.values.get(scale):
-            raise UserError(
-                f"{file}: tune.values.{scale} is empty: give at least one value of {claim.tune.key}"
-            )
-    if not claim.comparisons or claim.comparisons[0].statistic is not Statistic.time_ratio:
-        raise UserError(
-            f"{file}: tune chooses by a time to a threshold: make the first comparison a time_ratio"
-        )
-
-
-def _check_overrides(claim: Claim, file: str) -> None:
-    of_scales = [item for arms in claim.arms_at.values() for item in arms.items()]
-    lists = {"overrides": claim.overrides, **claim.arms, **claim.scale_overrides}
-    for where, overrides in (*lists.items(), *of_scales):
-        for override in overrides:
-            if not re.fullmatch(r"(\+{0,2}[\w./@-]+=.*)|(~[\w./@-]+)", override):
-                raise UserError(f"{file}: {where}: {override!r} must be an override, key=value")
-            if override.split("=")[0] in ("seed", "name", "experiment"):
-                raise UserError(f"{file}: {where}: {override} is set by the runner: remove it")
-
-
-def _check_comparison(claim: Claim, c: Comparison, where: str) -> None:
-    arms = claim.tests if c.statistic is Statistic.within_net else claim.arms
-    if claim.uses is None:
-        _check_known((c.treatment, c.control), arms, f"{where}: arm")
-    numbers = [*c.paper, *c.notes_2012]
-    _check_known((c.metric, *c.also, *(n.metric for n in numbers)), METRICS, f"{where}: metric")
-    if (c.statistic is Statistic.time_ratio) != (c.threshold is not None):
-        raise UserError(f"{where}: threshold belongs to statistic=time_ratio: give both or neither")
-    if (c.direction is Direction.same) != (c.margin is not None):
-        raise UserError(f"{where}: margin belongs to direction=same: give both or neither")
-    _check_splits([c.metric], c.statistic, where)
-    ratio = c.statistic is Statistic.time_ratio
-    _check_splits(c.also, Statistic.difference if ratio else c.statistic, where)
-    for n in numbers:
-        unit = Unit.times if c.statistic is Statistic.time_ratio else METRICS[n.metric]
-        if n.unit is not unit:
-            raise UserError(f"{where}: {n.value} {n.unit} of {n.metric} should be in {unit}")
-
 
 # What each statistic is computed from: a running curve, the end of a run, or answers to single test images.
 _SPLITS = {
@@ -330,12 +275,53 @@ _SPLITS = {
 }
 
 
-def _check_splits(metrics: Iterable[str], statistic: Statistic, where: str) -> None:
-    for metric in metrics:
+def _check(claim: Claim, file: str) -> None:
+    if claim.uses is None and not claim.arms:
+        raise UserError(f"{file}: arms is empty: name at least one arm, or the claim it uses")
+    tune, values = claim.tune, claim.tune.values if claim.tune else {}
+    for scales in (claim.recipe, claim.scale_overrides, claim.arms_at, claim.conclusion, values):
+        _check_known(scales, SCALES, f"{file}: scale")
+    for scale, arms in claim.arms_at.items():
+        _check_known(arms, claim.arms, f"{file}: arms_at.{scale}: arm")
+    lists = [("overrides", claim.overrides), *claim.arms.items(), *claim.scale_overrides.items()]
+    lists += [item for arms in claim.arms_at.values() for item in arms.items()]
+    for where, overrides in lists:
+        for override in overrides:
+            if not re.fullmatch(r"(\+{0,2}[\w./@-]+=.*)|(~[\w./@-]+)", override):
+                raise UserError(f"{file}: {where}: {override!r} must be an override, key=value")
+            if override.split("=")[0] in ("seed", "name", "experiment"):
+                raise UserError(f"{file}: {where}: {override} is set by the runner: remove it")
+    if tune:
+        for scale in SCALES:
+            if not values.get(scale):
+                empty = f"tune.values.{scale} is empty"
+                raise UserError(f"{file}: {empty}: give at least one value of {tune.key}")
+        if not claim.comparisons or not claim.comparisons[0].timed:
+            remedy = "make the first comparison a time_ratio"
+            raise UserError(f"{file}: tune chooses by a time to a threshold: {remedy}")
+    for comparison in claim.comparisons:
+        _check_comparison(claim, comparison, f"{file}: {comparison.name}")
+
+
+def _check_comparison(claim: Claim, c: Comparison, where: str) -> None:
+    if claim.uses is None:
+        arms = claim.tests if c.statistic is Statistic.within_net else claim.arms
+        _check_known((c.treatment, c.control), arms, f"{where}: arm")
+    numbers = [*c.paper, *c.notes_2012]
+    _check_known((c.metric, *c.also, *(n.metric for n in numbers)), METRICS, f"{where}: metric")
+    if c.timed != (c.threshold is not None):
+        raise UserError(f"{where}: threshold belongs to statistic=time_ratio: give both or neither")
+    if (c.direction is Direction.same) != (c.margin is not None):
+        raise UserError(f"{where}: margin belongs to direction=same: give both or neither")
+    beside = Statistic.difference if c.timed else c.statistic
+    for statistic, metric in ((c.statistic, c.metric), *((beside, metric) for metric in c.also)):
         if metric.partition("/")[0] not in _SPLITS[statistic]:
-            raise UserError(
-                f"{where}: the metric of a {statistic}, {metric}, must be one of {', '.join(_SPLITS[statistic])}/..."
-            )
+            one_of = f"must be one of {', '.join(_SPLITS[statistic])}/..."
+            raise UserError(f"{where}: the metric of a {statistic}, {metric}, {one_of}")
+    for n in numbers:
+        unit = Unit.times if c.timed else METRICS[n.metric]
+        if n.unit is not unit:
+            raise UserError(f"{where}: {n.value} {n.unit} of {n.metric} should be in {unit}")
 
 
 def _check_known(names: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -7,7 +7,6 @@ so that the page can be rendered again anywhere, from whatever is finished.
 """
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,7 +44,7 @@ from alexnet.claims.tables import (
 from alexnet.pages import figures
 from alexnet.pages.figures import Curve
 from alexnet.pages.html import picture, render
-from alexnet.system import command_line, environment, write_json
+from alexnet.system import command_line, environment, read_json, write_json
 from alexnet.training.metrics import Metrics, read_metrics
 
 COLOURS_ALIKE = 5  # pages.figures has so many colours; later arms are dashed
@@ -60,7 +59,7 @@ class Done:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        return dict(json.loads((self.directory / "run.json").read_text()))
+        return read_json(self.directory / "run.json")
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -71,12 +70,6 @@ class Done:
     @cached_property
     def metrics(self) -> Metrics:
         return read_metrics(self.directory / "metrics.csv")
-
-    @property
-    def measured_by(self) -> dict[str, Any] | None:
-        """The state of the code at its first measurement."""
-        path = self.directory / Want.basic
-        return json.loads(path.read_text()).get("git") if path.exists() else None
 
     def has(self, want: Want) -> bool:
         return (self.directory / want).exists()
@@ -101,6 +94,14 @@ class Section:
     def by_arm(self) -> dict[str, list[Done]]:
         return {arm: [d for d in self.done if d.run.arm == arm] for arm in self.claim.arms}
 
+    @property
+    def probes(self) -> dict[str, Any]:
+        """What the initialisation probe said, per arm: of the first seed."""
+        seen = [d for d in reversed(self.done) if self.claim.probe and d.has(Want.probe)]
+        first = {d.run.arm: read_json(d.directory / Want.probe) for d in seen}
+        keys = ("logit_signal", "loss", "stalls", "verdict")
+        return {arm: {key: first[arm][key] for key in keys} for arm in self.claim.arms if arm in first}
+
 
 def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
     """Writes the page, its pictures, results.json and table.md; returns the tables as text, and where all that lies."""
@@ -108,16 +109,32 @@ def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     sections = sections_of(claims, settings)
     rows = [row for section in sections for row in section.rows]
-    write_json(directory / "results.json", results(sections, settings))
+    family = sum(row.expects for row in rows)
+    write_json(directory / "results.json", results(sections, settings, family))
     (directory / "table.md").write_text(as_markdown(rows), encoding="utf-8")
-    page = render("claims/claims.html", **page_values(sections, directory, settings))
+    # Claims share runs: each counts once.
+    missing = list({job.run.key: job for s in sections for job in s.missing}.values())
+    done = {d.run.key: d for s in sections for d in s.done}
+    tuning = {d.run.key: d for s in sections for d in s.tuning}
+    page = render(
+        "claims/claims.html",
+        settings=settings,
+        family=family,
+        missing=len(missing),
+        conclusions=conclusions(sections, settings),
+        commits=commits(sections),
+        sections=[section_values(s, directory, settings) for s in sections],
+        provenance=provenance(list(done.values()), list(tuning.values())),
+        command=reproduce_command(settings.claims, settings),
+    )
     (directory / "report.html").write_text(page, encoding="utf-8")
-    missing = {(job.run.name, job.run.seed): job for section in sections for job in section.missing}
-    lines = [as_text(rows), "", *_mixed(sections), *_missing_lines(list(missing.values()), settings)]
+    lines = [as_text(rows), "", *_mixed(sections)]
+    if missing:
+        lines += [f"{len(missing)} runs are missing:", train_commands(missing, settings), ""]
     return "\n".join(
         [
             *lines,
-            f"Holm      comparisons of this report with an expectation: {holm_family(sections)}",
+            f"Holm      comparisons of this report with an expectation: {family}",
             f"results   {directory / 'results.json'}",
             f"report    {directory / 'report.html'}",
         ]
@@ -132,16 +149,18 @@ def _mixed(sections: Sequence[Section]) -> list[str]:
         "hardware": "machines",
         "device": "devices or precisions",
     }
-    lines = [
-        f"WARNING   {s.claim.name} compares runs of {len(of)} {kind}: {', '.join(of)}"
-        for s in sections
-        for key, kind in kinds.items()
-        if (of := s.provenance[key])
-        if len(of) > 1
-    ]
-    of = commits(sections)
-    if len(of) > 1 and not lines:  # claim by claim one, but not the same one
-        lines = [f"WARNING   the claims of this report are of {len(of)} states of the code: {', '.join(of)}"]
+    lines = []
+    for s in sections:
+        of = {kind: s.provenance[key] for key, kind in kinds.items()}
+        several = {kind: names for kind, names in of.items() if len(names) > 1}
+        lines += [
+            f"WARNING   {s.claim.name} compares runs of {len(names)} {kind}: {', '.join(names)}"
+            for kind, names in several.items()
+        ]
+    states = commits(sections)
+    if len(states) > 1 and not lines:  # claim by claim one, but not the same one
+        said = f"the claims of this report are of {len(states)} states of the code: {', '.join(states)}"
+        lines = [f"WARNING   {said}"]
     return lines
 
 
@@ -150,47 +169,31 @@ def commits(sections: Sequence[Section]) -> list[str]:
     return sorted({commit for s in sections for commit in s.provenance["commits"]})
 
 
-def _missing_lines(missing: Sequence[Job], settings: Reproduce) -> list[str]:
-    return [f"{len(missing)} runs are missing:", train_commands(missing, settings), ""] if missing else []
-
-
 def sections_of(claims: Sequence[Claim], settings: Reproduce) -> list[Section]:
     """Every claim with its runs; the verdicts are made together, since Holm's correction runs over all of them.
 
     Raises UserError for runs made with another configuration than the claims have now.
     """
-    jobs = {(job.run.name, job.run.seed): job for job in jobs_of(claims, settings)}
+    jobs = {job.run.key: job for job in jobs_of(claims, settings)}
     refuse_other_runs(jobs.values())
     chosen = choose(claims, settings)
-    tuning = {c.name: [run for *_, run in c.tuning_runs(settings.scale)] for c in claims}
-    runs = {c.name: c.runs(settings.scale, settings.seeds) for c in claims}
 
-    def over(those: Sequence[Run]) -> list[Done]:
-        found = [(run, jobs[run.name, run.seed]) for run in those]
-        return [Done(run, job.directory) for run, job in found if is_over(job)]
+    def over(runs: Sequence[Run]) -> list[Done]:
+        states = {run.key: jobs[run.key].state for run in runs}
+        those = [run for run in runs if states[run.key] in (State.finished, State.unmeasured)]
+        return [Done(run, jobs[run.key].directory) for run in those]
 
-    done = {name: over(those) for name, those in runs.items()}
-    rows = [row for claim in claims for row in compare(claim, gathered(claim, done[claim.name]))]
-    judged = judge(rows)
-    return [
-        Section(
-            claim,
-            done[claim.name],
-            over(tuning[claim.name]),
-            [
-                jobs[run.name, run.seed]
-                for run in (*tuning[claim.name], *runs[claim.name])
-                if jobs[run.name, run.seed].state is not State.finished
-            ],
-            [row for row in judged if row.claim is claim],
-            {key: value for key, value in chosen.items() if key[0] == (claim.uses or claim.name)},
-        )
-        for claim in claims
-    ]
-
-
-def is_over(job: Job) -> bool:
-    return not job.undecided and job.state in (State.finished, State.unmeasured)
+    sections = []
+    for claim in claims:
+        tuning = [run for *_, run in claim.tuning_runs(settings.scale)]
+        runs = claim.runs(settings.scale, settings.seeds)
+        done, of_claim = over(runs), [jobs[run.key] for run in (*tuning, *runs)]
+        missing = [job for job in of_claim if job.state is not State.finished]
+        own = {key: value for key, value in chosen.items() if key[0] == (claim.uses or claim.name)}
+        rows = compare(claim, gathered(claim, done))
+        sections.append(Section(claim, done, over(tuning), missing, rows, own))
+    judged = judge([row for s in sections for row in s.rows])
+    return [replace(s, rows=[row for row in judged if row.claim is s.claim]) for s in sections]
 
 
 def gathered(claim: Claim, done: Sequence[Done]) -> Gathered:
@@ -203,10 +206,9 @@ def gathered(claim: Claim, done: Sequence[Done]) -> Gathered:
     for d in done:
         arms.setdefault(d.run.arm, {})[d.run.seed] = d.evidence
     together = any(test.nets is Nets.all for test in claim.tests.values())
-    tests = {}
     wants = {name: want_of(test) for name, test in claim.tests.items()}
-    of_nets = set(wants.values()) - {Want.pixels}
-    tested = [d for d in done if all(d.has(want) for want in of_nets)]
+    tested = [d for d in done if all(d.has(want) for want in wants.values() if want != Want.pixels)]
+    tests = {}
     for name, test in claim.tests.items():
         directories = [d.directory for d in tested if d.has(wants[name])]
         if len(directories) >= (claim.seeds if together else 1):
@@ -217,14 +219,14 @@ def gathered(claim: Claim, done: Sequence[Done]) -> Gathered:
 # Numbers as data ----------------------------------------------------------------------------------------------------
 
 
-def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
+def results(sections: Sequence[Section], settings: Reproduce, family: int) -> dict[str, Any]:
     return {
         "command": command_line(),
         "scale": str(settings.scale),
         "seeds": settings.seeds,
         "overrides": settings.overrides,
         "commits": commits(sections),
-        "holm_family": holm_family(sections),
+        "holm_family": family,  # comparisons of this report that have an expectation
         "claims": {
             s.claim.name: {
                 "title": s.claim.title,
@@ -234,11 +236,21 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
                 "command": reproduce_command([s.claim.name], settings),
                 "rows": as_json(s.rows),
                 "tuned": {arm: value for (_, arm), value in s.chosen.items()},
-                "probe": probes(s),
+                "probe": s.probes,
                 "confounds": s.claim.confounds,
                 **s.provenance,
                 "runs_missing": len(s.missing),
-                "each_run": each_run(s.done),
+                # Where the values come from; `seconds` on the clock, None of a run that diverged.
+                "each_run": [
+                    {
+                        "arm": d.run.arm,
+                        "seed": d.run.seed,
+                        "seconds": d.record.get("seconds"),
+                        "cpu_seconds": d.record.get("cpu_seconds"),
+                        "commits": provenance([d], [])["commits"],
+                    }
+                    for d in s.done
+                ],
             }
             for s in sections
         },
@@ -246,41 +258,26 @@ def results(sections: Sequence[Section], settings: Reproduce) -> dict[str, Any]:
     }
 
 
-def each_run(done: Sequence[Done]) -> list[dict[str, Any]]:
-    """Where the values of the rows come from, run by run; `seconds` on the clock, None of a run that diverged."""
-    return [
-        {
-            "arm": d.run.arm,
-            "seed": d.run.seed,
-            "seconds": d.record.get("seconds"),
-            "cpu_seconds": d.record.get("cpu_seconds"),
-            "commits": provenance([d], [])["commits"],
-        }
-        for d in done
-    ]
-
-
-def holm_family(sections: Sequence[Section]) -> int:
-    """How many comparisons Holm's correction runs over: those of this report that have an expectation."""
-    return sum(row.expects for s in sections for row in s.rows)
-
-
 def provenance(done: Sequence[Done], tuning: Sequence[Done]) -> dict[str, Any]:
     """Where the runs were made: everything that is the same for all is there once."""
-    records = [d.record for d in (*done, *tuning)]
-    hardware = {_machine(h) for r in records for h in (r["hardware"], *r.get("hardware_before", []))}
-    measured = [d.measured_by for d in done]
-    commits = {_commit(git) for r in records for git in (r["git"], *r.get("git_before", []))}
-    commits |= {_commit(git) for git in measured if git}
+    every = [*done, *tuning]
+    records = [d.record for d in every]
+
+    def ever(key: str) -> list[Any]:
+        """A run that was resumed elsewhere has been on several machines."""
+        return [value for r in records for value in (r[key], *r.get(f"{key}_before", []))]
+
+    machines = [[*h.get("gpus", []), f"{h['cpu']}, {h['threads']} threads"] for h in ever("hardware")]
+    measured = [read_json(d.directory / Want.basic).get("git") for d in done if d.has(Want.basic)]
+    states = [*ever("git"), *(git for git in measured if git)]
+    changed = {True: " with changes", False: ""}
     return {
         "runs": len(done),
         "tuning_runs": len(tuning),
-        "minutes": round(sum(training_seconds(d.record, d.metrics) for d in (*done, *tuning)) / 60, 1),
-        "hardware": sorted(hardware),
-        "commits": sorted(commits),
-        "torch": sorted(
-            {v["torch"] for r in records for v in (r["versions"], *r.get("versions_before", []))}
-        ),
+        "minutes": round(sum(training_seconds(d.record, d.metrics) for d in every) / 60, 1),
+        "hardware": sorted({", ".join(machine) for machine in machines}),
+        "commits": sorted({g["commit"][:10] + changed[g["changed"]] if g else "no checkout" for g in states}),
+        "torch": sorted({versions["torch"] for versions in ever("versions")}),
         "data": sorted({r["config"]["data"]["name"] for r in records}),
         "device": sorted({f"{r['resolved']['device']}, {r['resolved']['precision']}" for r in records}),
     }
@@ -289,54 +286,14 @@ def provenance(done: Sequence[Done], tuning: Sequence[Done]) -> dict[str, Any]:
 def training_seconds(record: Mapping[str, Any], metrics: Metrics) -> float:
     """Of a core, where one thread did it all and its CPU time was kept (its measures are in it). Else of all images at
     the median speed: a clock would count the hours in which a run was suspended as well."""
-    if (
-        "cpu_seconds" in record
-        and record["resolved"]["device"] == "cpu"
-        and record["hardware"]["threads"] == 1
-    ):
+    where = record.get("resolved", {}).get("device"), record.get("hardware", {}).get("threads")
+    if "cpu_seconds" in record and where == ("cpu", 1):
         return float(record["cpu_seconds"])
     images = metrics.steps_done * record["config"]["data"]["batch_size"]
     return images / metrics.images_per_second if metrics.images_per_second else 0.0
 
 
-def _machine(hardware: Mapping[str, Any]) -> str:
-    cpu = f"{hardware['cpu']}, {hardware['threads']} threads"
-    return ", ".join([*hardware.get("gpus", []), cpu])
-
-
-def _commit(git: Mapping[str, Any] | None) -> str:
-    return "no checkout" if git is None else git["commit"][:10] + (" with changes" if git["changed"] else "")
-
-
-def probes(section: Section) -> dict[str, Any]:
-    """What the initialisation probe said, per arm: of the first seed."""
-    found = {}
-    for arm, done in section.by_arm.items():
-        files = [d.directory / Want.probe for d in done if d.has(Want.probe)] if section.claim.probe else []
-        if files:
-            content = json.loads(files[0].read_text())
-            found[arm] = {key: content[key] for key in ("logit_signal", "loss", "stalls", "verdict")}
-    return found
-
-
 # The page -----------------------------------------------------------------------------------------------------------
-
-
-def page_values(sections: Sequence[Section], directory: Path, settings: Reproduce) -> dict[str, Any]:
-    done = {(d.run.name, d.run.seed): d for s in sections for d in s.done}
-    tuning = {(d.run.name, d.run.seed): d for s in sections for d in s.tuning}
-    return {
-        "scale": str(settings.scale),
-        "seeds": settings.seeds,
-        "family": holm_family(sections),
-        "missing": len({(job.run.name, job.run.seed) for s in sections for job in s.missing}),
-        "conclusions": conclusions(sections, settings),
-        "commits": commits(sections),
-        "summary": [_summary_line(row) for s in sections for row in s.rows if row.main],
-        "sections": [section_values(s, directory, settings) for s in sections],
-        "provenance": provenance(list(done.values()), list(tuning.values())),
-        "command": reproduce_command(settings.claims, settings),
-    }
 
 
 def conclusions(sections: Sequence[Section], settings: Reproduce) -> list[tuple[str, str, str]]:
@@ -345,25 +302,22 @@ def conclusions(sections: Sequence[Section], settings: Reproduce) -> list[tuple[
     return [(c.name, c.title, c.conclusion[settings.scale]) for c in sorted(told, key=lambda c: not c.news)]
 
 
-def _summary_line(row: Row) -> dict[str, Any]:
-    word = str(row.verdict.word) if row.verdict else "not measured yet"
-    return {"claim": row.claim, "word": word, "kind": _kind(row), **cells(row)}
-
-
-def _kind(row: Row) -> str:
-    """The class of a verdict in the page's style."""
-    return row.verdict.word.name.lower() if row.verdict else "missing"
-
-
 def section_values(section: Section, directory: Path, settings: Reproduce) -> dict[str, Any]:
+    """What the page shows of a claim; the class of a verdict in its style is `kind`."""
     claim = section.claim
+    rows = []
+    for row in section.rows:
+        word = row.verdict.word if row.verdict else None
+        kind, said = (word.name.lower(), str(word)) if word else ("missing", "not measured yet")
+        rows.append({**cells(row), "main": row.main, "kind": kind, "word": said})
+    figures_of = {Figure.curves: _figure1, Figure.kernels: _figure3, Figure.retrieval: _figure4, None: _arms}
     return {
         "claim": claim,
-        "rows": [{**cells(row), "main": row.main, "kind": _kind(row)} for row in section.rows],
-        "figures": [*claim_figures(section, directory), *arms_figures(section, directory)],
+        "rows": rows,
+        "figures": figures_of[claim.figure](section, directory) if section.done else [],
         "arms": {arm: list(claim.arm_overrides(settings.scale, arm)) for arm in claim.arms},
         "tuned": rates([claim], section.chosen, settings),
-        "probes": probes(section),
+        "probes": section.probes,
         "provenance": section.provenance,
         "command": reproduce_command([claim.name], settings),
         "missing": len(section.missing),
@@ -374,22 +328,23 @@ def section_values(section: Section, directory: Path, settings: Reproduce) -> di
 # Pictures -----------------------------------------------------------------------------------------------------------
 
 
-def arms_figures(section: Section, directory: Path) -> list[dict[str, Any]]:
-    """Loss and holdout error of every arm; the claim about one arm (ten views, say) has none."""
-    by_arm = {arm: curved(done) for arm, done in section.by_arm.items() if curved(done)}
-    if len(by_arm) < 2 or section.claim.figure is not None:
+def _arms(section: Section, directory: Path) -> list[dict[str, Any]]:
+    """Loss and holdout error of every arm; a claim about one arm (ten views, say) has none."""
+    by_arm = {arm: runs for arm, done in section.by_arm.items() if (runs := curved(done))}
+    if len(by_arm) < 2:
         return []
-    panels = {
-        "training loss (nats)": {
-            arm: _band(done, "loss", "train", i) for i, (arm, done) in enumerate(by_arm.items())
-        },
-        "holdout top-1 error (%)": {
-            arm: _band(done, "top1_error", "holdout", i, 100.0)
-            for i, (arm, done) in enumerate(by_arm.items())
-        },
-    }
+    loss, error = {}, {}
+    for i, (arm, done) in enumerate(by_arm.items()):
+        style = "-" if i < COLOURS_ALIKE else "--"
+        loss[arm] = _band(done, "loss", "train", style=style)
+        error[arm] = _band(done, "top1_error", "holdout", 100.0, style)
+    panels = {"training loss (nats)": loss, "holdout top-1 error (%)": error}
     path = figures.arms_figure(panels, directory / f"{section.claim.name}.svg")
-    return [drawn(path, _seeds_drawn(section, by_arm))]
+    few, many = (extreme(len(done) for done in by_arm.values()) for extreme in (min, max))
+    seeds = f"{few} to {many}" if few < many else f"{many}"
+    said = f"Mean over {seeds} seeds; the bands are one standard deviation." if many > 1 else "One seed."
+    diverged = sum(d.evidence.diverged for d in section.done)
+    return [drawn(path, said + (f" {diverged} diverged runs are left out." if diverged else ""))]
 
 
 def curved(done: Sequence[Done]) -> list[Done]:
@@ -397,48 +352,35 @@ def curved(done: Sequence[Done]) -> list[Done]:
     return [d for d in done if not d.evidence.diverged and d.evidence.curves]
 
 
-def _seeds_drawn(section: Section, by_arm: Mapping[str, Sequence[Done]]) -> str:
-    counts = {len(done) for done in by_arm.values()}
-    seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
-    mean = (
-        f"Mean over {seeds} seeds; the bands are one standard deviation." if max(counts) > 1 else "One seed."
-    )
-    diverged = sum(d.evidence.diverged for d in section.done)
-    return mean + (f" {diverged} diverged runs are left out." if diverged else "")
-
-
-def _band(done: Sequence[Done], metric: str, split: str, place: int = 0, scale: float = 1.0) -> Curve:
+def _band(done: Sequence[Done], metric: str, split: str, scale: float = 1.0, style: str = "-") -> Curve:
     """Mean and standard deviation over runs, as far as all of them go."""
-    curves = [figures.run_curves(d.metrics.curves(metric), scale)[split] for d in done]
-    shortest = min(len(curve.x) for curve in curves)
-    y = np.array([curve.y[:shortest] for curve in curves])
-    mean, sd = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else None
-    x = np.asarray(curves[0].x[:shortest])
-    style = "-" if place < COLOURS_ALIKE else "--"
-    return Curve(x, mean, style=style) if sd is None else Curve(x, mean, mean - sd, mean + sd, style)
+    curves = [d.metrics.curves(metric)[split] for d in done]
+    shortest = min(len(x) for x, _ in curves)
+    x = np.asarray(curves[0][0][:shortest])
+    y = scale * np.array([values[:shortest] for _, values in curves])
+    mean = y.mean(0)
+    if len(y) == 1:
+        return Curve(x, mean, style=style)
+    sd = y.std(0, ddof=1)
+    return Curve(x, mean, mean - sd, mean + sd, style)
 
 
-def claim_figures(section: Section, directory: Path) -> list[dict[str, Any]]:
-    """The paper's own figure, as PNG and as SVG."""
-    drawing = {Figure.curves: _figure1, Figure.kernels: _figure3, Figure.retrieval: _figure4}
-    if section.claim.figure is None or not section.done:
-        return []
-    return drawing[section.claim.figure](section, directory)
+# The paper's own figures, each as PNG and as SVG.
 
 
 def _figure1(section: Section, directory: Path) -> list[dict[str, Any]]:
     curves = {}
-    for arm, style in (("relu", "-"), ("tanh", "--")):  # solid and dashed as in the paper
-        if curved(section.by_arm.get(arm, [])):
-            band = _band(curved(section.by_arm[arm]), "top1_error", "train", 0, 100.0)
-            name = {"relu": "ReLUs", "tanh": "tanh"}[arm]
-            curves[name] = Curve(band.x, band.y, band.low, band.high, style)
+    for arm, name, style in (
+        ("relu", "ReLUs", "-"),
+        ("tanh", "tanh", "--"),
+    ):  # solid and dashed as in the paper
+        if runs := curved(section.by_arm.get(arm, [])):
+            curves[name] = _band(runs, "top1_error", "train", 100.0, style)
     if not curves:
         return []
-    both = [
-        figures.curves_figure(curves, directory / f"figure1{kind}", level=25.0) for kind in (".png", ".svg")
-    ]
-    return [drawn(both[1], "The dashed level is the 25 % of the paper.")]
+    for kind in (".png", ".svg"):
+        path = figures.curves_figure(curves, directory / f"figure1{kind}", level=25.0)
+    return [drawn(path, "The dashed level is the 25 % of the paper.")]
 
 
 def _figure3(section: Section, directory: Path) -> list[dict[str, Any]]:
@@ -450,9 +392,8 @@ def _figure3(section: Section, directory: Path) -> list[dict[str, Any]]:
             for kind in (".svg", ".png"):
                 path = figures.kernels_figure(weight, directory / f"figure3_{arm}{kind}", towers)
             splits = ", ".join(f"{d.evidence.results['conv1/chroma_split']:+.3f}" for d in runs)
-            found.append(
-                drawn(path, f"{arm}, seed {runs[0].run.seed}. Chroma split beyond chance, by seed: {splits}.")
-            )
+            said = f"{arm}, seed {runs[0].run.seed}. Chroma split beyond chance, by seed: {splits}."
+            found.append(drawn(path, said))
     return found
 
 
@@ -461,21 +402,15 @@ def _figure4(section: Section, directory: Path) -> list[dict[str, Any]]:
     if not files:
         return []
     c = dict(np.load(files[0]))
-    names = [str(name) for name in c["names"]]
-    labels = [int(label) for label in c["labels"]]
+    names, labels = c["names"].tolist(), c["labels"].tolist()
     for kind in (".svg", ".png"):
-        left = figures.predictions_figure(
-            c["images"], c["probabilities"], labels, names, directory / f"figure4_left{kind}"
-        )
-        right = figures.neighbours_figure(
-            c["queries"], c["neighbours"], directory / f"figure4_right{kind}", c["agree"]
-        )
+        left, right = (directory / f"figure4_{half}{kind}" for half in ("left", "right"))
+        figures.predictions_figure(c["images"], c["probabilities"], labels, names, left)
+        figures.neighbours_figure(c["queries"], c["neighbours"], right, c["agree"])
+    chosen = "The pictures are chosen by their place in the store."
     return [
         drawn(left, "Test images of eight classes, with the five classes the net finds most probable."),
-        drawn(
-            right,
-            "Framed green: of the test image's class. The pictures are chosen by their place in the store.",
-        ),
+        drawn(right, f"Framed green: of the test image's class. {chosen}"),
     ]
 
 
