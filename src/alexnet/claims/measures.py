@@ -14,12 +14,12 @@ run.json are of best.ckpt, for the user of a network.) A file is written whole o
 one measure. A run that diverged has a reason instead.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cache, cached_property
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def weights(directory: Path) -> Path:
 def failure(directory: Path) -> str:
     """Why this run has no results, empty if it has."""
     path = directory / Want.basic
-    return str(json.loads(path.read_text()).get("failed", "")) if path.exists() else ""
+    return str(read_json(path).get("failed", "")) if path.exists() else ""
 
 
 def diverged(directory: Path) -> bool:
@@ -106,7 +106,7 @@ def diverged(directory: Path) -> bool:
 
 def damage(directory: Path) -> str:
     """What is wrong with the first file of a run that does not hold what it should, in one line; empty where all do."""
-    paths = (directory / name for name in CONTENT)
+    paths = (directory / name for name in ("run.json", "metrics.csv", *Want))
     return next(filter(None, (_damage(p, p.stat().st_mtime_ns) for p in paths if p.exists())), "")
 
 
@@ -114,7 +114,7 @@ def damage(directory: Path) -> str:
 def _damage(path: Path, written: int) -> str:
     """Once for each time at which the file was written: a run's state is asked for often."""
     try:
-        if CONTENT[path.name](path):
+        if _holds(path):
             return ""
     except UserError as error:
         return str(error)
@@ -124,24 +124,33 @@ def _damage(path: Path, written: int) -> str:
     return f"{path} is damaged: {again} again"
 
 
-def _is_record(path: Path) -> bool:
-    return "num_classes" in read_record(path.parent)["config"]["model"]
+DIMENSIONS = {  # of the arrays in a file, each with as many rows as the others
+    Want.one_view: {"log_probs": 2, "labels": 1},
+    Want.ten_views: {"log_probs": 2, "labels": 1},
+    Want.hidden: {"queries": 1, "neighbours": 2, "agree": 2},
+    Want.pixels: {"queries": 1, "neighbours": 2, "agree": 2},
+    Want.figure4: {"queries": 4, "neighbours": 5, "agree": 2},
+}
 
 
-def _is_basic(path: Path) -> bool:
-    content = read_json(path)
-    return "failed" in content or all(isinstance(values, dict) for values in content["results"].values())
-
-
-def _has(**dimensions: int) -> Callable[[Path], bool]:
-    """Whether a file of arrays has these, with so many dimensions, and as many rows in each."""
-
-    def holds(path: Path) -> bool:
-        arrays = dict(np.load(path))
-        rows = {len(arrays[name]) for name in dimensions}
-        return len(rows) == 1 and all(arrays[name].ndim == n for name, n in dimensions.items())
-
-    return holds
+def _holds(path: Path) -> bool:
+    """Whether a file of a run holds what it must to be read. Raises what its reader makes of it."""
+    match path.name:
+        case "run.json":
+            return "num_classes" in read_record(path.parent)["config"]["model"]
+        case "metrics.csv":
+            read_metrics(path)
+            return True
+        case Want.basic:
+            content = read_json(path)
+            return "failed" in content or all(isinstance(of, dict) for of in content["results"].values())
+        case Want.probe:
+            return {"logit_signal", "loss", "stalls", "verdict"} <= read_json(path).keys()
+        case Want.kernels:
+            return bool(np.load(path).ndim == 4)
+    arrays, dimensions = dict(np.load(path)), DIMENSIONS[Want(path.name)]
+    rows = {len(arrays[name]) for name in dimensions}
+    return len(rows) == 1 and all(arrays[name].ndim == n for name, n in dimensions.items())
 
 
 def record_failure(directory: Path, reason: str) -> None:
@@ -151,33 +160,25 @@ def record_failure(directory: Path, reason: str) -> None:
 def measure(directory: Path, config: Train, wants: Collection[Want]) -> None:
     """Makes what is missing of `wants`, in the order of Want."""
     missing = [want for want in Want if want in wants and not (directory / want).exists()]
-    net = Net(directory, config)
+    if not missing:
+        return
+    resolved = read_json(directory / "run.json")["resolved"]
+    device = torch.device(resolved["device"])
+    classifier = load(weights(directory), resolved["backend"]).to(device)
+    net = Net(directory, config, classifier, assemble.image_data(config), device)
     for want in missing:
         MAKERS[want](net, directory / want)
 
 
+@dataclass(frozen=True)
 class Net:
-    """The trained network of a run, and its data; each is opened when it is first asked for."""
+    """The trained network of a run, and its data."""
 
-    def __init__(self, directory: Path, config: Train) -> None:
-        self.directory, self.config = directory, config
-
-    @cached_property
-    def record(self) -> dict[str, Any]:
-        return dict(json.loads((self.directory / "run.json").read_text()))
-
-    @cached_property
-    def device(self) -> torch.device:
-        return torch.device(self.record["resolved"]["device"])
-
-    @cached_property
-    def classifier(self) -> Network:
-        classifier = load(weights(self.directory), self.record["resolved"]["backend"])
-        return classifier.to(self.device)
-
-    @cached_property
-    def data(self) -> ImageData:
-        return assemble.image_data(self.config)
+    directory: Path
+    config: Train
+    classifier: Network
+    data: ImageData
+    device: torch.device
 
     def log_probabilities(self, store: Store, rows: np.ndarray | None = None, views: int = 1) -> Tensor:
         c = self.classifier
@@ -194,20 +195,14 @@ def _basic(net: Net, path: Path) -> None:
     store, (trained, held_out) = net.data.train_store, (part.numpy() for part in net.data.split)
     rows = {"train": spread(trained, TRAIN_IMAGES), "holdout": held_out}
     seen = {s: (net.log_probabilities(store, r), store.labels[r]) for s, r in rows.items() if len(r)}
-    path_of_view, val = net.directory / Want.one_view, net.data.val_store
-    log_probs = (
-        torch.from_numpy(np.load(path_of_view)["log_probs"])
-        if path_of_view.exists()
-        else net.log_probabilities(val)
-    )
-    seen["val"] = log_probs, val.labels
+    view, val = net.directory / Want.one_view, net.data.val_store
+    known = torch.from_numpy(np.load(view)["log_probs"]) if view.exists() else None
+    seen["val"] = net.log_probabilities(val) if known is None else known, val.labels
     errors = {split: score(*both, split=split, name="last epoch").as_dict() for split, both in seen.items()}
     first, second = chroma(net.classifier.net.conv1.weight).tensor_split(2)
     split = split_excess(first.numpy(), second.numpy())
-    results = {**errors, "conv1": {"chroma_split": split}}
-    write_json(
-        path, {"results": results, "seconds": round(time.monotonic() - started, 1), "git": git_state()}
-    )
+    results, seconds = {**errors, "conv1": {"chroma_split": split}}, round(time.monotonic() - started, 1)
+    write_json(path, {"results": results, "seconds": seconds, "git": git_state()})
 
 
 def chroma(weight: Tensor) -> Tensor:
@@ -229,22 +224,15 @@ def _probe(net: Net, path: Path) -> None:
     write_json(path, net.classifier.initial_probe(net.data.train_store, net.data.split[0]).as_dict())
 
 
-def _views(views: int) -> Callable[[Net, Path], None]:
-    def make(net: Net, path: Path) -> None:
-        store = net.data.val_store
-        log_probs = net.log_probabilities(store, views=views).numpy()
-        _save(path, lambda file: np.savez(file, log_probs=log_probs, labels=store.labels))
-
-    return make
+def _views(net: Net, path: Path, views: int) -> None:
+    store = net.data.val_store
+    log_probs = net.log_probabilities(store, views=views).numpy()
+    _save(path, lambda file: np.savez(file, log_probs=log_probs, labels=store.labels))
 
 
 def _hidden(net: Net, path: Path) -> None:
     c = net.classifier
-
-    def features(images: Tensor) -> Tensor:
-        return c.net.last_hidden(c.net.features(c.augment.centre(images)))
-
-    _neighbours(net, path, features)
+    _neighbours(net, path, lambda images: c.net.last_hidden(c.net.features(c.augment.centre(images))))
 
 
 def _pixels(net: Net, path: Path) -> None:
@@ -271,17 +259,17 @@ def nearest(
 ) -> np.ndarray:
     """The rows of `gallery` whose features are nearest (Euclidean) to each query's, nearest first: (Q, NEIGHBOURS)."""
 
-    def parts(images: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-        return np.array_split(rows, max(1, -(-len(rows) // GALLERY_PART)))
-
     def of(images: np.ndarray, rows: np.ndarray) -> Tensor:
         return features(torch.from_numpy(images[rows]).to(device)).float()
 
-    q = torch.cat([of(query_images, rows) for rows in parts(query_images, queries)])
+    def parts(rows: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(rows, max(1, -(-len(rows) // GALLERY_PART)))
+
+    q = torch.cat([of(query_images, rows) for rows in parts(queries)])
     k = min(NEIGHBOURS, len(gallery))
     distance = torch.full((len(q), k), math.inf, device=device)
     row = torch.zeros((len(q), k), dtype=torch.int64, device=device)
-    for rows in parts(gallery_images, gallery):
+    for rows in parts(gallery):
         here = torch.cdist(q, of(gallery_images, rows))
         both = torch.cat([distance, here], 1)
         rows_of_both = torch.cat([row, torch.from_numpy(rows).to(device).expand(len(q), -1)], 1)
@@ -303,38 +291,21 @@ def _figure4(net: Net, path: Path) -> None:
         "probabilities": net.log_probabilities(val, left).exp().numpy(),
         "names": np.array([c["words"] or c["wnid"] for c in val.classes]),
         "queries": val.images[found["queries"][right]],
-        "neighbours": train.images[found["neighbours"][right].ravel()].reshape(
-            (*found["neighbours"][right].shape, *train.images.shape[1:])
-        ),
+        "neighbours": train.images[found["neighbours"][right]],
         "agree": found["agree"][right],
     }
     _save(path, lambda file: np.savez(file, **content))
 
 
 MAKERS: Mapping[Want, Callable[[Net, Path], None]] = {
-    Want.one_view: _views(1),
-    Want.ten_views: _views(10),
+    Want.one_view: partial(_views, views=1),
+    Want.ten_views: partial(_views, views=10),
     Want.basic: _basic,
     Want.kernels: _kernels,
     Want.probe: _probe,
     Want.hidden: _hidden,
     Want.pixels: _pixels,
     Want.figure4: _figure4,
-}
-
-
-# What each file of a run must hold to be read.
-CONTENT: Mapping[str, Callable[[Path], bool]] = {
-    "run.json": _is_record,
-    "metrics.csv": lambda path: bool(read_metrics(path)) or True,
-    Want.one_view: _has(log_probs=2, labels=1),
-    Want.ten_views: _has(log_probs=2, labels=1),
-    Want.basic: _is_basic,
-    Want.kernels: lambda path: np.load(path).ndim == 4,
-    Want.probe: lambda path: {"logit_signal", "loss", "stalls", "verdict"} <= read_json(path).keys(),
-    Want.hidden: _has(queries=1, neighbours=2, agree=2),
-    Want.pixels: _has(queries=1, neighbours=2, agree=2),
-    Want.figure4: _has(queries=4, neighbours=5, agree=2),
 }
 
 
@@ -353,21 +324,23 @@ def evidence(directory: Path) -> Evidence | None:
     record_path = directory / "run.json"
     if not record_path.exists() or damage(directory):
         return None
-    record = read_json(record_path)
-    failed = bool(failure(directory))
+    record, failed = read_json(record_path), bool(failure(directory))
     if record["state"] != "finished" and not failed:
         return None
-    failed = failed or diverged(directory)
-    metrics, classes = read_metrics(directory / "metrics.csv"), record["config"]["model"]["num_classes"]
-    if failed:
+    basic, metrics = directory / Want.basic, read_metrics(directory / "metrics.csv")
+    measures = read_json(basic) if basic.exists() else {}
+    found = Evidence.of_run(measures, metrics, record["config"]["model"]["num_classes"])
+    if failed or metrics.diverged:
         nothing = {metric: math.nan for metric in METRICS if not metric.startswith("gap/")}
-        return Evidence(nothing, Evidence.of_run({}, metrics, classes).curves, classes, diverged=True)
-    basic = directory / Want.basic
-    return Evidence.of_run(json.loads(basic.read_text()) if basic.exists() else {}, metrics, classes)
+        return replace(found, results=nothing, diverged=True)
+    return found
 
 
 def per_image(test: Test, directories: Collection[Path]) -> dict[str, np.ndarray]:
-    """{metric: (nets, images), or (1, images) where all nets answer together} of the runs that have what it takes."""
+    """{metric: (nets, images)} of the runs that have what it takes; (1, images) where all nets answer together.
+
+    1 for a wrong image, and its cross-entropy; of neighbours, the share that is of the image's class.
+    """
     files = [d / want_of(test) for d in directories if (d / want_of(test)).exists()]
     if not files:
         return {}
@@ -375,19 +348,13 @@ def per_image(test: Test, directories: Collection[Path]) -> dict[str, np.ndarray
     if test.features is not Features.logits:
         return {"retrieval/precision_at_6": np.stack([c["agree"].mean(1) for c in content])}
     outputs = [torch.from_numpy(c["log_probs"]) for c in content]
-    outputs = [average(outputs)] if test.nets is Nets.all else outputs
-    labels = torch.from_numpy(content[0]["labels"])
-    nets = [_errors(log_probs, labels) for log_probs in outputs]
-    return {metric: np.stack([net[metric] for net in nets]) for metric in nets[0]}
-
-
-def _errors(log_probs: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
-    """(N, classes) and (N,) -> {metric: (N,)}: 1 for a wrong image, and its cross-entropy."""
-    right = log_probs.topk(min(5, log_probs.shape[1])).indices == labels[:, None]
-    found = {
-        "val/top1_error": ~right[:, 0],
-        "val/cross_entropy": -log_probs.double().gather(1, labels[:, None])[:, 0],
-    }
-    if log_probs.shape[1] >= TOP5_CLASSES:
-        found["val/top5_error"] = ~right.any(1)
+    log_probs = (
+        average(outputs)[None] if test.nets is Nets.all else torch.stack(outputs)
+    )  # (nets, N, classes)
+    labels, classes = torch.from_numpy(content[0]["labels"])[:, None], log_probs.shape[-1]
+    right = log_probs.topk(min(5, classes)).indices == labels  # (nets, N, 5)
+    loss = -log_probs.double().gather(2, labels.expand(len(log_probs), -1, -1))
+    found = {"val/top1_error": ~right[..., 0], "val/cross_entropy": loss[..., 0]}
+    if classes >= TOP5_CLASSES:
+        found["val/top5_error"] = ~right.any(-1)
     return {metric: values.double().numpy() for metric, values in found.items()}
