@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from alexnet import system
-from alexnet.claims.claims import Claim, Run, load_claims, select
+from alexnet.claims.claims import Claim, Comparison, Run, load_claims, select
 from alexnet.claims.config import Reproduce
 from alexnet.claims.measures import PICTURES, Want, damage, evidence, failure, is_measured, wanted
 from alexnet.claims.statistics import running_mean
@@ -31,7 +30,7 @@ from alexnet.data.module import ImageData
 from alexnet.data.prepare import PrepareConfig, prepare
 from alexnet.errors import UserError
 from alexnet.model import layer_table
-from alexnet.system import in_progress
+from alexnet.system import device_type_of, in_progress, read_json
 from alexnet.training import assemble
 from alexnet.training.config import Train, compose_train
 from alexnet.training.metrics import read_metrics
@@ -78,8 +77,7 @@ class Job:
     @property
     def trained(self) -> bool:
         """Whether training is over, well or not."""
-        record = json.loads((self.directory / "run.json").read_text())
-        return record["state"] == "finished" or bool(failure(self.directory))
+        return read_json(self.directory / "run.json")["state"] == "finished" or bool(failure(self.directory))
 
     @property
     def steps_done(self) -> int:
@@ -92,35 +90,29 @@ def claims_of(settings: Reproduce) -> list[Claim]:
 
 def jobs_of(claims: Iterable[Claim], settings: Reproduce) -> list[Job]:
     """Every run of the claims once, tuning runs first, with the wants of all claims that share it."""
-    claims = list(claims)
-    jobs: dict[tuple[str, int], Job] = {}
-    for claim in claims:
-        for _, _, run in claim.tuning_runs(settings.scale):
-            _add(jobs, _job(claim, run, settings, frozenset()))
+    claims, scale = list(claims), settings.scale
+    asked = [_job(claim, run, settings) for claim in claims for *_, run in claim.tuning_runs(scale)]
     chosen = choose(claims, settings)
     for claim in claims:
-        for run in claim.runs(settings.scale, settings.seeds):
-            key = (claim.uses or claim.name, run.arm)
-            undecided = claim.tune is not None and key not in chosen
-            run = _tuned(claim, run, settings, chosen.get(key))
-            _add(jobs, _job(claim, run, settings, frozenset(wanted(claim, run.seed)), undecided))
+        for run in claim.runs(scale, settings.seeds):
+            undecided = False
+            if claim.tune is not None:
+                key = (claim.uses or claim.name, run.arm)
+                undecided = key not in chosen
+                # Where there is no choice yet, the first rate stands in, which costs the same.
+                value = claim.tune.values[scale][0] if undecided else chosen[key]
+                run = replace(run, overrides=(*run.overrides, f"{claim.tune.key}={value}"))
+            asked.append(_job(claim, run, settings, frozenset(wanted(claim, run.seed)), undecided))
+    jobs: dict[tuple[str, int], Job] = {}
+    for job in asked:
+        first = jobs.get(job.run.key, job)
+        jobs[job.run.key] = replace(first, wants=first.wants | job.wants)
     return list(jobs.values())
 
 
-def _add(jobs: dict[tuple[str, int], Job], job: Job) -> None:
-    key = (job.run.name, job.run.seed)
-    jobs[key] = replace(jobs[key], wants=jobs[key].wants | job.wants) if key in jobs else job
-
-
-def _tuned(claim: Claim, run: Run, settings: Reproduce, value: float | None) -> Run:
-    """The run with its chosen rate; where there is no choice yet, with the first, which costs the same."""
-    if claim.tune is None:
-        return run
-    value = claim.tune.values[settings.scale][0] if value is None else value
-    return replace(run, overrides=(*run.overrides, f"{claim.tune.key}={value}"))
-
-
-def _job(claim: Claim, run: Run, settings: Reproduce, wants: frozenset[Want], undecided: bool = False) -> Job:
+def _job(
+    claim: Claim, run: Run, settings: Reproduce, wants: frozenset[Want] = frozenset(), undecided: bool = False
+) -> Job:
     file = f"{claim.uses or claim.name}.yaml"
     run = replace(run, overrides=(*run.overrides, "evaluate=false"))
     try:
@@ -155,22 +147,18 @@ def choose(claims: Iterable[Claim], settings: Reproduce) -> Chosen:
         for arm, values in found.items():
             over = {value: e for value, e in values.items() if e is not None}
             if len(over) == len(values):
-                best = min(over, key=lambda value: _rank(_tuned_claim(claim), over[value]))
+                # A figure is drawn from the runs of another claim, which says what they are tuned for.
+                comparison = (load_claims(CLAIMS)[claim.uses] if claim.uses else claim).comparisons[0]
+                best = min(over, key=lambda value: _rank(comparison, over[value]))
                 chosen[claim.uses or claim.name, arm] = best
     return chosen
 
 
-def _tuned_claim(claim: Claim) -> Claim:
-    """A figure is drawn from the runs of another claim, which says what they are tuned for."""
-    return load_claims(CLAIMS)[claim.uses] if claim.uses else claim
-
-
-def _rank(claim: Claim, found: Evidence) -> tuple[float, float]:
-    """(time to the threshold, mean of the last epoch) of the claim's first comparison; less is better.
+def _rank(comparison: Comparison, found: Evidence) -> tuple[float, float]:
+    """(time to the threshold, mean of the last epoch); less is better.
 
     A rate that ended in NaN is not eligible, although its training errors are numbers.
     """
-    comparison = claim.comparisons[0]
     curve = running_mean(found.curves.get(comparison.metric, []))
     if found.diverged or not curve:
         return math.inf, math.inf
@@ -182,14 +170,15 @@ def rates(claims: Iterable[Claim], chosen: Chosen, settings: Reproduce) -> list[
     """What was chosen, in words: the best at the end of a list might have been better beyond it."""
     lines = []
     for claim in claims:
-        tried = claim.tune.values[settings.scale] if claim.tune else []
+        if claim.tune is None:
+            continue
+        tried = claim.tune.values[settings.scale]
+        ends = {min(tried): "smallest: a smaller", max(tried): "largest: a larger"}
         for arm in claim.arms:
             value = chosen.get((claim.uses or claim.name, arm))
-            if claim.tune is None or value is None:
-                continue
-            ends = {min(tried): "smallest: a smaller", max(tried): "largest: a larger"}
-            edge = f" (the {ends[value]} one might be better)" if value in ends else ""
-            lines.append(f"{arm}: {claim.tune.key} = {value:g}, of {len(tried)} tried{edge}")
+            if value is not None:
+                edge = f" (the {ends[value]} one might be better)" if value in ends else ""
+                lines.append(f"{arm}: {claim.tune.key} = {value:g}, of {len(tried)} tried{edge}")
     return list(dict.fromkeys(lines))
 
 
@@ -228,7 +217,7 @@ def check_arm(config: Train) -> Sizes:
         prepare(PrepareConfig(SMOKE_DATA, config.data.root, n_train=500, n_val=200, workers=0))
     data = assemble.image_data(config)
     layer_table(replace(config.model, num_classes=assemble.checked_classes(config.model.num_classes, data)))
-    config.backend.resolve(system.device_type_of(config.trainer["accelerator"]))
+    config.backend.resolve(device_type_of(config.trainer["accelerator"]))
     return Sizes(len(data.split[0]), len(data.split[1]), len(data.val_store))
 
 
@@ -244,22 +233,16 @@ def refuse_other_runs(jobs: Iterable[Job]) -> None:
             continue
         if root not in opened:
             opened[root] = assemble.image_data(job.config) if (Path(root) / "train").exists() else None
-        changed = _changed(
-            json.loads(path.read_text())["config"], assemble.identity(job.config, opened[root])
-        )
-        if changed:
+        there, now = read_json(path)["config"], assemble.identity(job.config, opened[root])
+        if now["model"]["num_classes"] is None:  # as many as the data have, and those are compared by name
+            now["model"]["num_classes"] = there["model"]["num_classes"]
+        if "store" not in now:
+            there.pop("store", None)
+        if changed := differences(there, now):
             raise UserError(
                 f"{job.file}, arm {job.run.arm}: {job.directory} holds a run with another configuration "
                 f"({'; '.join(changed[:4])}): choose another output_dir=..., or delete it"
             )
-
-
-def _changed(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    if now["model"]["num_classes"] is None:  # as many as the data have, and those are compared by name
-        now["model"]["num_classes"] = there["model"]["num_classes"]
-    if "store" not in now:
-        there.pop("store", None)
-    return differences(there, now)
 
 
 def keep(jobs: Iterable[Job], folder: Path) -> str:
@@ -285,18 +268,13 @@ def train_commands(jobs: Sequence[Job], settings: Reproduce) -> str:
     for job in missing:
         if not job.undecided:
             at_work = "# in progress: " if in_progress(job.directory) else ""
-            lines.append(at_work + train_command(job, settings))
-    waiting = sum(job.undecided for job in missing)
-    if waiting:
+            experiment, name, seed, *arm = job.run.arguments
+            arguments = [experiment, name, seed, *_places(settings), *settings.overrides, *arm]
+            lines.append(at_work + shlex.join(["python", "scripts/train.py", *arguments]))
+    if waiting := sum(job.undecided for job in missing):
         lines.append(f"# then print=true again: {waiting} runs whose rate the tuning runs above decide")
     lines.append(f"# then: {reproduce_command(settings.claims, settings)}")
     return "\n".join(lines)
-
-
-def train_command(job: Job, settings: Reproduce) -> str:
-    experiment, name, seed, *arm = job.run.arguments
-    arguments = [experiment, name, seed, *_places(settings), *settings.overrides, *arm]
-    return shlex.join(["python", "scripts/train.py", *arguments])
 
 
 def reproduce_command(claims: Sequence[str], settings: Reproduce) -> str:
@@ -311,6 +289,5 @@ def reproduce_command(claims: Sequence[str], settings: Reproduce) -> str:
 def _places(settings: Reproduce) -> list[str]:
     """Where results and data lie, unless it is where they always do."""
     usual, keys = Reproduce(), ("output_dir", "data_dir")
-    return [
-        f"{key}={getattr(settings, key)}" for key in keys if getattr(settings, key) != getattr(usual, key)
-    ]
+    chosen = {key: getattr(settings, key) for key in keys}
+    return [f"{key}={value}" for key, value in chosen.items() if value != getattr(usual, key)]

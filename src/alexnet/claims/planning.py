@@ -7,25 +7,21 @@ compare=<file>   this report beside another results.json: of another machine, co
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alexnet.claims.claims import Claim, Comparison, Statistic, Unit
 from alexnet.claims.config import Reproduce
-from alexnet.claims.jobs import Job, State, jobs_of
+from alexnet.claims.jobs import State, jobs_of
 from alexnet.claims.statistics import Effect, Source, minimum_detectable_effect, seeds_needed
 from alexnet.claims.tables import effect_cells, number
 from alexnet.cli import CONF, table
 from alexnet.errors import UserError
 
 PUBLISHED = CONF.parent / ".github" / "results"
-WORTH = {
-    Unit.points: 0.02,
-    Unit.nats: 0.05,
-    Unit.times: 1.25,
-    Unit.number: 0.1,
-}  # an effect worth talking about
+# An effect worth talking about.
+WORTH = {Unit.points: 0.02, Unit.nats: 0.05, Unit.times: 1.25, Unit.number: 0.1}
 
 Key = tuple[str, str, str, str]  # claim, treatment, control, metric
 
@@ -40,44 +36,42 @@ def plan(claims: Sequence[Claim], settings: Reproduce) -> str:
     paths = [*sorted(PUBLISHED.glob(f"{folder.name}_*/results.json")), folder / "results.json"]
     known = [read_results(path) for path in paths if path.exists()]
     effects = {key: effect for results in known for key, effect in effects_of(results).items()}
-    minutes_known = [of for results in known if not math.isnan((of := minutes_per_run(results))[""])]
-    jobs, per_run = jobs_of(claims, settings), minutes_known[-1] if minutes_known else {"": math.nan}
+    measured = [of for results in known if not math.isnan((of := minutes_per_run(results))[""])]
+    per_run = measured[-1] if measured else {"": math.nan}
+    left = [job for job in jobs_of(claims, settings) if job.state is not State.finished]
+
+    def minutes(runs: Mapping[str, int]) -> str:
+        """Of so many runs of each claim."""
+        total = sum(n * per_run.get(name, per_run[""]) for name, n in runs.items())
+        return "?" if math.isnan(total) else f"{total:.0f}"
+
     rows = [("claim", "comparison", "n", "known sd", "finds", "n for", "to find", "minutes")]
     for claim in claims:
-        missing = [job for job in own_jobs(claim, jobs, settings) if job.state is not State.finished]
-        minutes = _minutes(len(missing) * per_run.get(claim.name, per_run[""]))
+        names = {run.name for run in claim.runs(settings.scale, settings.seeds)}
+        names |= {run.name for *_, run in claim.tuning_runs(settings.scale)}
+        needed = minutes({claim.name: sum(job.run.name in names for job in left)})
         for i, c in enumerate(claim.comparisons):
             effect = effects.get((claim.name, c.treatment, c.control, c.metric))
             cells = _power(c, effect, max(settings.seeds, claim.seeds))
-            rows.append((claim.name * (i == 0), c.name, *cells, minutes * (i == 0)))
-    left = Counter(Path(job.file).stem for job in jobs if job.state is not State.finished)
-    total = sum(n * per_run.get(name, per_run[""]) for name, n in left.items())
+            rows.append((claim.name * (i == 0), c.name, *cells, needed * (i == 0)))
+    total = minutes(Counter(Path(job.file).stem for job in left))
     nothing = f"nothing is published for scale={settings.scale}"
     source = f"spread and minutes of {folder}*" if known else nothing
-    return f"{table(rows, right=(2, 5, 7))}\n\n{sum(left.values())} runs, {_minutes(total)} minutes of a core; {source}"
+    return f"{table(rows, right=(2, 5, 7))}\n\n{len(left)} runs, {total} minutes of a core; {source}"
 
 
 def _power(c: Comparison, effect: Effect | None, n: int) -> tuple[str, str, str, str, str]:
     """n, the known sd, what n seeds find, and how many would find an effect worth talking about."""
     if c.statistic is Statistic.within_net:
         return "images", "", "", "", ""
-    ratio = c.statistic is Statistic.time_ratio
     worth = WORTH[c.unit]
-    sought = f"{worth:g}x" if ratio else f"{number(worth, c.unit, signed=False)} {c.unit}"
+    sought = f"{worth:g}x" if c.timed else f"{number(worth, c.unit, signed=False)} {c.unit}"
     if effect is None or not math.isfinite(effect.sd) or n < 2:
         return str(n), "?", "?", "?", sought
-    least = minimum_detectable_effect(effect.sd, n)
-    needed = seeds_needed(math.log(worth) if ratio else worth, effect.sd)
-    sd, finds = (
-        f"{math.exp(x):.2f}x" if ratio else number(x, c.unit, signed=False) for x in (effect.sd, least)
-    )
+    spread = effect.sd, minimum_detectable_effect(effect.sd, n)
+    needed = seeds_needed(math.log(worth) if c.timed else worth, effect.sd)
+    sd, finds = (f"{math.exp(x):.2f}x" if c.timed else number(x, c.unit, signed=False) for x in spread)
     return str(n), sd, finds, str(needed or "many"), sought
-
-
-def own_jobs(claim: Claim, jobs: Iterable[Job], settings: Reproduce) -> list[Job]:
-    names = {run.name for run in claim.runs(settings.scale, settings.seeds)}
-    names |= {run.name for *_, run in claim.tuning_runs(settings.scale)}
-    return [job for job in jobs if job.run.name in names]
 
 
 def minutes_per_run(results: Mapping[str, Any]) -> dict[str, float]:
@@ -88,43 +82,32 @@ def minutes_per_run(results: Mapping[str, Any]) -> dict[str, float]:
     return {**found, "": sum(found.values()) / len(found) if found else math.nan}
 
 
-def _minutes(minutes: float) -> str:
-    return "?" if math.isnan(minutes) else f"{minutes:.0f}"
-
-
 def compare_results(here: Path, there: Path) -> str:
     """A line per comparison that both have: both effects, and whether sign, intervals and verdict agree."""
-    ours, theirs = read_results(here), read_results(there)
-    rows_of = [{_key(row): row for row in _rows(results)} for results in (ours, theirs)]
-    both = [key for key in rows_of[0] if key in rows_of[1]]
-    rows = [("comparison", "metric", "here", "n", "there", "n", "")]
-    agreed = 0
-    for key in both:
-        a, b = (rows[key] for rows in rows_of)
-        one, other = (effect_cells(_effect(row), Unit(row["unit"])) for row in (a, b))
-        apart = differences_of(a, b)
-        agreed += not apart
-        name = f"{key[0]}: {key[1]}, {key[2]}"
-        shown = [f"{cells['difference'].split(' ')[0]} {cells['interval']}" for cells in (one, other)]
-        rows.append((name, key[3], shown[0], one["n"], shown[1], other["n"], ", ".join(apart) or "agree"))
-    only = [len(set(of) - set(both)) for of in rows_of]
+    ours, theirs = ({_key(row): row for row in _rows(read_results(path))} for path in (here, there))
+    both = [key for key in ours if key in theirs]
+    rows: list[tuple[str, ...]] = [("comparison", "metric", "here", "n", "there", "n", "")]
+    for claim, treatment, control, metric in both:
+        a, b = (of[claim, treatment, control, metric] for of in (ours, theirs))
+        one, other = _effect(a), _effect(b)
+        apart = ["not measured"] if (one is None) != (other is None) else []
+        if one and other:
+            null = 1.0 if one.ratio else 0.0
+            apart = [
+                *["sign"] * ((one.estimate - null) * (other.estimate - null) < 0),
+                *["intervals apart"] * (one.high < other.low or other.high < one.low),
+                *["verdict"] * (a["verdict"] != b["verdict"]),
+            ]
+        shown = []
+        for row, effect in ((a, one), (b, other)):
+            cells = effect_cells(effect, Unit(row["unit"]))
+            shown += [f"{cells['difference'].split(' ')[0]} {cells['interval']}", cells["n"]]
+        rows.append((f"{claim}: {treatment}, {control}", metric, *shown, ", ".join(apart) or "agree"))
+    agreed = sum(row[-1] == "agree" for row in rows)
     return (
-        f"{table(rows, right=(3, 5))}\n\n{agreed} of {len(both)} comparisons agree; {only[0]} are only here, "
-        f"{only[1]} only there\nhere   {here}\nthere  {there}"
+        f"{table(rows, right=(3, 5))}\n\n{agreed} of {len(both)} comparisons agree; {len(ours) - len(both)} are "
+        f"only here, {len(theirs) - len(both)} only there\nhere   {here}\nthere  {there}"
     )
-
-
-def differences_of(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What two rows of results.json do not agree in."""
-    one, other = _effect(a), _effect(b)
-    if one is None or other is None:
-        return ["not measured"] if (one is None) != (other is None) else []
-    null = 1.0 if one.ratio else 0.0
-    return [
-        *["sign"] * ((one.estimate - null) * (other.estimate - null) < 0),
-        *["intervals apart"] * (one.high < other.low or other.high < one.low),
-        *["verdict"] * (a["verdict"] != b["verdict"]),
-    ]
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,12 +39,10 @@ from alexnet.claims.jobs import (
 )
 from alexnet.claims.measures import TRAIN_IMAGES, Want, damage, diverged, evidence, measure, record_failure
 from alexnet.cli import plain
-from alexnet.data.module import Batch
 from alexnet.errors import UserError
-from alexnet.system import device_type_of, git_state, in_progress, locked
+from alexnet.system import device_type_of, git_state, in_progress, locked, read_json
 from alexnet.training import assemble
 from alexnet.training.callbacks import Stalled
-from alexnet.training.classifier import Classifier
 from alexnet.training.config import Train
 from alexnet.training.record import RunRecord, read_record
 from alexnet.training.run import train
@@ -68,8 +67,7 @@ def reproduce(settings: Reproduce) -> None:
         print(planning.plan(claims, settings))
         return
     if settings.compare is not None:
-        here = settings.report_directory / "results.json"
-        print(planning.compare_results(here, Path(settings.compare)))
+        print(planning.compare_results(settings.report_directory / "results.json", Path(settings.compare)))
         return
     jobs, failed = jobs_of(claims, settings), []
     if settings.keep is not None:
@@ -182,13 +180,9 @@ def run_job(job: Job) -> str:
         record_failure(job.directory, reason)
         return f"diverged ({reason})"
     measure(job.directory, job.config, job.wants)
-    return outcome(job)
-
-
-def outcome(job: Job) -> str:
     if is_tuning(job):
-        error = json.loads((job.directory / "run.json").read_text())["train"]["top1_error"]
-        return f"training error {100 * error:.1f} % in the last epoch"
+        wrong = read_json(job.directory / "run.json")["train"]["top1_error"]
+        return f"training error {100 * wrong:.1f} % in the last epoch"
     found = evidence(job.directory)
     assert found is not None
     return f"val top-1 error {100 * found.results['val/top1_error']:.1f} %"
@@ -197,8 +191,7 @@ def outcome(job: Job) -> str:
 # Time ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """Of one network on this machine, in seconds."""
 
     step: float
@@ -213,78 +206,58 @@ def estimate(jobs: Iterable[Job], sizes: Mapping[str, Sizes]) -> dict[tuple[str,
     for job in jobs:
         if job.state in OVER:
             continue
-        key = network_key(job.config)
+        # What the time of a step depends on: everything but initial weights, rates and names.
+        c = job.config
+        model = {k: v for k, v in plain(c.model).items() if not k.startswith("init")}
+        key = json.dumps([model, plain(c.data), plain(c.augment), plain(c.backend)])
         if key not in speeds:
-            speeds[key] = measure_speed(job.config)
-        found[job.run.name, job.run.seed] = seconds_left(job, sizes[job.config.data.root], speeds[key])
+            speeds[key] = measure_speed(c)
+        found[job.run.key] = seconds_left(job, sizes[c.data.root], speeds[key])
     return found
-
-
-def network_key(config: Train) -> str:
-    """What the time of a step depends on: everything but initial weights, rates and names."""
-    model = {k: v for k, v in plain(config.model).items() if not k.startswith("init")}
-    return json.dumps([model, plain(config.data), plain(config.augment), plain(config.backend)])
 
 
 def measure_speed(config: Train) -> Speed:
     """A few steps of the untrained network on a real batch; nothing is written."""
     device = torch.device(device_type_of(config.trainer["accelerator"]))
-    started = _seconds(device)
+
+    def clock() -> float:
+        """On a CPU that of this process's threads, which does not count what other programs take meanwhile."""
+        return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()
+
+    started = clock()
     run = assemble.build_run(replace(copy.deepcopy(config), name="speed", probe=True, overwrite=False))
-    resolved = run.resolved
-    classifier = run.classifier.to(resolved["device"])
+    classifier, resolved = run.classifier.to(device), run.resolved
     optimizer = classifier.make_optimizer()
-    batch = _to(next(iter(run.data.train_dataloader())), classifier.device)
-    start = _seconds(device) - started
-    with torch.autocast(resolved["device"], torch.bfloat16, enabled=resolved["precision"] == "bf16-mixed"):
-        steps = [_step_seconds(classifier, optimizer, batch) for _ in range(WARM_UP + TIMED)]
-    stored = np.array(run.data.train_store.images[: len(batch.images)])  # whole, as evaluation sees them
-    whole = torch.from_numpy(stored).to(classifier.device)
-    return Speed(min(steps[WARM_UP:]), _evaluation_seconds(classifier, whole), start)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return batch._replace(
-        images=batch.images.to(device), labels=batch.labels.to(device), draws=batch.draws.to(device)
-    )
-
-
-def _step_seconds(classifier: Classifier, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    started = _seconds(classifier.device)
-    loss = classifier.training_step(batch, 0)["loss"]
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    loss.detach().item()  # waits for the device
-    return _seconds(classifier.device) - started
-
-
-def _seconds(device: torch.device) -> float:
-    """A clock; on a CPU that of this process's threads, which does not count what other programs take meanwhile."""
-    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()
-
-
-@torch.no_grad()
-def _evaluation_seconds(classifier: Classifier, images: torch.Tensor) -> float:
-    """Of one image, in a batch of them; the first call may compile."""
+    batch = next(iter(run.data.train_dataloader()))
+    images, labels = batch.images.to(device), batch.labels.to(device)
+    batch = batch._replace(images=images, labels=labels, draws=batch.draws.to(device))
+    start, steps = clock() - started, []
+    with torch.autocast(device.type, torch.bfloat16, enabled=resolved["precision"] == "bf16-mixed"):
+        for _ in range(WARM_UP + TIMED):
+            started = clock()
+            loss = classifier.training_step(batch, 0)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.detach().item()  # waits for the device
+            steps.append(clock() - started)
+    stored = np.array(run.data.train_store.images[: len(images)])  # whole, as evaluation sees them
+    whole = torch.from_numpy(stored).to(device)
     classifier.eval()
-    for _ in range(2):
-        started = _seconds(classifier.device)
-        float(classifier(classifier.augment.centre(images)).sum())
-    return (_seconds(classifier.device) - started) / len(images)
-
-
-def steps_per_epoch(config: Train, train_images: int) -> int:
-    limit = config.trainer["limit_train_batches"]
-    batches = -(-train_images // config.data.batch_size)
-    return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+    with torch.no_grad():
+        for _ in range(2):  # the first call may compile
+            started = clock()
+            float(classifier(classifier.augment.centre(whole)).sum())
+            evaluation = clock() - started
+    return Speed(min(steps[WARM_UP:]), evaluation / len(whole), start)
 
 
 def seconds_left(job: Job, sizes: Sizes, speed: Speed) -> float:
     """Training steps, the holdout after every epoch and at the end, and what is wanted of the trained network."""
-    batches = steps_per_epoch(job.config, sizes.train)
-    steps = max(0, job.config.optim.epochs * batches - job.steps_done)
-    images = 0.0
+    limit = job.config.trainer["limit_train_batches"]
+    batches = -(-sizes.train // job.config.data.batch_size)
+    batches = max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+    steps, images = max(0, job.config.optim.epochs * batches - job.steps_done), 0.0
     if job.state is State.unmeasured:
         steps = 0
     else:
@@ -306,16 +279,12 @@ def plan(claims: Sequence[Claim], jobs: Sequence[Job], settings: Reproduce) -> s
     parts = [f"{states.count(state)} {state}" for state in State if state in states]
     tuning = sum(is_tuning(job) and job.state not in OVER for job in jobs)
     elsewhere = sum(job.state not in OVER and in_progress(job.directory) for job in jobs)
-    return "\n".join(
-        [
-            f"claims    {', '.join(claim.name for claim in claims)}",
-            f"scale     {settings.scale}, {settings.seeds} seed{'s' * (settings.seeds > 1)}",
-            f"runs      {len(jobs)}: {', '.join(parts)}"
-            + (f"; {tuning} of them tuning" if tuning else "")
-            + (f"; {elsewhere} in progress in another process" if elsewhere else ""),
-            *_rate_lines(claims, settings),
-        ]
-    )
+    runs = f"runs      {len(jobs)}: {', '.join(parts)}"
+    runs += f"; {tuning} of them tuning" if tuning else ""
+    runs += f"; {elsewhere} in progress in another process" if elsewhere else ""
+    named = f"claims    {', '.join(claim.name for claim in claims)}"
+    scale = f"scale     {settings.scale}, {settings.seeds} seed{'s' * (settings.seeds > 1)}"
+    return "\n".join([named, scale, runs, *_rate_lines(claims, settings)])
 
 
 def _rate_lines(claims: Sequence[Claim], settings: Reproduce) -> list[str]:
@@ -332,7 +301,7 @@ class Progress:
 
     def report(self, job: Job, text: str) -> None:
         self.done += 1
-        self.predicted += self.estimates.pop((job.run.name, job.run.seed), 0.0)
+        self.predicted += self.estimates.pop(job.run.key, 0.0)
         spent = time.monotonic() - self.started
         left = sum(self.estimates.values()) * spent / max(self.predicted, 1e-9)
         print(
