@@ -46,7 +46,10 @@ def measure(
     step()
     synchronise()
     compile_s = time.perf_counter() - start
-    forget_peak()
+    # The peak of compiling is over, that of steps counts from here: VmHWM is set back to VmRSS.
+    Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     ms = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -54,21 +57,14 @@ def measure(
         synchronise()
         ms.append((time.perf_counter() - start) * 1e3)
     peak = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else held("VmHWM") - before
-    middle = statistics.median(ms)
-    return {"ms": middle, "ms_low": min(ms), "ms_high": max(ms), "compile_s": compile_s, "peak_mib": peak}
+    times = {"ms": statistics.median(ms), "ms_low": min(ms), "ms_high": max(ms)}
+    return {**times, "compile_s": compile_s, "peak_mib": peak}
 
 
 def held(key: str) -> float:
     """MiB that the kernel counts for this process now (VmRSS) or at most so far (VmHWM)."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
-
-
-def forget_peak() -> None:
-    """Sets VmHWM back to VmRSS: the peak of compiling is over, that of steps counts from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

@@ -15,14 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from alexnet.bench.networks import Task, backends_named, stock_network, task
-from alexnet.layers import (
-    LocalResponseNorm,
-    ReluLrnPool,
-    SameMapNorm,
-    cross_entropy,
-    local_response_norm,
-)
+from alexnet.bench.networks import backends_named, stock_network, task
+from alexnet.layers import LocalResponseNorm, ReluLrnPool, SameMapNorm, cross_entropy, local_response_norm
 from alexnet.model import AlexNet, Init, ModelConfig, Ties
 from alexnet.system import set_precision
 
@@ -164,26 +158,20 @@ def check_network(model: str, backend: str, device: str) -> float:
     """Float32 gradients of two images without dropout: ours beside the reference's, these beside the stock net's."""
     set_precision("float32")
     given = task(model, 2, "float32", device)
+
+    def gradients(net: nn.Module) -> list[Tensor]:
+        loss = F.cross_entropy(net(given.cast).float(), given.labels)
+        return list(torch.autograd.grad(loss, list(net.parameters())))
+
+    def ours(config: ModelConfig, backend: str) -> list[Tensor]:
+        net = AlexNet(config, backends_named(backend, given.images.device.type), seed=0)
+        return gradients(net.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+
     config = replace(given.config, dropout=0.0)
-    off = differences(_our_gradients(config, "reference", given), _our_gradients(config, backend, given))
+    off = differences(ours(config, "reference"), ours(config, backend))
     common = replace(config, lrn_within_tower=False, pool_ties=Ties.first)  # what stock modules can do
-    off += differences(_our_gradients(common, "reference", given), _stock_gradients(common, given))
+    stock = stock_network(common)
+    for theirs, weights in zip(stock.parameters(), AlexNet(common, seed=0).parameters(), strict=True):
+        theirs.data.copy_(weights.data)
+    off += differences(ours(common, "reference"), gradients(stock.to(given.images.device)))
     return require(f"{model}, float32, {backend}", off, BOUND["float32"])
-
-
-def _our_gradients(config: ModelConfig, backend: str, given: Task) -> list[Tensor]:
-    device = given.images.device
-    net = AlexNet(config, backends_named(backend, device.type), seed=0)
-    return _gradients(net.to(device, memory_format=torch.channels_last), given)  # type: ignore[call-overload]
-
-
-def _stock_gradients(config: ModelConfig, given: Task) -> list[Tensor]:
-    net, weights = stock_network(config), AlexNet(config, seed=0).parameters()
-    for theirs, ours in zip(net.parameters(), weights, strict=True):
-        theirs.data.copy_(ours.data)
-    return _gradients(net.to(given.images.device), given)
-
-
-def _gradients(net: nn.Module, given: Task) -> list[Tensor]:
-    loss = F.cross_entropy(net(given.cast).float(), given.labels)
-    return list(torch.autograd.grad(loss, list(net.parameters())))

@@ -13,6 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -53,14 +55,9 @@ class Files:
         prepare(PrepareConfig(name="synthetic", root=str(root), px=px, n_train=images, n_val=10, workers=0))
         self.store: Store = open_store(root / "train")
         self.folder = directory / "jpeg"
-        self._write(images)
-
-    def _write(self, images: int) -> None:
-        from PIL import Image
-
         for label in range(10):
             (self.folder / str(label)).mkdir(parents=True)
-        for first, pixels in blocks(images, self.px, seed=0, split=0):
+        for first, pixels in blocks(images, px, seed=0, split=0):
             for i, image in enumerate(pixels, start=first):
                 Image.fromarray(image).save(self.folder / str(i % 10) / f"{i}.jpg", quality=90)
 
@@ -90,19 +87,22 @@ def transforms(crop: int, from_file: bool) -> Any:
 def jpeg_loader(files: Files, crop: int, batch: int) -> DataLoader:
     from torchvision.datasets import ImageFolder
 
-    folder = ImageFolder(str(files.folder), transforms(crop, from_file=True))
-    return DataLoader(folder, batch, shuffle=True, num_workers=WORKERS, persistent_workers=True)
+    return loader(ImageFolder(str(files.folder), transforms(crop, from_file=True)), batch)
+
+
+def loader(images: Dataset, batch: int) -> DataLoader:
+    return DataLoader(images, batch, shuffle=True, num_workers=WORKERS, persistent_workers=True)
 
 
 def our_batches(files: Files, crop: int, batch: int, resident: Resident) -> Epoch:
     """One epoch of augmented batches: crops, flips and colour as in the paper."""
     config = AugmentConfig(crop_px=crop)
     pixels = Pixels(files.store, torch.device("cpu"), resident)
-    loader = EpochLoader(pixels, torch.arange(len(files.store)), files.px, config, batch, seed=0)
+    epochs = EpochLoader(pixels, torch.arange(len(files.store)), files.px, config, batch, seed=0)
     augment = Augment(config, files.px, statistics_of(files.store), in_one_pass=True)  # as under backend=fast
 
     def epoch() -> Iterator[tuple[Tensor, Batch]]:
-        for taken in loader:
+        for taken in epochs:
             yield augment.from_crops(taken.images, taken.draws), taken
 
     return epoch
@@ -124,21 +124,14 @@ def data_rows(config: Benchmark) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as directory:
         files = Files(Path(directory), images, px=256)
         jpeg = jpeg_loader(files, crop, batch)
-        stored = DataLoader(
-            StoredImages(files.store, transforms(crop, from_file=False)),
-            batch,
-            shuffle=True,
-            num_workers=WORKERS,
-            persistent_workers=True,
-        )
-        contestants = [
-            Contestant("store, resident", Kind.ours, drain(our_batches(files, crop, batch, Resident.always))),
-            Contestant(
-                "store, memory-mapped", Kind.ours, drain(our_batches(files, crop, batch, Resident.never))
-            ),
-            Contestant("ImageFolder + DataLoader", Kind.baseline, drain(lambda: iter(jpeg))),
-            Contestant("store in a plain DataLoader", Kind.yardstick, drain(lambda: iter(stored))),
-        ]
+        stored = loader(StoredImages(files.store, transforms(crop, from_file=False)), batch)
+        kinds = {
+            "store, resident": (Kind.ours, our_batches(files, crop, batch, Resident.always)),
+            "store, memory-mapped": (Kind.ours, our_batches(files, crop, batch, Resident.never)),
+            "ImageFolder + DataLoader": (Kind.baseline, lambda: iter(jpeg)),
+            "store in a plain DataLoader": (Kind.yardstick, lambda: iter(stored)),
+        }
+        contestants = [Contestant(name, kind, drain(batches)) for name, (kind, batches) in kinds.items()]
         rounds = config.interleaved_rounds
         yield from interleave("data", row, "float32", contestants, rounds, images)
 
@@ -147,25 +140,22 @@ def end_to_end_rows(config: Benchmark) -> Iterator[Row]:
     """An epoch of `mini` on 64-pixel images, and what Lightning adds to it."""
     model, dtype = "mini", config.dtypes[-1]
     batch = config.batch_of(model)
-    images, crop = batch * (4 if config.quick else 8), model_config(model).image_px
+    images = batch * (4 if config.quick else 8)
     whole, trainer = f"epoch of mini, 64 -> 56, batch {batch}", f"the trainer, mini, batch {batch}"
     if config.only not in whole and config.only not in trainer:
         return
     with tempfile.TemporaryDirectory() as directory:
-        files = Files(Path(directory), images, px=64)
-        rounds = config.interleaved_rounds
+        files, rounds = Files(Path(directory), images, px=64), config.interleaved_rounds
         if config.only in whole:
             contestants = [
-                Contestant("store, bare loop", Kind.ours, _bare_loop(files, model, crop, batch, dtype)),
+                Contestant("store, bare loop", Kind.ours, _bare_loop(files, model, batch, dtype)),
                 Contestant("the same without data", Kind.yardstick, _steps_only(model, images, batch, dtype)),
-                Contestant(
-                    "JPEG, stock compiled", Kind.baseline, _stock_loop(files, model, crop, batch, dtype)
-                ),
+                Contestant("JPEG, stock compiled", Kind.baseline, _stock_loop(files, model, batch, dtype)),
             ]
             yield from interleave("end_to_end", whole, dtype, contestants, rounds, images)
         if config.only in trainer:
             # The same LightningModule in both, so that the difference is the trainer's alone.
-            loop = Loop(files, model, crop, batch, dtype)
+            loop = Loop(files, model, batch, dtype)
             contestants = [
                 Contestant("Lightning", Kind.ours, loop.lightning),
                 Contestant("bare loop", Kind.baseline, loop.bare),
@@ -177,22 +167,22 @@ def end_to_end_rows(config: Benchmark) -> Iterator[Row]:
 class Loop:
     """One epoch of our LightningModule, with and without a Trainer, timed from the end of the first step."""
 
-    def __init__(self, files: Files, model: str, crop: int, batch: int, dtype: str) -> None:
+    def __init__(self, files: Files, model: str, batch: int, dtype: str) -> None:
         data = DataConfig(root=str(files.store.path.parent), batch_size=batch, resident=Resident.always)
-        self.augment = AugmentConfig(crop_px=crop)
-        self.data = ImageData(data, self.augment)
+        augment = AugmentConfig(crop_px=model_config(model).image_px)
+        self.data = ImageData(data, augment)
         self.data.setup("fit")
-        self.dtype, self.directory = getattr(torch, dtype), files.folder
+        self.directory = files.folder
         self.classifier = Classifier(
             model=plain(model_config(model)),
-            augment=plain(self.augment),
+            augment=plain(augment),
             optim=plain(OptimConfig(lr=1e-6, schedule=Schedule.constant)),
             backend=Backends(default=Backend.fastest).resolve("cpu"),
             classes=[{"wnid": str(i), "words": str(i)} for i in range(CLASSES)],
             px=files.px,
             seed=0,
             statistics=self.data.statistics,
-            master_weights=self.dtype != torch.float32,
+            master_weights=dtype != "float32",
         )
 
     def bare(self) -> float:
@@ -207,7 +197,8 @@ class Loop:
         return _per_epoch(ends)
 
     def lightning(self) -> float:
-        clock = Clock()
+        ends: list[float] = []
+        clock = LambdaCallback(on_train_batch_end=lambda *_: ends.append(time.perf_counter()))
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
@@ -223,31 +214,24 @@ class Loop:
             use_distributed_sampler=False,
         )
         trainer.fit(self.classifier, self.data)
-        return _per_epoch(clock.ends)
-
-
-class Clock(pl.Callback):
-    """When each step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_train_batch_end(self, *arguments: Any, **more: Any) -> None:
-        self.ends.append(time.perf_counter())
+        return _per_epoch(ends)
 
 
 def _per_epoch(ends: list[float]) -> float:
     return (ends[-1] - ends[0]) * len(ends) / (len(ends) - 1)
 
 
-def _empty_task(model: str, crop: int, batch: int, dtype: str) -> Task:
-    images = torch.zeros(batch, 3, crop, crop).contiguous(memory_format=torch.channels_last)
-    return Task(model_config(model), images, torch.zeros(batch, dtype=torch.int64), getattr(torch, dtype))
+def _empty_task(model: str, batch: int, dtype: str) -> Task:
+    config = model_config(model)
+    images = torch.zeros(batch, 3, config.image_px, config.image_px).contiguous(
+        memory_format=torch.channels_last
+    )
+    return Task(config, images, torch.zeros(batch, dtype=torch.int64), getattr(torch, dtype))
 
 
-def _bare_loop(files: Files, model: str, crop: int, batch: int, dtype: str) -> Callable[[], None]:
-    epoch = our_batches(files, crop, batch, Resident.always)
-    given = _empty_task(model, crop, batch, dtype)
+def _bare_loop(files: Files, model: str, batch: int, dtype: str) -> Callable[[], None]:
+    given = _empty_task(model, batch, dtype)
+    epoch = our_batches(files, given.config.image_px, batch, Resident.always)
     trainer = ours(given, "fastest", own_input=True)
 
     def run() -> None:
@@ -259,7 +243,7 @@ def _bare_loop(files: Files, model: str, crop: int, batch: int, dtype: str) -> C
 
 
 def _steps_only(model: str, images: int, batch: int, dtype: str) -> Callable[[], None]:
-    given = _empty_task(model, model_config(model).image_px, batch, dtype)
+    given = _empty_task(model, batch, dtype)
     given.images.normal_(0, 50)
     given.labels.random_(CLASSES)
     trainer = ours(given, "fastest")
@@ -271,15 +255,15 @@ def _steps_only(model: str, images: int, batch: int, dtype: str) -> Callable[[],
     return run
 
 
-def _stock_loop(files: Files, model: str, crop: int, batch: int, dtype: str) -> Callable[[], None]:
-    loader = jpeg_loader(files, crop, batch)
-    given = _empty_task(model, crop, batch, dtype)
+def _stock_loop(files: Files, model: str, batch: int, dtype: str) -> Callable[[], None]:
+    given = _empty_task(model, batch, dtype)
+    jpeg = jpeg_loader(files, given.config.image_px, batch)
     net = stock_network(given.config)
     net = net if dtype == "float32" else bfloat16_weights(net)
     step = stock_step(net, given, tuned=True, compiled=True, own_input=True)
 
     def run() -> None:
-        for given.images, given.labels in loader:
+        for given.images, given.labels in jpeg:
             step()
 
     return run

@@ -27,7 +27,7 @@ from alexnet.bench.networks import (
     multiply_adds,
     task,
 )
-from alexnet.bench.steps import alone
+from alexnet.bench.steps import alone, row_name
 from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interleave, synchronise
 
 OURS = ("fastest", TRITON_NORMS, "fast", "reference")
@@ -47,7 +47,9 @@ def rows(config: Benchmark, machine: Machine) -> Iterator[Row]:
                         profile_best(config, found, model, batch, dtype)
                     except RuntimeError as error:
                         print(f"  no profile: {error}")
-                    yield from _norm_rows(config, machine, dtype, batch, deadline)
+                    for channels, side in SHAPES:
+                        if not _over(f"norms of {channels} maps", deadline):
+                            yield from norm_rows(config, machine, dtype, channels, side, batch)
     for model in config.models[:2]:
         yield from library_chooses(config, model, first_batch, config.dtypes[0], deadline)
 
@@ -60,18 +62,16 @@ def names(dtype: str, quick: bool) -> list[str]:
     found = [f"{name}{CAPTURED}" for name in both] + both
     found += ["reference", f"{compiled}, reduce-overhead"]
     found += ["stock eager, autocast"] if dtype == "bfloat16" else []
+    if quick:
+        return found
     # The last takes minutes to compile.
-    return (
-        found
-        if quick
-        else [*found, f"torchvision compiled, {torchvision}{CAPTURED}", f"{compiled}, max-autotune"]
-    )
+    return [*found, f"torchvision compiled, {torchvision}{CAPTURED}", f"{compiled}, max-autotune"]
 
 
 def step_rows(
     config: Benchmark, machine: Machine, model: str, batch: int, dtype: str, deadline: float
 ) -> Iterator[Row]:
-    name = row_name(model, batch)
+    name = row_name("step", model, batch)
     if config.only not in name or _over(name, deadline):
         return
     given = task(model, batch, dtype, config.device)
@@ -79,17 +79,11 @@ def step_rows(
         Contestant(n, kind_of(n), late(n, given, model, dtype, config.check))
         for n in names(dtype, config.quick)
     ]
-    bound = Bound(machine, dtype, 2 * multiply_adds(given.config) * batch)
-    yield from interleave(
-        "gpu", name, dtype, contestants, config.interleaved_rounds, batch, bound, deadline=deadline
-    )
+    bound, rounds = Bound(machine, dtype, 2 * multiply_adds(given.config) * batch), config.interleaved_rounds
+    yield from interleave("gpu", name, dtype, contestants, rounds, batch, bound, deadline=deadline)
     del contestants, given
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def row_name(model: str, batch: int) -> str:
-    return f"step, {model}, batch {batch}"
 
 
 def _over(name: str, deadline: float) -> bool:
@@ -120,21 +114,15 @@ def late(name: str, given: Task, model: str, dtype: str, checked: bool) -> Calla
 right = cache(check)  # once for the captured and the eager form; a failure raises for each
 
 
-def _norm_rows(config: Benchmark, machine: Machine, dtype: str, batch: int, deadline: float) -> Iterator[Row]:
-    for channels, side in SHAPES:
-        if not _over(f"norms of {channels} maps", deadline):
-            yield from norm_rows(config, machine, dtype, channels, side, batch)
-
-
 def library_chooses(config: Benchmark, model: str, batch: int, dtype: str, deadline: float) -> Iterator[Row]:
     """With `cudnn.benchmark`, in processes of their own: a process keeps the first algorithm it took for a shape."""
-    name = row_name(model, batch)
+    name = row_name("step", model, batch)
     stock = next(n for n in names(dtype, quick=True) if n.startswith("stock eager"))
     for contestant in ("fastest", "native", stock.removesuffix(CAPTURED)):
         if config.only in name and not _over(f"{name}, {contestant}{LIBRARY_CHOOSES}", deadline):
             called = f"{contestant}{CAPTURED}{LIBRARY_CHOOSES}"
-            kind = kind_of(contestant)
-            yield alone(config, model, dtype, called, "gpu", name, kind, config.tuned_allocator, batch)
+            row = Row("gpu", name, dtype, called, kind_of(contestant), batch)
+            yield alone(config, model, row, config.tuned_allocator)
 
 
 def profile_best(config: Benchmark, found: list[Row], model: str, batch: int, dtype: str) -> None:
@@ -142,9 +130,8 @@ def profile_best(config: Benchmark, found: list[Row], model: str, batch: int, dt
     best = min((r for r in found if r.kind == Kind.ours and r.ms > 0), key=lambda r: r.ms, default=None)
     if best is None:
         return
-    step = contestant_named(
-        best.contestant.removesuffix(CAPTURED), task(model, batch, dtype, config.device)
-    ).run
+    launched = best.contestant.removesuffix(CAPTURED)
+    step = contestant_named(launched, task(model, batch, dtype, config.device)).run
     step()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:

@@ -30,6 +30,12 @@ CONVOLUTIONS = {
     "conv4": (384, 384, 13, 3, 1, (1, 1, 1, 1), 2),
     "conv5": (384, 256, 13, 3, 1, (1, 1, 1, 1), 2),
 }
+# What is timed of each, and which gradients (of x, w, b) it needs; none is the forward.
+GRADIENTS: dict[str, tuple[bool, ...]] = {
+    "forward": (),
+    "weight gradient": (False, True, False),
+    "input gradient": (True, False, False),
+}
 
 
 def rows(config: Benchmark, machine: Machine) -> Iterator[Row]:
@@ -112,60 +118,44 @@ def _check_norms(row: str, ours: dict[str, Any], native: Any, x: Tensor, dtype: 
 def _convolution_rows(config: Benchmark, machine: Machine, dtype: str, name: str) -> Iterator[Row]:
     C, O, side, kernel, stride, sides, groups = CONVOLUTIONS[name]  # noqa: E741
     # Nobody needs the gradient of the image.
-    parts_of = ["forward", "weight gradient", *(["input gradient"] if name != "conv1" else [])]
-    if not any(config.only in f"{name} {part}" for part in parts_of):
+    parts = [part for part in GRADIENTS if part != "input gradient" or name != "conv1"]
+    parts = [part for part in parts if config.only in f"{name} {part}"]
+    if not parts:
         return
     x = noise(config, dtype, config.batch_of(), C, side, side)
-    w, b = (
-        noise(config, dtype, O, C // groups, kernel, kernel),
-        torch.zeros(O, dtype=x.dtype, device=x.device),
-    )
-    geometry = (stride, stride), sides, groups
+    w = noise(config, dtype, O, C // groups, kernel, kernel)
+    b, geometry = torch.zeros(O).to(w), ((stride, stride), sides, groups)
 
     def convolution(x: Tensor, w: Tensor, backend: str) -> Tensor:
         return conv2d(x, w, None, stride, sides, groups=groups, backend=backend)
 
     ways = partial(convolution, backend="compiled"), partial(convolution, backend="native")
     check = partial(compare, name, *ways, [x[:2], w], dtype) if config.check else None
-    ours, library = pair_for("conv2d", "compiled"), pair_for("conv2d", "library")
+    ours = pair_for("conv2d", "compiled")
     assert ours is not None
-    assert library is not None
     y, *saved = ours.forward(x, w, b, *geometry)
     dy = torch.randn_like(y)
-    asymmetric = sides[0] != sides[1]
+    # The library pads alike on both sides; what is more is part of its work.
+    padding = [sides[2], sides[0]] if sides[0] == sides[1] else [0, 0]
 
-    def native() -> Tensor:
-        padded = F.pad(x, sides) if asymmetric else x
-        return F.conv2d(padded, w, b, stride, 0 if asymmetric else sides[0], 1, groups)
+    def padded() -> Tensor:
+        return x if sides[0] == sides[1] else F.pad(x, sides)
 
-    def kernel_of_the_library(*needs: bool) -> object:
-        padded = F.pad(x, sides) if asymmetric else x
-        padding = [0, 0] if asymmetric else [sides[2], sides[0]]
-        operands = dy, padded, w, [O], [stride] * 2, padding, [1, 1], False, [0, 0], groups, list(needs)
-        return torch.ops.aten.convolution_backward(*operands)
+    def mine(needs: tuple[bool, ...]) -> object:
+        return ours.backward(dy, *saved, *geometry, needs) if needs else ours.forward(x, w, b, *geometry)
 
-    def gradient(*needs: bool) -> object:
-        return ours.backward(dy, *saved, *geometry, needs)
+    def theirs(needs: tuple[bool, ...]) -> object:
+        if not needs:
+            return F.conv2d(padded(), w, b, stride, padding, 1, groups)
+        operands = dy, padded(), w, [O], [stride] * 2, padding, [1, 1], False, [0, 0], groups
+        return torch.ops.aten.convolution_backward(*operands, list(needs))
 
-    parts: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "forward": (lambda: ours.forward(x, w, b, *geometry), native),
-        "weight gradient": (
-            lambda: gradient(False, True, False),
-            lambda: kernel_of_the_library(False, True, False),
-        ),
-        "input gradient": (
-            lambda: gradient(True, False, False),
-            lambda: kernel_of_the_library(True, False, False),
-        ),
-    }
     macs = {layer.name: layer.macs for layer in layer_table(model_config("paper"))}[name] * len(x)
     bound, rounds = Bound(machine, dtype, 2 * macs), config.interleaved_rounds
-    for part in parts_of:
-        if config.only in f"{name} {part}":
-            mine, theirs = parts[part]
-            contestants = [
-                Contestant("ours", Kind.ours, mine),
-                Contestant("library", Kind.baseline, theirs),
-            ]
-            row = f"{name} {part}"
-            yield from interleave("layers", row, dtype, contestants, rounds, bound=bound, check=check)
+    for part in parts:
+        contestants = [
+            Contestant("ours", Kind.ours, partial(mine, GRADIENTS[part])),
+            Contestant("library", Kind.baseline, partial(theirs, GRADIENTS[part])),
+        ]
+        row = f"{name} {part}"
+        yield from interleave("layers", row, dtype, contestants, rounds, bound=bound, check=check)

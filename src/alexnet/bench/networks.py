@@ -193,9 +193,7 @@ def stock_step(
 
 def stock(task: Task, quick: bool) -> list[Contestant]:
     """Every form of the stock network worth timing: which is the best differs from machine to machine."""
-
-    forms = stock_forms(task.dtype)
-    return [stock_named(name, task) for name in (list(forms)[:2] if quick else forms)]
+    return [stock_named(name, task) for name in list(stock_forms(task.dtype))[: 2 if quick else None]]
 
 
 def stock_forms(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
@@ -217,18 +215,14 @@ def stock_forms(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     }
 
 
-# torch.compile's own forms for a GPU, both replayed as CUDA graphs, forward and backward apart.
-MODES = ("reduce-overhead", "max-autotune")
-
-
 def stock_named(name: str, task: Task) -> Contestant:
-    """One of `stock_forms`, or of its compiled forms with ", <mode>" behind the name."""
-    form, _, mode = name.rpartition(", ")
-    how = (
-        {**stock_forms(task.dtype)[form], "mode": mode}
-        if mode in MODES
-        else dict(stock_forms(task.dtype)[name])
-    )
+    """One of `stock_forms`, or of its compiled forms with ", <mode>" behind the name.
+
+    The modes are torch.compile's own forms for a GPU, reduce-overhead and max-autotune, both replayed as CUDA graphs,
+    forward and backward apart.
+    """
+    forms, (form, _, mode) = stock_forms(task.dtype), name.rpartition(", ")
+    how = dict(forms[name]) if name in forms else {**forms[form], "mode": mode}
     net = stock_network(task.config)
     if how.pop("weights", False):
         net = bfloat16_weights(net, task.images.device.type)
@@ -267,14 +261,12 @@ def captured(step: Callable[[], Any], given: Task) -> Callable[[], object]:
 
     All graphs of a task share one pool of memory: one step at a time runs, and nobody reads its results.
     """
-    replays: list[Callable[[], object]] = []
 
-    def replay() -> None:
-        if not replays:
-            graphs = CudaGraphs(given.images.device, given.first_graph.pool())
-            for _ in range(3):  # compiles, makes the optimiser's state, lets libraries allocate
-                graphs.warm_up(step)
-            replays.append(graphs.record(step))
-        replays[0]()
+    @cache
+    def recorded() -> Callable[[], object]:
+        graphs = CudaGraphs(given.images.device, given.first_graph.pool())
+        for _ in range(3):  # compiles, makes the optimiser's state, lets libraries allocate
+            graphs.warm_up(step)
+        return graphs.record(step)
 
-    return replay
+    return lambda: recorded()()

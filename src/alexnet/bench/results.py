@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,18 +55,15 @@ def benchmark(config: Benchmark) -> list[Row]:
             rows.append(row)
             save(rows, describe(config, machine, tuned), directory)  # what is measured stays, whatever comes
     if not rows and config.only:
-        raise UserError(
-            f"only={config.only} is in the name of no row of suite={config.suite}: give less of a name"
-        )
+        nowhere = f"is in the name of no row of suite={config.suite}"
+        raise UserError(f"only={config.only} {nowhere}: give less of a name")
     finish(rows, describe(config, machine, tuned), directory)
     return rows
 
 
 def describe(config: Benchmark, machine: Machine, tuned: bool) -> dict[str, Any]:
     """The machine, the versions and the best rates so far, which the bounds come from."""
-    rates = ", ".join(
-        f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in machine.rates.items() if kind != "copy"
-    )
+    products = {kind: rate / 1e9 for kind, rate in machine.rates.items() if kind != "copy"}
     return {
         "processor": processor(config.device),
         "threads": torch.get_num_threads(),
@@ -74,7 +71,7 @@ def describe(config: Benchmark, machine: Machine, tuned: bool) -> dict[str, Any]
         "python": platform.python_version(),
         "allocator": "keeps freed memory" if tuned else "default",
         "copy": f"{machine.rates['copy'] / 1e9:.1f} GB/s, read and written",
-        "matrix product": rates,
+        "matrix product": ", ".join(f"{kind} {rate:.0f} GFLOP/s" for kind, rate in products.items()),
         "date": time.strftime("%Y-%m-%d"),
         "quick": config.quick,
         "checked": config.check,
@@ -89,14 +86,6 @@ def processor(device: str) -> str:
     flags = next((line for line in lines if line.startswith("flags")), "")
     features = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     return f"{len(names)} x {names[0]} ({', '.join(features)})" if names else platform.processor()
-
-
-def groups(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Rows by what they are about: (suite, row, type)."""
-    by: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        by.setdefault((row.suite, row.row, row.dtype), []).append(row)
-    return by
 
 
 def ratio(ours: Row, group: list[Row], kind: Kind, word: str = "") -> tuple[float, str]:
@@ -118,35 +107,32 @@ def amount(row: Row) -> float:
 
 def headlines(rows: list[Row]) -> list[dict[str, Any]]:
     """One line for each of ours: beside the best baseline, and beside stock as people run it."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.suite, row.row, row.dtype), []).append(row)
     lines = []
-    for (suite, name, dtype), group in groups(rows).items():
-        for row in group:
-            if row.kind != Kind.ours:
-                continue
-            best, against = ratio(row, group, Kind.baseline)
-            launched = [r for r in group if CAPTURED not in r.contestant]
-            eager, _ = ratio(row, launched, Kind.baseline, "eager")
-            torchvision, _ = ratio(row, group, Kind.yardstick, "torchvision")
-            as_run, _ = ratio(row, group, Kind.as_run)
-            lines.append(
-                {
-                    "suite": suite,
-                    "row": name,
-                    "dtype": dtype,
-                    "ours": row.contestant,
-                    "amount": amount(row),
-                    "compile_s": row.compile_s,
-                    "low": row.ms_low,
-                    "high": row.ms_high,
-                    "images_per_second": row.images_per_second,
-                    "share_of_bound": row.share_of_bound,
-                    "ratio": best,
-                    "baseline": against,
-                    "ratio_eager": eager,
-                    "ratio_torchvision": torchvision,
-                    "ratio_as_run": as_run,
-                }
-            )
+    for row in (row for group in groups.values() for row in group if row.kind == Kind.ours):
+        group = groups[row.suite, row.row, row.dtype]
+        launched = [r for r in group if CAPTURED not in r.contestant]
+        best, against = ratio(row, group, Kind.baseline)
+        line = {
+            "suite": row.suite,
+            "row": row.row,
+            "dtype": row.dtype,
+            "ours": row.contestant,
+            "amount": amount(row),
+            "compile_s": row.compile_s,
+            "low": row.ms_low,
+            "high": row.ms_high,
+            "images_per_second": row.images_per_second,
+            "share_of_bound": row.share_of_bound,
+            "ratio": best,
+            "baseline": against,
+            "ratio_eager": ratio(row, launched, Kind.baseline, "eager")[0],
+            "ratio_torchvision": ratio(row, group, Kind.yardstick, "torchvision")[0],
+            "ratio_as_run": ratio(row, group, Kind.as_run)[0],
+        }
+        lines.append(line)
     return lines
 
 
@@ -165,30 +151,28 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
         head.append(
             "**NOT CHECKED** (check=false): nobody asked whether what was timed computes the right numbers."
         )
-    lines: list[Sequence[str]] = [HEAD]
+    lines = [list(HEAD)]
     for line in headlines(rows):
         memory = line["suite"] == Suite.memory
         spread = "" if memory else f" ({line['low']:.1f}-{line['high']:.1f})"
         value = f"{line['amount']:.1f} {'MiB' if memory else 'ms'}{spread}"
-        cells = [line["row"], line["dtype"], line["ours"], value, _count(line["images_per_second"])]
-        cells += [f"{line['compile_s']:.1f} s", _percent(line["share_of_bound"])]
-        cells += [_times(line["ratio"]), line["baseline"]]
-        cells += [_times(line[key]) for key in ("ratio_eager", "ratio_torchvision", "ratio_as_run")]
+        cells = [
+            line["row"],
+            line["dtype"],
+            line["ours"],
+            value,
+            _shown("{:,.0f}", line["images_per_second"]),
+        ]
+        cells += [f"{line['compile_s']:.1f} s", _shown("{:.0f} %", 100 * line["share_of_bound"])]
+        cells += [_shown("{:.2f}", line["ratio"]), line["baseline"]]
+        cells += [_shown("{:.2f}", line[f"ratio_{other}"]) for other in ("eager", "torchvision", "as_run")]
         lines.append(cells)
     noted = [f"- {r.row}, {r.dtype}, {r.contestant}: {r.note}" for r in rows if r.note]
     return "\n".join([*head, "", cli.markdown(lines), *(["", *noted] if noted else []), ""])
 
 
-def _times(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.2f}"
-
-
-def _count(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:,.0f}"
-
-
-def _percent(value: float) -> str:
-    return "" if math.isnan(value) else f"{100 * value:.0f} %"
+def _shown(form: str, value: float) -> str:
+    return "" if math.isnan(value) else form.format(value)
 
 
 def save(rows: list[Row], about: dict[str, Any], directory: Path) -> None:
@@ -204,26 +188,16 @@ def save(rows: list[Row], about: dict[str, Any], directory: Path) -> None:
 
 
 def finish(rows: list[Row], about: dict[str, Any], directory: Path) -> None:
-    """Shows the table, and draws it."""
+    """Shows the table, and draws the ratios as bars, if the plotting extra is installed."""
     print(f"\n{markdown(rows, about)}")
-    picture(rows, about, directory / "benchmark.png")
-    print(directory)
-
-
-def picture(rows: list[Row], about: dict[str, Any], path: Path) -> None:
-    """Bars of the ratios, if the plotting extra is installed."""
     try:
         from alexnet.pages.figures import ratios_figure
     except ModuleNotFoundError:
         print("no picture: matplotlib is missing (pip install 'alexnet[plots]')")
-        return
-    lines = [line for line in headlines(rows) if not math.isnan(line["ratio"])]
-    names = [f"{line['row']}, {line['dtype']}: {line['ours']}" for line in lines]
-    title = f"{about['processor']}, {about['date']}" + (" (quick run)" if about["quick"] else "")
-    ratios_figure(
-        names,
-        [line["ratio"] for line in lines],
-        path,
-        "times as fast as the best baseline (memory: as small)",
-        title,
-    )
+    else:
+        lines = [line for line in headlines(rows) if not math.isnan(line["ratio"])]
+        names = [f"{line['row']}, {line['dtype']}: {line['ours']}" for line in lines]
+        title = f"{about['processor']}, {about['date']}" + (" (quick run)" if about["quick"] else "")
+        label = "times as fast as the best baseline (memory: as small)"
+        ratios_figure(names, [line["ratio"] for line in lines], directory / "benchmark.png", label, title)
+    print(directory)

@@ -4,17 +4,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 from alexnet.bench.check import check
 from alexnet.bench.config import Benchmark
-from alexnet.bench.networks import (
-    TUNED,
-    multiply_adds,
-    ours,
-    stock,
-    task,
-    torchvision_step,
-)
+from alexnet.bench.networks import TUNED, multiply_adds, ours, stock, task, torchvision_step
 from alexnet.bench.timing import Bound, Kind, Machine, Row, interleave, print_row
 
 OURS = ("fast", "fastest")
@@ -25,31 +19,26 @@ def step_rows(config: Benchmark, machine: Machine) -> Iterator[Row]:
         for backend in OURS if config.check else ():
             worst = check(model, backend, dtype, config.device)
             print(f"  {model}, {dtype}, {backend}: right, to {worst:.1e}")
-        yield from _step_rows(config, machine, model, dtype)
+        batch = config.batch_of(model)
+        given, name = task(model, batch, dtype, config.device), row_name("step", model, batch)
+        contestants = [ours(given, backend) for backend in OURS] + stock(given, config.quick)
+        if model == "paper" and dtype != "float32":
+            contestants += [torchvision_step(given, compiled) for compiled in (False, True)]
+        bound = Bound(machine, dtype, 2 * multiply_adds(given.config) * batch)
+        yield from interleave("step", name, dtype, contestants, config.interleaved_rounds, batch, bound)
+        if config.device == "cpu" and not config.quick:
+            yield alone(config, model, Row("step", name, dtype, AS_RUN[dtype], Kind.as_run, batch))
 
 
 def combinations(config: Benchmark, suite: str) -> list[tuple[str, str]]:
     """Which networks in which types; quick leaves the small one to bfloat16."""
-    both = [(model, dtype) for model in config.models for dtype in config.dtypes]
-    both = [pair for pair in both if config.only in row_name(config, suite, pair[0])]
+    named = [m for m in config.models if config.only in row_name(suite, m, config.batch_of(m))]
+    both = [(model, dtype) for model in named for dtype in config.dtypes]
     return [pair for pair in both if not config.quick or pair != ("mini", "float32")]
 
 
-def row_name(config: Benchmark, suite: str, model: str) -> str:
-    return f"{suite}, {model}, batch {config.batch_of(model)}"
-
-
-def _step_rows(config: Benchmark, machine: Machine, model: str, dtype: str) -> Iterator[Row]:
-    given = task(model, config.batch_of(model), dtype, config.device)
-    contestants = [ours(given, backend) for backend in OURS] + stock(given, config.quick)
-    if model == "paper" and dtype != "float32":
-        contestants += [torchvision_step(given, compiled) for compiled in (False, True)]
-    images = len(given.images)
-    bound = Bound(machine, dtype, 2 * multiply_adds(given.config) * images)
-    name = row_name(config, "step", model)
-    yield from interleave("step", name, dtype, contestants, config.interleaved_rounds, images, bound)
-    if config.device == "cpu" and not config.quick:
-        yield alone(config, model, dtype, AS_RUN[dtype], "step", name, Kind.as_run, tuned_allocator=False)
+def row_name(suite: str, model: str, batch: int) -> str:
+    return f"{suite}, {model}, batch {batch}"
 
 
 # How people run it: nothing tuned. In a type of its own process, since the allocator cannot be set back.
@@ -60,34 +49,24 @@ def memory_rows(config: Benchmark) -> Iterator[Row]:
     """Peak minus what the process held before its first step, with the default allocator."""
     chosen = combinations(config, "memory")
     for model, dtype in chosen[-1:] if config.quick else chosen:
-        name = row_name(config, "memory", model)
+        batch = config.batch_of(model)
         compiled = "stock compiled, " + ("bf16 weights, " if dtype == "bfloat16" else "") + TUNED
         kinds = {"fast": Kind.ours, AS_RUN[dtype]: Kind.baseline}
         if not config.quick:
             kinds |= {"fastest": Kind.ours, compiled: Kind.baseline}
         for contestant, kind in kinds.items():
-            yield alone(config, model, dtype, contestant, "memory", name, kind, tuned_allocator=False)
+            name = row_name("memory", model, batch)
+            yield alone(config, model, Row("memory", name, dtype, contestant, kind, batch))
 
 
-def alone(
-    config: Benchmark,
-    model: str,
-    dtype: str,
-    contestant: str,
-    suite: str,
-    row: str,
-    kind: Kind,
-    tuned_allocator: bool,
-    batch: int | None = None,
-) -> Row:
-    """The step of one contestant in a fresh process (bench/alone.py)."""
-    batch, rounds = batch or config.batch_of(model), config.interleaved_rounds
+def alone(config: Benchmark, model: str, row: Row, tuned_allocator: bool = False) -> Row:
+    """The row with the times of its contestant's step in a fresh process (bench/alone.py)."""
     order = {
         "model": model,
-        "batch": batch,
-        "dtype": dtype,
-        "contestant": contestant,
-        "rounds": rounds,
+        "batch": row.images,
+        "dtype": row.dtype,
+        "contestant": row.contestant,
+        "rounds": config.interleaved_rounds,
         "threads": config.threads,
         "device": config.device,
         "tuned_allocator": tuned_allocator,
@@ -95,10 +74,9 @@ def alone(
     call = [sys.executable, "-m", "alexnet.bench.alone", json.dumps(order)]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = [f"ended with {done.returncode}", *done.stderr.strip().splitlines()][-1]
-        result = Row(suite, row, dtype, contestant, kind, batch, note=said)
+        row.note = [f"ended with {done.returncode}", *done.stderr.strip().splitlines()][-1]
     else:
         told = json.loads(done.stdout.splitlines()[-1])
-        result = Row(suite, row, dtype, contestant, kind, batch, rounds=rounds, **told)
-    print_row(result)
-    return result
+        row = replace(row, rounds=config.interleaved_rounds, **told)
+    print_row(row)
+    return row

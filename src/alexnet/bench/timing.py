@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
 
 import torch
 
@@ -61,9 +60,6 @@ class Bound:
     def ms(self) -> float:
         return self.work / self.machine.rates[self.kind] * 1e3
 
-    def measure(self) -> None:
-        self.machine.measure(self.kind)
-
 
 @dataclass
 class Row:
@@ -111,40 +107,40 @@ def interleave(
     rounds. After `deadline` (time.monotonic) no contestant and no second round begins.
     """
     set_precision(dtype)
-    started = {c.name: _first_call(c, deadline) for c in contestants}
+    rows = [Row(suite, row, dtype, c.name, c.kind, images) for c in contestants]
+    both = list(zip(contestants, rows, strict=True))
+    for c, found in both:
+        found.compile_s, found.note = _first_call(c, deadline)
     if check:
         check()
         set_precision(dtype)
-    running = [c for c in contestants if not started[c.name].said]
-    repeats = {c.name: _repeats(c) for c in running}
-    samples: dict[str, list[float]] = {name: [] for name in repeats}
+    repeats = {c.name: _repeats(c) for c, found in both if not found.note}
+    samples: dict[str, list[float]] = {c.name: [] for c in contestants}
     gc.collect()
     for number in range(rounds):
         if number and time.monotonic() > deadline:
             break
         if bound:
-            bound.measure()
-        for c in list(running):
+            bound.machine.measure(bound.kind)
+        for c, found in both:
+            if found.note:
+                continue
             try:
                 samples[c.name].append(_sample(c, repeats[c.name]))
-            except torch.OutOfMemoryError:  # beside what the others keep
-                running.remove(c)
-                started[c.name] = First(0.0, "out of memory beside the others")
+            except torch.OutOfMemoryError:
+                found.compile_s, found.note = 0.0, "out of memory beside the others"
     if bound:
-        bound.measure()
-    rows = []
-    for c in contestants:
-        first, ms = started[c.name], samples.get(c.name) or [NOTHING]
-        limit = NOTHING if c.kind == Kind.yardstick or bound is None else bound.ms
-        found = Row(suite, row, dtype, c.name, c.kind, images, statistics.median(ms), min(ms), max(ms))
-        found.rounds, found.compile_s, found.bound_ms, found.note = len(ms), first.seconds, limit, first.said
+        bound.machine.measure(bound.kind)
+    for c, found in both:
+        ms = samples[c.name] or [NOTHING]
+        found.ms, found.ms_low, found.ms_high = statistics.median(ms), min(ms), max(ms)
+        found.rounds = len(ms)
+        if bound and c.kind != Kind.yardstick:
+            found.bound_ms = bound.ms
         if found.share_of_bound > 1:
-            percent = 100 * found.share_of_bound
-            found.note = (
-                f"at {percent:.0f} % of the bound, which is none: the rate behind it was measured too low"
-            )
+            share = f"at {100 * found.share_of_bound:.0f} % of the bound"
+            found.note = f"{share}, which is none: the rate behind it was measured too low"
         print_row(found)
-        rows.append(found)
     return rows
 
 
@@ -153,28 +149,21 @@ def print_row(row: Row) -> None:
     print(f"  {row.row:44s} {row.dtype:9s} {row.contestant:34s} {spread}{row.note}", flush=True)
 
 
-class First(NamedTuple):
-    """A first call: its seconds, and what it said if it raised."""
-
-    seconds: float
-    said: str = ""
-
-
-def _first_call(contestant: Contestant, deadline: float) -> First:
+def _first_call(contestant: Contestant, deadline: float) -> tuple[float, str]:
+    """Its seconds, and what it said if it raised."""
     if time.monotonic() > deadline:
-        return First(0.0, "not run: the time was used up")
+        return 0.0, "not run: the time was used up"
     start = time.perf_counter()
     try:
         contestant.run()
         synchronise()
     except Exception as error:  # whatever it is, the others must still run
-        return First(0.0, f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}")
-    return First(time.perf_counter() - start)
+        return 0.0, f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
+    return time.perf_counter() - start, ""
 
 
 def _repeats(contestant: Contestant) -> int:
-    ms = _sample(contestant, 1)
-    return max(1, round(SHORTEST_SAMPLE * 1e3 / ms))
+    return max(1, round(SHORTEST_SAMPLE * 1e3 / _sample(contestant, 1)))
 
 
 def _sample(contestant: Contestant, repeats: int) -> float:
