@@ -118,12 +118,12 @@ def test_the_rate_that_arrives_first_is_taken_and_else_the_one_that_ends_lowest(
     settings = reduced(data_dir, tmp_path, "s3_1_relu")
     claims = claims_of(settings)
     canned_run(settings, "s3_1_relu/relu_tune_0.003", [0.5, 0.3, 0.0])
-    assert choose(claims, settings) == {}
+    assert choose(claims[0], settings) == {}
     assert [job.undecided for job in jobs_of(claims, settings)] == [False] * 4 + [True] * 2
     canned_run(settings, "s3_1_relu/relu_tune_0.01", [0.5, 0.2, 0.9])
     canned_run(settings, "s3_1_relu/tanh_tune_0.003", [0.9, 0.7, 0.5])
     canned_run(settings, "s3_1_relu/tanh_tune_0.01", [0.5, 0.2, 0.9], loss=float("nan"))
-    assert choose(claims, settings) == {("s3_1_relu", "relu"): 0.01, ("s3_1_relu", "tanh"): 0.003}
+    assert choose(claims[0], settings) == {"relu": 0.01, "tanh": 0.003}
     relu, tanh = jobs_of(claims, settings)[4:]
     assert (relu.config.optim.lr, tanh.config.optim.lr) == (0.01, 0.003)
     assert not relu.undecided
@@ -135,8 +135,8 @@ def test_a_rate_is_not_chosen_for_one_lucky_row_nor_if_it_ends_in_no_number(data
     canned_run(settings, "s3_1_relu/relu_tune_0.01", [0.9, 0.9, 0.24, 0.24], per_epoch=2)
     canned_run(settings, "s3_1_relu/tanh_tune_0.003", [0.9, 0.8, 0.7, 0.6], per_epoch=2)
     canned_run(settings, "s3_1_relu/tanh_tune_0.01", [0.1, 0.1, 0.1, 0.9], per_epoch=2, loss=float("nan"))
-    chosen = choose(claims_of(settings), settings)
-    assert chosen == {("s3_1_relu", "relu"): 0.01, ("s3_1_relu", "tanh"): 0.003}
+    (claim,) = claims_of(settings)
+    assert choose(claim, settings) == {"relu": 0.01, "tanh": 0.003}
 
 
 def test_a_rate_at_the_end_of_its_list_is_said_plainly():
@@ -146,8 +146,7 @@ def test_a_rate_at_the_end_of_its_list_is_said_plainly():
     settings = Reproduce(scale=Scale.cpu)
 
     def said(relu: float, tanh: float) -> list[str]:
-        chosen = {("s3_1_relu", "relu"): relu, ("s3_1_relu", "tanh"): tanh}
-        return jobs.rates([claim], chosen, settings)
+        return jobs.rates(claim, {"relu": relu, "tanh": tanh}, settings)
 
     assert said(0.001, 0.02) == [
         "relu: optim.lr = 0.001, of 5 tried (the smallest: a smaller one might be better)",

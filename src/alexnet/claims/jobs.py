@@ -38,7 +38,6 @@ from alexnet.training.record import differences
 
 CLAIMS = CONF / "claim"
 SMOKE_DATA = "synthetic_500"  # conf/experiment/claims_smoke.yaml; drawn where it is missing
-Chosen = dict[tuple[str, str], float]  # (claim, arm) -> the value of its tuned key
 
 
 class State(StrEnum):
@@ -92,15 +91,13 @@ def jobs_of(claims: Iterable[Claim], settings: Reproduce) -> list[Job]:
     """Every run of the claims once, tuning runs first, with the wants of all claims that share it."""
     claims, scale = list(claims), settings.scale
     asked = [_job(claim, run, settings) for claim in claims for *_, run in claim.tuning_runs(scale)]
-    chosen = choose(claims, settings)
     for claim in claims:
+        chosen = choose(claim, settings)
         for run in claim.runs(scale, settings.seeds):
-            undecided = False
+            undecided = claim.tune is not None and run.arm not in chosen
             if claim.tune is not None:
-                key = (claim.uses or claim.name, run.arm)
-                undecided = key not in chosen
                 # Where there is no choice yet, the first rate stands in, which costs the same.
-                value = claim.tune.values[scale][0] if undecided else chosen[key]
+                value = chosen.get(run.arm, claim.tune.values[scale][0])
                 run = replace(run, overrides=(*run.overrides, f"{claim.tune.key}={value}"))
             asked.append(_job(claim, run, settings, frozenset(wanted(claim, run.seed)), undecided))
     jobs: dict[tuple[str, int], Job] = {}
@@ -136,21 +133,19 @@ def is_tuning(job: Job) -> bool:
     return not job.wants
 
 
-def choose(claims: Iterable[Claim], settings: Reproduce) -> Chosen:
-    """The value of each tuned arm whose tuning runs are all over."""
-    chosen: Chosen = {}
-    for claim in claims:
-        found: dict[str, dict[float, Evidence | None]] = {}
-        for arm, value, run in claim.tuning_runs(settings.scale):
-            directory = Path(settings.output_dir) / "train" / run.name / f"seed{run.seed}"
-            found.setdefault(arm, {})[value] = evidence(directory)
-        for arm, values in found.items():
-            over = {value: e for value, e in values.items() if e is not None}
-            if len(over) == len(values):
-                # A figure is drawn from the runs of another claim, which says what they are tuned for.
-                comparison = (load_claims(CLAIMS)[claim.uses] if claim.uses else claim).comparisons[0]
-                best = min(over, key=lambda value: _rank(comparison, over[value]))
-                chosen[claim.uses or claim.name, arm] = best
+def choose(claim: Claim, settings: Reproduce) -> dict[str, float]:
+    """{arm: value of its tuned key} of the arms whose tuning runs are all over."""
+    found: dict[str, dict[float, Evidence | None]] = {}
+    for arm, value, run in claim.tuning_runs(settings.scale):
+        directory = Path(settings.output_dir) / "train" / run.name / f"seed{run.seed}"
+        found.setdefault(arm, {})[value] = evidence(directory)
+    chosen = {}
+    for arm, values in found.items():
+        over = {value: e for value, e in values.items() if e is not None}
+        if len(over) == len(values):
+            # A figure is drawn from the runs of another claim, which says what they are tuned for.
+            comparison = (load_claims(CLAIMS)[claim.uses] if claim.uses else claim).comparisons[0]
+            chosen[arm] = min(over, key=lambda value: _rank(comparison, over[value]))
     return chosen
 
 
@@ -166,20 +161,16 @@ def _rank(comparison: Comparison, found: Evidence) -> tuple[float, float]:
     return math.inf if time is None else time, curve[-1][1]
 
 
-def rates(claims: Iterable[Claim], chosen: Chosen, settings: Reproduce) -> list[str]:
+def rates(claim: Claim, chosen: dict[str, float], settings: Reproduce) -> list[str]:
     """What was chosen, in words: the best at the end of a list might have been better beyond it."""
     lines = []
-    for claim in claims:
-        if claim.tune is None:
-            continue
+    for arm, value in chosen.items():
+        assert claim.tune is not None
         tried = claim.tune.values[settings.scale]
         ends = {min(tried): "smallest: a smaller", max(tried): "largest: a larger"}
-        for arm in claim.arms:
-            value = chosen.get((claim.uses or claim.name, arm))
-            if value is not None:
-                edge = f" (the {ends[value]} one might be better)" if value in ends else ""
-                lines.append(f"{arm}: {claim.tune.key} = {value:g}, of {len(tried)} tried{edge}")
-    return list(dict.fromkeys(lines))
+        edge = f" (the {ends[value]} one might be better)" if value in ends else ""
+        lines.append(f"{arm}: {claim.tune.key} = {value:g}, of {len(tried)} tried{edge}")
+    return lines
 
 
 # Checks before anything starts --------------------------------------------------------------------------------------

@@ -16,31 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from alexnet.claims import jobs, tables
 from alexnet.claims.claims import Claim, Figure, Nets, Run
 from alexnet.claims.config import Reproduce
-from alexnet.claims.jobs import (
-    Chosen,
-    Job,
-    State,
-    choose,
-    jobs_of,
-    rates,
-    refuse_other_runs,
-    reproduce_command,
-    train_commands,
-)
 from alexnet.claims.measures import Want, evidence, per_image, want_of
-from alexnet.claims.tables import (
-    Evidence,
-    Gathered,
-    Row,
-    as_json,
-    as_markdown,
-    as_text,
-    cells,
-    compare,
-    judge,
-)
 from alexnet.pages import figures
 from alexnet.pages.figures import Curve
 from alexnet.pages.html import picture, render
@@ -62,7 +41,7 @@ class Done:
         return read_json(self.directory / "run.json")
 
     @cached_property
-    def evidence(self) -> Evidence:
+    def evidence(self) -> tables.Evidence:
         found = evidence(self.directory)
         assert found is not None  # it is over
         return found
@@ -82,9 +61,9 @@ class Section:
     claim: Claim
     done: list[Done]
     tuning: list[Done]
-    missing: list[Job]
-    rows: list[Row]
-    chosen: Chosen
+    missing: list[jobs.Job]
+    rows: list[tables.Row]
+    chosen: dict[str, float]  # {arm: its tuned rate}
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -111,7 +90,7 @@ def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
     rows = [row for section in sections for row in section.rows]
     family = sum(row.expects for row in rows)
     write_json(directory / "results.json", results(sections, settings, family))
-    (directory / "table.md").write_text(as_markdown(rows), encoding="utf-8")
+    (directory / "table.md").write_text(tables.as_markdown(rows), encoding="utf-8")
     # Claims share runs: each counts once.
     missing = list({job.run.key: job for s in sections for job in s.missing}.values())
     done = {d.run.key: d for s in sections for d in s.done}
@@ -125,12 +104,12 @@ def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
         commits=commits(sections),
         sections=[section_values(s, directory, settings) for s in sections],
         provenance=provenance(list(done.values()), list(tuning.values())),
-        command=reproduce_command(settings.claims, settings),
+        command=jobs.reproduce_command(settings.claims, settings),
     )
     (directory / "report.html").write_text(page, encoding="utf-8")
-    lines = [as_text(rows), "", *_mixed(sections)]
+    lines = [tables.as_text(rows), "", *_mixed(sections)]
     if missing:
-        lines += [f"{len(missing)} runs are missing:", train_commands(missing, settings), ""]
+        lines += [f"{len(missing)} runs are missing:", jobs.train_commands(missing, settings), ""]
     return "\n".join(
         [
             *lines,
@@ -174,35 +153,34 @@ def sections_of(claims: Sequence[Claim], settings: Reproduce) -> list[Section]:
 
     Raises UserError for runs made with another configuration than the claims have now.
     """
-    jobs = {job.run.key: job for job in jobs_of(claims, settings)}
-    refuse_other_runs(jobs.values())
-    chosen = choose(claims, settings)
+    by_key = {job.run.key: job for job in jobs.jobs_of(claims, settings)}
+    jobs.refuse_other_runs(by_key.values())
 
     def over(runs: Sequence[Run]) -> list[Done]:
-        states = {run.key: jobs[run.key].state for run in runs}
-        those = [run for run in runs if states[run.key] in (State.finished, State.unmeasured)]
-        return [Done(run, jobs[run.key].directory) for run in those]
+        states = {run.key: by_key[run.key].state for run in runs}
+        those = [run for run in runs if states[run.key] in (jobs.State.finished, jobs.State.unmeasured)]
+        return [Done(run, by_key[run.key].directory) for run in those]
 
     sections = []
     for claim in claims:
         tuning = [run for *_, run in claim.tuning_runs(settings.scale)]
         runs = claim.runs(settings.scale, settings.seeds)
-        done, of_claim = over(runs), [jobs[run.key] for run in (*tuning, *runs)]
-        missing = [job for job in of_claim if job.state is not State.finished]
-        own = {key: value for key, value in chosen.items() if key[0] == (claim.uses or claim.name)}
-        rows = compare(claim, gathered(claim, done))
-        sections.append(Section(claim, done, over(tuning), missing, rows, own))
-    judged = judge([row for s in sections for row in s.rows])
+        done, of_claim = over(runs), [by_key[run.key] for run in (*tuning, *runs)]
+        missing = [job for job in of_claim if job.state is not jobs.State.finished]
+        rows = tables.compare(claim, gathered(claim, done))
+        chosen = jobs.choose(claim, settings)
+        sections.append(Section(claim, done, over(tuning), missing, rows, chosen))
+    judged = tables.judge([row for s in sections for row in s.rows])
     return [replace(s, rows=[row for row in judged if row.claim is s.claim]) for s in sections]
 
 
-def gathered(claim: Claim, done: Sequence[Done]) -> Gathered:
+def gathered(claim: Claim, done: Sequence[Done]) -> tables.Gathered:
     """What the tables take: evidence per arm and seed; of the claim's tests the values per image.
 
     Two tests are compared on the same nets: those that have passed all of them (pixels know no net). An ensemble is
     of as many nets as the claim says (`seeds`), however many there are.
     """
-    arms: dict[str, dict[int, Evidence]] = {}
+    arms: dict[str, dict[int, tables.Evidence]] = {}
     for d in done:
         arms.setdefault(d.run.arm, {})[d.run.seed] = d.evidence
     together = any(test.nets is Nets.all for test in claim.tests.values())
@@ -213,7 +191,7 @@ def gathered(claim: Claim, done: Sequence[Done]) -> Gathered:
         directories = [d.directory for d in tested if d.has(wants[name])]
         if len(directories) >= (claim.seeds if together else 1):
             tests[name] = per_image(test, directories[: claim.seeds] if together else directories)
-    return Gathered(arms, tests)
+    return tables.Gathered(arms, tests)
 
 
 # Numbers as data ----------------------------------------------------------------------------------------------------
@@ -233,9 +211,9 @@ def results(sections: Sequence[Section], settings: Reproduce, family: int) -> di
                 "section": s.claim.section,
                 "quote": s.claim.quote,
                 "conclusion": "" if s.missing else s.claim.conclusion.get(settings.scale, ""),
-                "command": reproduce_command([s.claim.name], settings),
-                "rows": as_json(s.rows),
-                "tuned": {arm: value for (_, arm), value in s.chosen.items()},
+                "command": jobs.reproduce_command([s.claim.name], settings),
+                "rows": tables.as_json(s.rows),
+                "tuned": s.chosen,
                 "probe": s.probes,
                 "confounds": s.claim.confounds,
                 **s.provenance,
@@ -309,19 +287,19 @@ def section_values(section: Section, directory: Path, settings: Reproduce) -> di
     for row in section.rows:
         word = row.verdict.word if row.verdict else None
         kind, said = (word.name.lower(), str(word)) if word else ("missing", "not measured yet")
-        rows.append({**cells(row), "main": row.main, "kind": kind, "word": said})
+        rows.append({**tables.cells(row), "main": row.main, "kind": kind, "word": said})
     figures_of = {Figure.curves: _figure1, Figure.kernels: _figure3, Figure.retrieval: _figure4, None: _arms}
     return {
         "claim": claim,
         "rows": rows,
         "figures": figures_of[claim.figure](section, directory) if section.done else [],
         "arms": {arm: list(claim.arm_overrides(settings.scale, arm)) for arm in claim.arms},
-        "tuned": rates([claim], section.chosen, settings),
+        "tuned": jobs.rates(claim, section.chosen, settings),
         "probes": section.probes,
         "provenance": section.provenance,
-        "command": reproduce_command([claim.name], settings),
+        "command": jobs.reproduce_command([claim.name], settings),
         "missing": len(section.missing),
-        "commands": train_commands(section.missing, replace(settings, claims=[claim.name])),
+        "commands": jobs.train_commands(section.missing, replace(settings, claims=[claim.name])),
     }
 
 

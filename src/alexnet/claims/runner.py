@@ -257,11 +257,9 @@ def seconds_left(job: Job, sizes: Sizes, speed: Speed) -> float:
     limit = job.config.trainer["limit_train_batches"]
     batches = -(-sizes.train // job.config.data.batch_size)
     batches = max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
-    steps, images = max(0, job.config.optim.epochs * batches - job.steps_done), 0.0
-    if job.state is State.unmeasured:
-        steps = 0
-    else:
-        images += steps / batches * sizes.holdout + sizes.holdout
+    trained = job.state is State.unmeasured
+    steps = 0 if trained else max(0, job.config.optim.epochs * batches - job.steps_done)
+    images = 0.0 if trained else steps / batches * sizes.holdout + sizes.holdout
     costs = {
         Want.basic: min(TRAIN_IMAGES, sizes.train) + sizes.holdout,
         Want.one_view: sizes.val,
@@ -288,7 +286,8 @@ def plan(claims: Sequence[Claim], jobs: Sequence[Job], settings: Reproduce) -> s
 
 
 def _rate_lines(claims: Sequence[Claim], settings: Reproduce) -> list[str]:
-    return [f"rate      {line}" for line in rates(claims, choose(claims, settings), settings)]
+    lines = [line for claim in claims for line in rates(claim, choose(claim, settings), settings)]
+    return [f"rate      {line}" for line in dict.fromkeys(lines)]  # a figure has the rates of its claim
 
 
 class Progress:

@@ -14,25 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from alexnet.claims import statistics as st
 from alexnet.claims.claims import METRICS, Claim, Comparison, Number, Statistic, Unit
-from alexnet.claims.statistics import (
-    NO_SPREAD,
-    Direction,
-    Effect,
-    Source,
-    Summary,
-    Verdict,
-    Word,
-    bootstrap_images,
-    holm,
-    paired_difference,
-    running_mean,
-    summarise,
-    tested_p,
-    time_ratio,
-    time_to,
-    verdict,
-)
 from alexnet.cli import WIDTH, columns, markdown
 from alexnet.system import finite
 from alexnet.training.metrics import Metrics
@@ -87,12 +70,12 @@ class Row:
     claim: Claim
     comparison: Comparison
     metric: str
-    treatment: Summary | None = None
-    control: Summary | None = None
+    treatment: st.Summary | None = None
+    control: st.Summary | None = None
     seeds: tuple[int, ...] = ()
-    effect: Effect | None = None
+    effect: st.Effect | None = None
     p_holm: float | None = None
-    verdict: Verdict | None = None
+    verdict: st.Verdict | None = None
     note: str = ""
 
     @property
@@ -103,7 +86,7 @@ class Row:
     @property
     def expects(self) -> bool:
         """Whether a verdict is due, so that the row counts in Holm's correction."""
-        return self.main and self.comparison.direction is not Direction.report
+        return self.main and self.comparison.direction is not st.Direction.report
 
     @property
     def unit(self) -> Unit:
@@ -122,7 +105,7 @@ class Row:
         return self.comparison.printed(self.comparison.notes_2012, self.metric)
 
     @property
-    def arms(self) -> list[tuple[str, Summary]]:
+    def arms(self) -> list[tuple[str, st.Summary]]:
         """Those that have finished runs, by name."""
         both = (self.comparison.treatment, self.treatment), (self.comparison.control, self.control)
         return [(name, summary) for name, summary in both if summary]
@@ -146,15 +129,15 @@ def judge(rows: Sequence[Row]) -> list[Row]:
     One without a p, not measured yet say, is in the family with p = 1, so no verdict weakens when others arrive.
     """
     family = {i: row for i, row in enumerate(rows) if row.expects}
-    p = {i: tested_p(r.effect, r.comparison.direction, r.margin) for i, r in family.items() if r.effect}
+    p = {i: st.tested_p(r.effect, r.comparison.direction, r.margin) for i, r in family.items() if r.effect}
     known = {i: x for i, x in p.items() if not math.isnan(x)}
-    corrected = holm([known.get(i, 1.0) for i in family]) if family else ()
+    corrected = st.holm([known.get(i, 1.0) for i in family]) if family else ()
     adjusted = dict(zip(family, corrected, strict=True))
     judged = []
     for i, row in enumerate(rows):
         if row.effect is not None and row.main:
             p_holm = float(adjusted[i]) if i in known else None
-            said = verdict(
+            said = st.verdict(
                 row.effect,
                 row.comparison.direction,
                 margin=row.margin,
@@ -167,7 +150,7 @@ def judge(rows: Sequence[Row]) -> list[Row]:
     return judged
 
 
-LOST = Verdict(Word.DIVERGED, f"{Word.DIVERGED}: no pair of runs is left to compare")
+LOST = st.Verdict(st.Word.DIVERGED, f"{st.Word.DIVERGED}: no pair of runs is left to compare")
 
 
 def _over_seeds(row: Row, gathered: Gathered) -> Row:
@@ -194,12 +177,12 @@ def _over_seeds(row: Row, gathered: Gathered) -> Row:
     if row.unit is Unit.times:
         # The last arrival that could have been seen: a run that never arrives is not entered later than one that might.
         curves = [gathered.arms[name][seed].curves[c.metric] for name in names for seed in seeds]
-        latest = max(running_mean(curve)[-1][0] for curve in curves)
+        latest = max(st.running_mean(curve)[-1][0] for curve in curves)
         late = {name: times.count(None) for name, times in zip(names, (first, second), strict=True)}
         notes += [f"{name} did not arrive in {n} of {len(seeds)} runs" for name, n in late.items() if n]
     a, b = ([latest if x is None else x for x in values] for values in (first, second))
-    effect = time_ratio(first, second, latest) if row.unit is Unit.times else paired_difference(a, b)
-    compared = replace(row, treatment=summarise(a), control=summarise(b), seeds=seeds)
+    effect = st.time_ratio(first, second, latest) if row.unit is Unit.times else st.paired_difference(a, b)
+    compared = replace(row, treatment=st.summarise(a), control=st.summarise(b), seeds=seeds)
     return replace(compared, effect=effect, note=_joined(*notes))
 
 
@@ -214,9 +197,9 @@ def _within_net(row: Row, gathered: Gathered) -> Row:
         return replace(row, note=note, verdict=LOST if nothing else None)
     a, b = (np.atleast_2d(np.asarray(tests[name][row.metric])) for name in (c.treatment, c.control))
     nets = max(len(a), len(b))
-    note = _joined(f"{Source.IMAGES} ({nets} net{'s' * (nets > 1)})", lost)
-    means = summarise(a.mean(1)), summarise(b.mean(1))
-    return replace(row, treatment=means[0], control=means[1], effect=bootstrap_images(a, b), note=note)
+    note = _joined(f"{st.Source.IMAGES} ({nets} net{'s' * (nets > 1)})", lost)
+    means = st.summarise(a.mean(1)), st.summarise(b.mean(1))
+    return replace(row, treatment=means[0], control=means[1], effect=st.bootstrap_images(a, b), note=note)
 
 
 def _values(row: Row, runs: Mapping[int, Evidence]) -> dict[int, float | None]:
@@ -241,7 +224,7 @@ def arrival(c: Comparison, run: Evidence) -> float | None:
     """The middle of the first epoch-long stretch whose mean is at the threshold of a time_ratio, None if never."""
     assert c.threshold is not None  # claims.py refuses a time_ratio without one
     threshold = c.threshold * math.log(run.classes) if c.threshold_of_chance else c.threshold
-    return time_to(running_mean(run.curves.get(c.metric, [])), threshold)
+    return st.time_to(st.running_mean(run.curves.get(c.metric, [])), threshold)
 
 
 def _joined(*parts: str) -> str:
@@ -288,7 +271,7 @@ def cells(row: Row) -> dict[str, str]:
     """What a table prints of a row, by column."""
     c, e = row.comparison, row.effect
     expected = str(c.direction) if row.expects else ""
-    if row.expects and c.direction is Direction.same:
+    if row.expects and c.direction is st.Direction.same:
         unit = "" if row.unit is Unit.number else f" {row.unit}"
         expected = f"the same within {row.margin * _scale(row.unit):g}{unit}"
     fine_print = []
@@ -308,24 +291,24 @@ def cells(row: Row) -> dict[str, str]:
         "paper": _printed(row.paper),
         "notes_2012": _printed(row.notes_2012),
         **effect_cells(e, row.unit),
-        "of": "images" if e is not None and e.source is Source.IMAGES else "seeds",
+        "of": "images" if e is not None and e.source is st.Source.IMAGES else "seeds",
         "verdict": row.verdict.sentence if row.verdict else "",
         "fine_print": "; ".join(fine_print),
         "note": row.note,
     }
 
 
-def effect_cells(e: Effect | None, unit: Unit) -> dict[str, str]:
+def effect_cells(e: st.Effect | None, unit: Unit) -> dict[str, str]:
     """Difference or ratio, its interval and n, as a table prints them."""
     if e is None:
         return {"difference": "-", "interval": "-", "n": "0"}
     # sd of the differences; of log ratios as the factor exp(sd).
     sd = f"x{math.exp(e.sd):.2f}" if e.ratio else number(e.sd, unit, signed=False)
-    spread = "" if math.isnan(e.sd) or e.source is Source.IMAGES else f" ± {sd}"
+    spread = "" if math.isnan(e.sd) or e.source is st.Source.IMAGES else f" ± {sd}"
     interval = f"[{number(e.low, unit)}, {number(e.high, unit)}]"
     return {
         "difference": f"{e.bound}{number(e.estimate, unit)}{'x' if e.ratio else ''}{spread}",
-        "interval": "-" if e.n < 2 or e.sd < NO_SPREAD else interval,
+        "interval": "-" if e.n < 2 or e.sd < st.NO_SPREAD else interval,
         "n": f"{e.n}",
     }
 
@@ -367,7 +350,7 @@ def _p_text(p: float) -> str:
     return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
 
-def _summary(row: Row, s: Summary) -> str:
+def _summary(row: Row, s: st.Summary) -> str:
     """An arm: percent, nats, or epochs."""
     unit = {Unit.points: " %", Unit.nats: " nats", Unit.times: " epochs", Unit.number: ""}[row.unit]
     spread = "" if math.isnan(s.sd) else f" ± {number(s.sd, row.unit, signed=False)}"
