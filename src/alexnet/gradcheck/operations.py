@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,22 +31,26 @@ from alexnet.layers.max_pool2d import two
 # ---- linear ---------------------------------------------------------------------------------------------------
 
 
-def _affine(x: tuple[int, ...], outputs: int, bias: bool = True) -> list[Draw]:
-    return [normals(*x), normals(outputs, x[-1]), *[normals(outputs)] * bias]
+def _weighted(
+    name: str, kind: str, x: tuple[int, ...], w: tuple[int, ...], bias: bool = True, **options: Any
+) -> Case:
+    return case(name, kind, normals(*x), normals(*w), *[normals(w[0])] * bias, **options)
 
 
-def _magnitudes(function: Callable[..., Tensor], at: Evaluation) -> Tensors:
-    """Of y and of every gradient of a function that only adds and multiplies: the same with absolute values."""
-    positive = Evaluation.of(function, at.options, [x.abs() for x in at.inputs], at.dy.abs(), "native")
-    return [positive.y, *positive.gradients]
+def _products(function: Callable[..., Tensor], *stores: int) -> Callable[[Evaluation], list[Rounding]]:
+    """Rounding of y, dx, dw, db where a function of x, w, b only adds and multiplies: the magnitudes are the same with
+    absolute values, the roundings the lengths of the sums."""
 
+    def rounding(at: Evaluation) -> list[Rounding]:
+        outputs, channels, *kernel = at.inputs[1].shape
+        taps, positions = math.prod(kernel), at.dy.numel() // outputs
+        into_pixel = outputs // at.options.get("groups", 1) * taps
+        lengths = (channels * taps + 1, into_pixel, positions, positions)
+        positive = Evaluation.of(function, at.options, [x.abs() for x in at.inputs], at.dy.abs(), "native")
+        magnitudes = (positive.y, *positive.gradients)
+        return [Rounding(*each) for each in zip(magnitudes, lengths, stores, strict=False)]
 
-def _linear_rounding(at: Evaluation) -> list[Rounding]:
-    outputs, width = at.inputs[1].shape
-    rows = at.dy.numel() // outputs
-    counts = [(width + 1, 2), (outputs, 1), (rows, 1), (rows, 1)]
-    magnitudes = _magnitudes(layers.linear, at)
-    return [Rounding(m, *count) for m, count in zip(magnitudes, counts, strict=False)]
+    return rounding
 
 
 def adjoint(at: Evaluation) -> list[Identity]:
@@ -62,16 +67,16 @@ LINEAR = Operation(
     layers.linear,
     curved=False,
     cases=[
-        case("batch of 6", "ordinary", *_affine((6, 5), 4)),
-        case("as many outputs as inputs", "ordinary", *_affine((3, 5), 5)),
-        case("one image", "awkward", *_affine((1, 5), 4)),
-        case("no bias", "awkward", *_affine((6, 5), 4, bias=False)),
-        case("two leading dimensions", "awkward", *_affine((3, 2, 5), 4)),
-        case("not contiguous", "awkward", *_affine((6, 5), 4), layout="gapped"),
-        case("fc7", "large", *_affine((2, 4096), 4096)),
-        case("fc8", "paper", *_affine((4, 4096), 1000)),
+        _weighted("batch of 6", "ordinary", (6, 5), (4, 5)),
+        _weighted("as many outputs as inputs", "ordinary", (3, 5), (5, 5)),
+        _weighted("one image", "awkward", (1, 5), (4, 5)),
+        _weighted("no bias", "awkward", (6, 5), (4, 5), bias=False),
+        _weighted("two leading dimensions", "awkward", (3, 2, 5), (4, 5)),
+        _weighted("not contiguous", "awkward", (6, 5), (4, 5), layout="gapped"),
+        _weighted("fc7", "large", (2, 4096), (4096, 4096)),
+        _weighted("fc8", "paper", (4, 4096), (1000, 4096)),
     ],
-    rounding=_linear_rounding,
+    rounding=_products(layers.linear, 2, 1, 1, 1),
     identities=adjoint,
 )
 
@@ -79,19 +84,10 @@ LINEAR = Operation(
 # ---- relu, tanh, dropout --------------------------------------------------------------------------------------
 
 
-def _exact(at: Evaluation) -> list[Rounding]:
-    """Copies and zeros: nothing is rounded."""
-    return [Rounding(torch.zeros_like(at.dy), 0, 0), Rounding(torch.zeros_like(at.x), 0, 0)]
-
-
 def homogeneous(at: Evaluation, times: Tensor | int = 1) -> list[Identity]:
     """y(t x) = t y(x) for t > 0. Differentiate in t at 1 (Euler): <dx, x> = <dy, y>."""
     sent = at.dy * at.y * times
     return [Identity("Euler: <dx, x> = <dy, y>", (at.dx * at.x).sum(), sent.sum(), sent.abs().sum())]
-
-
-def _relu_pattern(options: Options, inputs: Tensors) -> Tensors:
-    return [inputs[0] > 0]
 
 
 RELU = Operation(
@@ -106,9 +102,9 @@ RELU = Operation(
         case("channels last", "awkward", off_zero(2, 3, 5, 4), layout="channels_last"),
         case("conv1", "paper", off_zero(1, 96, 55, 55)),
     ],
-    rounding=_exact,
+    rounding=lambda at: 2 * [Rounding(torch.zeros_like(at.x), 0, 0)],  # copies and zeros: nothing is rounded
     identities=homogeneous,
-    pattern=_relu_pattern,
+    pattern=lambda options, inputs: [inputs[0] > 0],
 )
 
 
@@ -140,31 +136,25 @@ TANH = Operation(
 )
 
 
-def _dropout_rounding(at: Evaluation) -> list[Rounding]:
-    """One product with the scale, which may itself be rounded."""
-    return [Rounding(at.y.abs(), 2, 1), Rounding(at.dx.abs(), 2, 1)]
-
-
-def _dropout_case(name: str, kind: str, *shape: int, **options: Any) -> Case:
-    return case(name, kind, normals(*shape), **{"p": 0.5, "key": 7, **options})
-
+_dropout_case = partial(case, p=0.5, key=7)
 
 DROPOUT = Operation(
     "dropout",
     layers.dropout,
     curved=False,
     cases=[
-        _dropout_case("inverted", "ordinary", 6, 8),
-        _dropout_case("mask only, as in 2012", "ordinary", 6, 8, mode="mask_only"),
-        _dropout_case("30 % dropped", "ordinary", 6, 8, p=0.3),
-        _dropout_case("one image", "awkward", 1, 40),
-        _dropout_case("second half of a batch", "awkward", 4, 8, first_row=4),
-        _dropout_case("nothing dropped", "awkward", 3, 8, p=0.0),
-        _dropout_case("whole maps", "awkward", 2, 3, 4, 5),
-        _dropout_case("not contiguous", "awkward", 6, 8, layout="gapped"),
-        _dropout_case("fc6", "paper", 32, 4096, mode="mask_only"),
+        _dropout_case("inverted", "ordinary", normals(6, 8)),
+        _dropout_case("mask only, as in 2012", "ordinary", normals(6, 8), mode="mask_only"),
+        _dropout_case("30 % dropped", "ordinary", normals(6, 8), p=0.3),
+        _dropout_case("one image", "awkward", normals(1, 40)),
+        _dropout_case("second half of a batch", "awkward", normals(4, 8), first_row=4),
+        _dropout_case("nothing dropped", "awkward", normals(3, 8), p=0.0),
+        _dropout_case("whole maps", "awkward", normals(2, 3, 4, 5)),
+        _dropout_case("not contiguous", "awkward", normals(6, 8), layout="gapped"),
+        _dropout_case("fc6", "paper", normals(32, 4096), mode="mask_only"),
     ],
-    rounding=_dropout_rounding,
+    # One product with the scale, which may itself be rounded.
+    rounding=lambda at: [Rounding(at.y.abs(), 2, 1), Rounding(at.dx.abs(), 2, 1)],
     identities=adjoint,
 )
 
@@ -205,10 +195,7 @@ def _pool_identities(at: Evaluation) -> list[Identity]:
     return [*homogeneous(at, times), Identity("all of dy arrives", at.dx.sum(), sent.sum(), sent.abs().sum())]
 
 
-def _pool_case(name: str, kind: str, draw: Draw, **options: Any) -> Case:
-    return case(name, kind, draw, **{"kernel_size": 3, "stride": 2, **options})
-
-
+_pool_case = partial(case, kernel_size=3, stride=2)
 _MAPS = separated(2, 16, 7, 9)
 
 
@@ -295,11 +282,12 @@ def _norm_case(
     *shape: int,
     size: int,
     power: int = 1,
+    alpha_per_term: float = 0.3,
     draw: Callable[..., Draw] = normals,
     **options: Any,
 ) -> Case:
-    """alpha is 0.3 per term, so that competition is as strong as gain, unless the paper's constants are given."""
-    defaults = {"size": size, "alpha": 0.3 * size**power, "beta": 0.75, "k": 2.0}
+    """Competition is as strong as gain, unless the paper's constants are given."""
+    defaults = {"size": size, "alpha": alpha_per_term * size**power, "beta": 0.75, "k": 2.0}
     return case(name, kind, draw(*shape), **{**defaults, **options})
 
 
@@ -361,23 +349,6 @@ SAME_MAP_NORM = Operation(
 
 # ---- convolution ----------------------------------------------------------------------------------------------
 
-
-def _conv_rounding(at: Evaluation) -> list[Rounding]:
-    """Stored twice: columns of dx before they are folded, pieces of dw before they are summed, y before its bias."""
-    outputs, *taps = at.inputs[1].shape
-    positions = at.dy.numel() // outputs
-    into_pixel = outputs // at.options.get("groups", 1) * taps[1] * taps[2]
-    counts = [(taps[0] * taps[1] * taps[2] + 1, 2), (into_pixel, 2), (positions, 2), (positions, 1)]
-    magnitudes = _magnitudes(layers.conv2d, at)
-    return [Rounding(m, *count) for m, count in zip(magnitudes, counts, strict=False)]
-
-
-def _conv_case(
-    name: str, kind: str, x: tuple[int, ...], w: tuple[int, ...], bias: bool = True, **options: Any
-) -> Case:
-    return case(name, kind, normals(*x), normals(*w), *[normals(w[0])] * bias, **options)
-
-
 _TOWERS: Options = {"stride": (1, 2), "padding": (0, 2, 1, 3), "groups": 2}
 
 CONV2D = Operation(
@@ -385,28 +356,29 @@ CONV2D = Operation(
     layers.conv2d,
     curved=False,
     cases=[
-        _conv_case("towers, unequal sides", "ordinary", (3, 4, 7, 8), (6, 2, 2, 3), **_TOWERS),
-        _conv_case("stride and padding", "ordinary", (2, 3, 9, 8), (4, 3, 3, 3), stride=2, padding=1),
+        _weighted("towers, unequal sides", "ordinary", (3, 4, 7, 8), (6, 2, 2, 3), **_TOWERS),
+        _weighted("stride and padding", "ordinary", (2, 3, 9, 8), (4, 3, 3, 3), stride=2, padding=1),
         # Taps enough, and zeros few enough, for the shifted products of layers/compiled/conv2d.py.
-        _conv_case("many taps", "ordinary", (2, 4, 22, 23), (6, 2, 5, 4), padding=(1, 2, 2, 2), groups=2),
-        _conv_case("zeros right and bottom", "awkward", (2, 3, 16, 16), (4, 3, 11, 11), stride=4, padding=(0, 3, 0, 3)),
-        _conv_case("one image", "awkward", (1, 2, 5, 6), (4, 2, 3, 3), padding=1),
-        _conv_case("one window", "awkward", (2, 2, 3, 4), (4, 2, 3, 4)),
-        _conv_case("kernel of one pixel", "awkward", (2, 3, 4, 5), (6, 3, 1, 1)),
-        _conv_case("stride larger than kernel", "awkward", (2, 2, 11, 10), (4, 2, 2, 3), stride=(5, 4)),
-        _conv_case("pixels no window reads", "awkward", (2, 2, 10, 9), (4, 2, 3, 3), stride=4),
-        _conv_case("windows in the padding", "awkward", (2, 2, 3, 3), (4, 2, 2, 2), padding=4),
-        _conv_case("a group for every channel", "awkward", (2, 3, 5, 5), (6, 1, 3, 3), padding=1, groups=3),
-        _conv_case("no bias", "awkward", (2, 3, 5, 5), (4, 3, 3, 3), bias=False),
-        _conv_case("not contiguous", "awkward", (3, 4, 7, 8), (6, 2, 2, 3), layout="gapped", **_TOWERS),
-        _conv_case("channels last", "awkward", (3, 4, 7, 8), (6, 2, 2, 3), layout="channels_last", **_TOWERS),
-        _conv_case("conv1", "paper", (2, 3, 224, 224), (96, 3, 11, 11), stride=4, padding=(0, 3, 0, 3)),
-        _conv_case("conv2", "paper", (2, 96, 27, 27), (256, 48, 5, 5), padding=2, groups=2),
-        _conv_case("conv3", "paper", (2, 256, 13, 13), (384, 256, 3, 3), padding=1),
-        _conv_case("conv4", "paper", (2, 384, 13, 13), (384, 192, 3, 3), padding=1, groups=2),
-        _conv_case("conv5", "paper", (2, 384, 13, 13), (256, 192, 3, 3), padding=1, groups=2),
+        _weighted("many taps", "ordinary", (2, 4, 22, 23), (6, 2, 5, 4), padding=(1, 2, 2, 2), groups=2),
+        _weighted("zeros right and bottom", "awkward", (2, 3, 16, 16), (4, 3, 11, 11), stride=4, padding=(0, 3, 0, 3)),
+        _weighted("one image", "awkward", (1, 2, 5, 6), (4, 2, 3, 3), padding=1),
+        _weighted("one window", "awkward", (2, 2, 3, 4), (4, 2, 3, 4)),
+        _weighted("kernel of one pixel", "awkward", (2, 3, 4, 5), (6, 3, 1, 1)),
+        _weighted("stride larger than kernel", "awkward", (2, 2, 11, 10), (4, 2, 2, 3), stride=(5, 4)),
+        _weighted("pixels no window reads", "awkward", (2, 2, 10, 9), (4, 2, 3, 3), stride=4),
+        _weighted("windows in the padding", "awkward", (2, 2, 3, 3), (4, 2, 2, 2), padding=4),
+        _weighted("a group for every channel", "awkward", (2, 3, 5, 5), (6, 1, 3, 3), padding=1, groups=3),
+        _weighted("no bias", "awkward", (2, 3, 5, 5), (4, 3, 3, 3), bias=False),
+        _weighted("not contiguous", "awkward", (3, 4, 7, 8), (6, 2, 2, 3), layout="gapped", **_TOWERS),
+        _weighted("channels last", "awkward", (3, 4, 7, 8), (6, 2, 2, 3), layout="channels_last", **_TOWERS),
+        _weighted("conv1", "paper", (2, 3, 224, 224), (96, 3, 11, 11), stride=4, padding=(0, 3, 0, 3)),
+        _weighted("conv2", "paper", (2, 96, 27, 27), (256, 48, 5, 5), padding=2, groups=2),
+        _weighted("conv3", "paper", (2, 256, 13, 13), (384, 256, 3, 3), padding=1),
+        _weighted("conv4", "paper", (2, 384, 13, 13), (384, 192, 3, 3), padding=1, groups=2),
+        _weighted("conv5", "paper", (2, 384, 13, 13), (256, 192, 3, 3), padding=1, groups=2),
     ],
-    rounding=_conv_rounding,
+    # Stored twice: columns of dx before they are folded, pieces of dw before they are summed, y before its bias.
+    rounding=_products(layers.conv2d, 2, 2, 2, 1),
     identities=adjoint,
 )  # fmt: skip
 
@@ -436,16 +408,12 @@ def _rows_sum_to_zero(at: Evaluation) -> list[Identity]:
     return [Identity("each row of dx sums to 0", at.dx.sum(1), zeros, at.dx.abs().sum(1))]
 
 
-def _logits_case(name: str, kind: str, images: int, classes: int, times: float = 1.0, **options: Any) -> Case:
-    around = options.pop("around", 0.0)
-
-    def logits(g: torch.Generator) -> Tensor:
-        return normals(images, classes, times=times)(g) + around
-
-    def labels(g: torch.Generator) -> Tensor:
-        return torch.randint(classes, (images,), generator=g)
-
-    return case(name, kind, logits, labels, **options)
+def _logits_case(
+    name: str, kind: str, images: int, classes: int, times: float = 1.0, around: float = 0.0, **options: Any
+) -> Case:
+    logits = normals(images, classes, times=times)
+    draws = (lambda g: logits(g) + around, lambda g: torch.randint(classes, (images,), generator=g))
+    return case(name, kind, *draws, **options)
 
 
 CROSS_ENTROPY = Operation(
@@ -508,14 +476,6 @@ def _block_pattern(options: Options, inputs: Tensors) -> Tensors:
     return [inputs[0] > 0, y > 0, *_pool_pattern(pool, [b])]
 
 
-def _block_case(
-    name: str, kind: str, *shape: int, size: int = 5, draw: Callable[..., Draw] = separated, **options: Any
-) -> Case:
-    """0.03 per term: the strongest units are damped by a third, and none loses its window to a weaker one."""
-    constants = {"size": size, "alpha": 0.03 * size, "beta": 0.75, "k": 2.0}
-    return case(name, kind, draw(*shape), **{**constants, **options})
-
-
 def _two_maps_closed(*shape: int) -> Draw:
     """All windows of the first two maps are closed: zeros tie in each, and the ReLU must stop their gradient."""
 
@@ -528,6 +488,8 @@ def _two_maps_closed(*shape: int) -> Draw:
 
 
 _PAPER, _CODE = "relu_lrn_pool", "lrn_pool_relu"
+# 0.03 per term: the strongest units are damped by a third, and none loses its window to a weaker one.
+_block_case = partial(_norm_case, size=5, alpha_per_term=0.03, draw=separated)
 
 RELU_LRN_POOL = Operation(
     "relu_lrn_pool",
