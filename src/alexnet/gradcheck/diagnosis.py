@@ -56,7 +56,8 @@ def _computed(exercise: Exercise, point: Any, subject: Any) -> dict[str, Tensor]
     if exercise.is_operation:
         at = evaluation(exercise, point, subject)
         return dict(zip(("y", "dx", "dw", "db"), (at.y, *at.gradients), strict=False))
-    return point(getattr(exercise.module, exercise.functions[-1]) if subject == "reference" else subject)
+    _, call = point
+    return call(getattr(exercise.module, exercise.functions[-1]) if subject == "reference" else subject)
 
 
 def evaluation(exercise: Exercise, case: Case, backend: str) -> Evaluation:
@@ -195,7 +196,7 @@ def smallest_example(exercise: Exercise, subject: Any) -> list[str]:
 def _given(exercise: Exercise, point: Any) -> list[str]:
     """A case with its numbers, or how a rule is called."""
     if not exercise.is_operation:
-        return [str(point.__doc__)]
+        return [point[0]]
     at = evaluation(exercise, point, "reference")
     options = ", ".join(f"{key}={value!r}" for key, value in point.options.items())
     lines = [f"{point.name}{f' ({options})' if options else ''}"]

@@ -15,11 +15,11 @@ Weights and images are multiples of 2^-15 from an integer generator, so every ma
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.func import functional_call
 
 from alexnet.cli import compose_group
@@ -29,6 +29,7 @@ from alexnet.layers.backend import OPERATIONS
 from alexnet.model import AlexNet, Init, ModelConfig, Order
 from alexnet.optim import OptimConfig, build_optimizer
 
+Chosen = Mapping[str, str]  # {operation: backend}
 NATIVE = dict.fromkeys(OPERATIONS, "native")
 IMAGES = 2
 STEP = 1e-7
@@ -40,21 +41,17 @@ FLOAT32_BOUND = 1e-3
 TRAINING_STEPS, DROP_AFTER = 10, 5
 
 
-def from_conf(name: str, **changes: Any) -> ModelConfig:
-    """conf/model/<name>.yaml with changes."""
-    config: ModelConfig = compose_group("model", name, ModelConfig, changes)
-    return config
-
-
 # Every operation, both orders of block 1, both norms, towers, overlapping pools and ties of 2012, small enough for
 # float64: 28-14-7-3 pixels. alpha is large, so that the norms count.
-STEPS_NET = from_conf(
-    "mini", num_classes=5, channels=[8, 16, 12, 12, 8], hidden=[24, 20], order1=Order.lrn_pool_relu,
-    same_map_norm=True, lrn_alpha=0.1, lrn_alpha_divided=False, init=Init.he,
+STEPS_NET: ModelConfig = compose_group(
+    "model", "mini", ModelConfig, {
+        "num_classes": 5, "channels": [8, 16, 12, 12, 8], "hidden": [24, 20], "order1": Order.lrn_pool_relu,
+        "same_map_norm": True, "lrn_alpha": 0.1, "lrn_alpha_divided": False, "init": Init.he,
+    }
 )  # fmt: skip
-NETWORKS = {  # real shapes
-    "mini": from_conf("mini", num_classes=200, init=Init.he),
-    "code145, 224 px": from_conf("code145", init=Init.he),
+NETWORKS: dict[str, ModelConfig] = {  # real shapes
+    "mini": compose_group("model", "mini", ModelConfig, {"num_classes": 200, "init": Init.he}),
+    "code145, 224 px": compose_group("model", "code145", ModelConfig, {"init": Init.he}),
 }
 
 
@@ -63,7 +60,7 @@ def reproducible(shape: torch.Size | tuple[int, ...], generator: torch.Generator
     return torch.randint(-(2**15), 2**15, shape, generator=generator).double() / 2**15
 
 
-def network(config: ModelConfig, backends: Mapping[str, str], device: str, dtype: torch.dtype) -> AlexNet:
+def network(config: ModelConfig, backends: Chosen, device: str, dtype: torch.dtype) -> AlexNet:
     """Weights of He's variance 2 / fan-in, uniform, the same bits on every machine; small biases."""
     with torch.device("meta"):
         net = AlexNet(config, backends, seed=0)
@@ -76,101 +73,89 @@ def network(config: ModelConfig, backends: Mapping[str, str], device: str, dtype
     return net
 
 
-@dataclass
-class Batch:
-    images: Tensor
-    labels: Tensor
-
-
-def batches(config: ModelConfig, steps: int, device: str, dtype: torch.dtype) -> Iterator[Batch]:
+def batches(
+    config: ModelConfig, steps: int, device: str, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         images = 2 * reproducible((IMAGES, 3, config.image_px, config.image_px), generator)
         labels = torch.randint(config.classes, (IMAGES,), generator=generator)
-        yield Batch(images.to(device, dtype), labels.to(device))
+        yield images.to(device, dtype), labels.to(device)
 
 
-def loss_of(net: AlexNet, batch: Batch, step: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+def loss_of(
+    net: AlexNet, images: Tensor, labels: Tensor, step: int = 0, weights: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """The training loss of one step, dropout included; at other weights than the network's own if given."""
-    arguments = (batch.images, dropout_key(0, step, 0))
+    arguments = (images, dropout_key(0, step, 0))
     logits = net(*arguments) if weights is None else functional_call(net, dict(weights), arguments)
-    return cross_entropy(logits, batch.labels, backend=net.backends["cross_entropy"])
+    return cross_entropy(logits, labels, backend=net.backends["cross_entropy"])
 
 
 # ---- d) gradients of the whole network ------------------------------------------------------------------------
 
 
-def network_results(
-    name: str, config: ModelConfig, backends: Mapping[str, str], device: str
-) -> Iterator[Result]:
+def network_results(name: str, config: ModelConfig, backends: Chosen, device: str) -> Iterator[Result]:
     """Random directions, then every parameter, on real shapes in float64 with a batch of two."""
     net = network(config, backends, device, torch.float64).train()
-    (batch,) = batches(config, 1, device, torch.float64)
-    weights = dict(net.named_parameters())
-    gradients = _gradients(net, batch, weights)
-    yield _result(name, backends, device, "directions", _along_random(net, batch, gradients), DIRECTION_BOUND)
     native = AlexNet(config, NATIVE, seed=0).train()
-    native.load_state_dict(weights, assign=True)
-    exact = _gradients(native, batch, dict(native.named_parameters()))
-    for parameter, gradient in gradients.items():
-        value = relative(gradient, exact[parameter])
-        yield _result(name, backends, device, "parameters", value, PARAMETER_BOUND, what=parameter)
-
-
-def _gradients(net: AlexNet, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of every parameter, and of the images."""
-    batch.images.requires_grad_()
-    loss = loss_of(net, batch, step=0)
-    found = torch.autograd.grad(loss, [*weights.values(), batch.images])
-    batch.images.requires_grad_(False)
-    return dict(zip([*weights, "images"], found, strict=True))
+    native.load_state_dict(dict(net.named_parameters()), assign=True)
+    ((images, labels),) = batches(config, 1, device, torch.float64)
+    images.requires_grad_()
+    ours, exact = ({**dict(each.named_parameters()), "images": images} for each in (net, native))
+    gradients = dict(zip(ours, grad(loss_of(net, images, labels), list(ours.values())), strict=True))
+    error = _along_random(net, ours, labels, gradients)
+    yield _result(name, backends, device, "directions", error, DIRECTION_BOUND)
+    native_gradients = grad(loss_of(native, images, labels), list(exact.values()))
+    for (parameter, gradient), theirs in zip(gradients.items(), native_gradients, strict=True):
+        error = relative(gradient, theirs)
+        yield _result(name, backends, device, "parameters", error, PARAMETER_BOUND, what=parameter)
 
 
 @torch.no_grad()
-def _along_random(net: AlexNet, batch: Batch, gradients: Mapping[str, Tensor]) -> float:
+def _along_random(
+    net: AlexNet, points: Mapping[str, Tensor], labels: Tensor, gradients: Mapping[str, Tensor]
+) -> float:
     """|difference quotient - <gradient, d>| over the size of such products, the largest of a few directions."""
-    generator = torch.Generator().manual_seed(2)
-    return max(_along(net, batch, gradients, generator) for _ in range(DIRECTIONS))
-
-
-def _along(net: AlexNet, batch: Batch, gradients: Mapping[str, Tensor], generator: torch.Generator) -> float:
-    points = {**dict(net.named_parameters()), "images": batch.images}
-    direction = {
-        name: reproducible(x.shape, generator).to(x) * x.square().mean().sqrt() for name, x in points.items()
-    }
-
-    def loss_at(step: float) -> Tensor:
-        moved = {name: x + step * direction[name] for name, x in points.items()}
-        return loss_of(net, Batch(moved.pop("images"), batch.labels), 0, moved)
-
-    quotient = float(loss_at(STEP) - loss_at(-STEP)) / (2 * STEP)
-    products = {name: gradients[name] * d for name, d in direction.items()}
-    claimed = sum(float(product.sum()) for product in products.values())
-    size = sum(float(product.square().sum()) for product in products.values()) ** 0.5
-    return abs(quotient - claimed) / size
+    generator, errors = torch.Generator().manual_seed(2), []
+    for _ in range(DIRECTIONS):
+        direction = {
+            name: reproducible(x.shape, generator).to(x) * x.square().mean().sqrt()
+            for name, x in points.items()
+        }
+        losses = []
+        for step in (STEP, -STEP):
+            moved = {name: x + step * direction[name] for name, x in points.items()}
+            losses.append(loss_of(net, moved.pop("images"), labels, weights=moved))
+        quotient = float(losses[0] - losses[1]) / (2 * STEP)
+        products = [gradients[name] * d for name, d in direction.items()]
+        claimed = sum(float(product.sum()) for product in products)
+        size = sum(float(product.square().sum()) for product in products) ** 0.5
+        errors.append(abs(quotient - claimed) / size)
+    return max(errors)
 
 
 # ---- e) ten steps ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Training:
+class Training(NamedTuple):
     """The losses of the steps and the weights after the last."""
 
     losses: list[float]
     weights: dict[str, Tensor]
 
 
-def train_ours(config: ModelConfig, backends: Mapping[str, str], device: str, dtype: torch.dtype) -> Training:
+def train_ours(config: ModelConfig, backends: Chosen, device: str, dtype: torch.dtype) -> Training:
     """Ten steps with the hand-derived gradients and the update rule that `scripts/train.py` uses."""
     net = network(config, backends, device, dtype).train()
     optimizer = build_optimizer(net, OptimConfig(lr=0.01, bias_lr_mult=2.0))
     losses = []
-    for step, batch in enumerate(batches(config, TRAINING_STEPS, device, dtype)):
+    for step, (images, labels) in enumerate(batches(config, TRAINING_STEPS, device, dtype)):
         if step == DROP_AFTER:
             for group in optimizer.param_groups:
                 group["lr"] /= 10
-        loss = loss_of(net, batch, step)
+        loss = loss_of(net, images, labels, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -184,9 +169,9 @@ def train_native(config: ModelConfig, device: str) -> Training:
     weights = dict(net.named_parameters())
     velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
     losses = []
-    for step, batch in enumerate(batches(config, TRAINING_STEPS, device, torch.float64)):
-        loss = loss_of(net, batch, step)
-        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+    for step, (images, labels) in enumerate(batches(config, TRAINING_STEPS, device, torch.float64)):
+        loss = loss_of(net, images, labels, step)
+        gradients = dict(zip(weights, grad(loss, list(weights.values())), strict=True))
         with torch.no_grad():
             for name, w in weights.items():
                 is_bias = name.endswith("bias")
@@ -199,7 +184,7 @@ def train_native(config: ModelConfig, device: str) -> Training:
 
 
 def step_results(
-    name: str, config: ModelConfig, backends: Mapping[str, str], device: str, both_types: bool = False
+    name: str, config: ModelConfig, backends: Chosen, device: str, both_types: bool = False
 ) -> Iterator[Result]:
     """Losses and weights of ten steps against native's in float64.
 
@@ -225,13 +210,7 @@ def loss_error(ours: Training, native: Training) -> float:
 
 
 def _result(
-    name: str,
-    backends: Mapping[str, str],
-    device: str,
-    check: str,
-    value: float,
-    bound: float,
-    what: str = "",
+    name: str, backends: Chosen, device: str, check: str, value: float, bound: float, what: str = ""
 ) -> Result:
     where = (f"network {name}", "+".join(sorted(set(backends.values()))), device, "float64")
     return Result(*where, f"batch of {IMAGES}", "network", check, value, bound, what)

@@ -6,6 +6,7 @@ identity that only the right rule satisfies. Nothing is shared with the code und
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,22 +18,8 @@ from alexnet.data.augment import AugmentConfig, Colour, Draws, Flip, InputScale
 from alexnet.gradcheck.checks import Result, relative
 from alexnet.model import Init, ModelConfig
 
-Check = Callable[[], float]
 EXACT, ROUNDED = 1e-12, 1e-6  # float64 by another order of operations; images are float32
 UPDATE, START, DATA = RULES = ("update rule", "initialisation", "data path")
-
-
-def rule_results(only: str = "") -> Iterator[Result]:
-    """Every check of this file, or those of one rule: each one number and its bound."""
-    for rule, dtype, checks in (
-        (UPDATE, "float64", UPDATE_CHECKS),
-        (START, "float64", START_CHECKS),
-        (DATA, "float32", DATA_CHECKS),
-    ):
-        for what, (check, bound) in checks.items():
-            if only in ("", rule):
-                yield Result(rule, "-", "cpu", dtype, what, "ordinary", "rule", check(), bound)
-
 
 # ---- the update rule (section 5) ------------------------------------------------------------------------------
 
@@ -139,15 +126,6 @@ def _frozen() -> float:
     return max(still) if min(moved["fc8.weight"], moved["fc8.bias"]) > 0 else float("inf")
 
 
-UPDATE_CHECKS: dict[str, tuple[Check, float]] = {
-    "section 5 written out, with a drop": (_section_5, EXACT),
-    "torch.optim.SGD at a constant rate": (_as_sgd_while_constant, EXACT),
-    "9 v still to come after a drop": (_residual_after_a_drop, EXACT),
-    "8.1 v apart from torch.optim.SGD": (_unlike_sgd_after_a_drop, EXACT),
-    "conv1 frozen, velocity included": (_frozen, 0.0),
-}
-
-
 # ---- the initialisation (section 5) ---------------------------------------------------------------------------
 
 SMALL_NET: dict[str, Any] = {"image_px": 32, "channels": [8] * 5, "hidden": [40, 30], "num_classes": 20,
@@ -193,44 +171,6 @@ def _weights_as_asked() -> float:
     return max(off) if exact else float("inf")
 
 
-START_CHECKS: dict[str, tuple[Check, float]] = {
-    "variance of a unit's sum": (_variance_of_a_sum, EXACT),
-    "mean square kept by ten ReLU layers": (_signal_through_relus, 3 * (50 / 512) ** 0.5),
-    "weights and biases as asked": (_weights_as_asked, 0.05),
-}
-
-
-# ---- one call of a rule, for the diagnosis ----------------------------------------------------------------------
-
-
-def _update_call(decay: float) -> Callable[[Callable[..., Any]], dict[str, Tensor]]:
-    def call(update: Callable[..., Any]) -> dict[str, Tensor]:
-        w, v = (torch.tensor(values, dtype=torch.float64) for values in ([1.0, -2.0], [0.5, 0.25]))
-        for g in ([1.0, 2.0], [-1.0, 0.5]):
-            update([w], [torch.tensor(g, dtype=torch.float64)], [v], 0.1, 0.9, decay)
-        return {"w": w, "v": v}
-
-    call.__doc__ = (
-        f"two steps: lr=0.1, momentum=0.9, decay={decay}, w=[1, -2], v=[0.5, 0.25], g=[1, 2] then [-1, 0.5]"
-    )
-    return call
-
-
-def _std_call(init: Init) -> Callable[[Callable[..., Any]], dict[str, Tensor]]:
-    def call(initial_std: Callable[..., Any]) -> dict[str, Tensor]:
-        config = ModelConfig(init=init)
-        return {"std": torch.tensor([initial_std(config, i, 100) for i in range(8)], dtype=torch.float64)}
-
-    call.__doc__ = f"conv1 to fc8 with 100 inputs a unit, init={init}, init_std=0.01"
-    return call
-
-
-CALLS = {
-    "update_rule": [_update_call(0.0), _update_call(0.05)],
-    "initialisation": [_std_call(init) for init in (Init.normal, Init.he, Init.fan_in)],
-}
-
-
 # ---- the data path (section 4.1) ------------------------------------------------------------------------------
 
 PX, CROP = 11, 6  # stored side and crop: a margin of 5, so that the centre is 2 and not 2.5
@@ -252,12 +192,12 @@ def _augment(**options: object) -> augment.Augment:
     return augment.Augment(AugmentConfig(crop_px=CROP, **options), PX, _statistics())  # type: ignore[arg-type]
 
 
-def _draws(n: int = 4) -> Draws:
+def _draws() -> Draws:
     """The four corners of what a crop may be; every second image mirrored; colours of size 1."""
     margin = PX - CROP
     tops, lefts = torch.tensor([0, margin, 1, margin]), torch.tensor([0, 2, margin, margin])
-    normals = torch.randn(n, 3, generator=torch.Generator().manual_seed(5))
-    return Draws(tops, lefts, torch.arange(n) % 2 == 1, normals)
+    normals = torch.randn(4, 3, generator=torch.Generator().manual_seed(5))
+    return Draws(tops, lefts, torch.arange(4) % 2 == 1, normals)
 
 
 def _crops_by_slicing() -> float:
@@ -340,14 +280,61 @@ def _normalised_by_channel() -> float:
     return relative(_augment(colour=Colour.none, input=InputScale.normalised).centre(photos), expected)
 
 
-DATA_CHECKS: dict[str, tuple[Check, float]] = {
-    "crops and mirrors by slicing": (_crops_by_slicing, ROUNDED),
-    "offsets reach every place": (_offsets_reach_everywhere, 0.0),
-    "draws follow the image": (_draws_follow_the_image, 0.0),
-    "one flip for 32 images": (_draws_per_32, 0.0),
-    "colour has the pixels' covariance": (_colour_spreads_as_the_pixels, ROUNDED),
-    "colour by eigenvalues": (_colour_by_eigenvalues, ROUNDED),
-    "colour added, then divided": (_colour_added_then_divided, ROUNDED),
-    "ten views by slicing": (_ten_views_by_slicing, ROUNDED),
-    "normalised by channel": (_normalised_by_channel, ROUNDED),
+# ---- the tables -------------------------------------------------------------------------------------------------
+
+CHECKS: list[tuple[str, str, Callable[[], float], float]] = [  # rule, what is checked, the error, its bound
+    (UPDATE, "section 5 written out, with a drop", _section_5, EXACT),
+    (UPDATE, "torch.optim.SGD at a constant rate", _as_sgd_while_constant, EXACT),
+    (UPDATE, "9 v still to come after a drop", _residual_after_a_drop, EXACT),
+    (UPDATE, "8.1 v apart from torch.optim.SGD", _unlike_sgd_after_a_drop, EXACT),
+    (UPDATE, "conv1 frozen, velocity included", _frozen, 0.0),
+    (START, "variance of a unit's sum", _variance_of_a_sum, EXACT),
+    (START, "mean square kept by ten ReLU layers", _signal_through_relus, 3 * (50 / 512) ** 0.5),
+    (START, "weights and biases as asked", _weights_as_asked, 0.05),
+    (DATA, "crops and mirrors by slicing", _crops_by_slicing, ROUNDED),
+    (DATA, "offsets reach every place", _offsets_reach_everywhere, 0.0),
+    (DATA, "draws follow the image", _draws_follow_the_image, 0.0),
+    (DATA, "one flip for 32 images", _draws_per_32, 0.0),
+    (DATA, "colour has the pixels' covariance", _colour_spreads_as_the_pixels, ROUNDED),
+    (DATA, "colour by eigenvalues", _colour_by_eigenvalues, ROUNDED),
+    (DATA, "colour added, then divided", _colour_added_then_divided, ROUNDED),
+    (DATA, "ten views by slicing", _ten_views_by_slicing, ROUNDED),
+    (DATA, "normalised by channel", _normalised_by_channel, ROUNDED),
+]
+
+
+def rule_results(only: str = "") -> Iterator[Result]:
+    """Every check of this file, or those of one rule: each one number and its bound."""
+    for rule, what, error, bound in CHECKS:
+        if only in ("", rule):
+            dtype = "float32" if rule == DATA else "float64"
+            yield Result(rule, "-", "cpu", dtype, what, "ordinary", "rule", error(), bound)
+
+
+# ---- one call of a rule, for the diagnosis ----------------------------------------------------------------------
+
+
+def _updated(update: Callable[..., Any], decay: float) -> dict[str, Tensor]:
+    w, v = (torch.tensor(values, dtype=torch.float64) for values in ([1.0, -2.0], [0.5, 0.25]))
+    for g in ([1.0, 2.0], [-1.0, 0.5]):
+        update([w], [torch.tensor(g, dtype=torch.float64)], [v], 0.1, 0.9, decay)
+    return {"w": w, "v": v}
+
+
+def _deviations(initial_std: Callable[..., Any], init: Init) -> dict[str, Tensor]:
+    config = ModelConfig(init=init)
+    return {"std": torch.tensor([initial_std(config, i, 100) for i in range(8)], dtype=torch.float64)}
+
+
+_STATE = "w=[1, -2], v=[0.5, 0.25], g=[1, 2] then [-1, 0.5]"
+# {exercise: [(what is asked of a function, the question)]}
+CALLS: dict[str, list[tuple[str, Callable[..., dict[str, Tensor]]]]] = {
+    "update_rule": [
+        (f"two steps: lr=0.1, momentum=0.9, decay={decay}, {_STATE}", partial(_updated, decay=decay))
+        for decay in (0.0, 0.05)
+    ],
+    "initialisation": [
+        (f"conv1 to fc8 with 100 inputs a unit, init={init}, init_std=0.01", partial(_deviations, init=init))
+        for init in (Init.normal, Init.he, Init.fan_in)
+    ],
 }
