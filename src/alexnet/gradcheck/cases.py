@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from alexnet import layers
+
 FUNCTION = 8
 Options = dict[str, Any]
 Tensors = list[Tensor]
@@ -128,13 +130,16 @@ class Operation:
     """
 
     name: str
-    function: Callable[..., Tensor]
     curved: bool
     cases: list[Case]
     rounding: Callable[[Evaluation], list[Rounding]]
     identities: Callable[[Evaluation], list[Identity]]
     # What must not change along a difference: the open units, the winners of the windows.
     pattern: Callable[[Options, Tensors], Tensors] | None = None
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        return getattr(layers, self.name)
 
     @property
     def small_cases(self) -> list[Case]:

@@ -62,23 +62,17 @@ def adjoint(at: Evaluation) -> list[Identity]:
     return [Identity(n, p + of_bias, right, scale) for n, p in zip(names, products[:2], strict=False)]
 
 
-LINEAR = Operation(
-    "linear",
-    layers.linear,
-    curved=False,
-    cases=[
-        _weighted("batch of 6", "ordinary", (6, 5), (4, 5)),
-        _weighted("as many outputs as inputs", "ordinary", (3, 5), (5, 5)),
-        _weighted("one image", "awkward", (1, 5), (4, 5)),
-        _weighted("no bias", "awkward", (6, 5), (4, 5), bias=False),
-        _weighted("two leading dimensions", "awkward", (3, 2, 5), (4, 5)),
-        _weighted("not contiguous", "awkward", (6, 5), (4, 5), layout="gapped"),
-        _weighted("fc7", "large", (2, 4096), (4096, 4096)),
-        _weighted("fc8", "paper", (4, 4096), (1000, 4096)),
-    ],
-    rounding=_products(layers.linear, 2, 1, 1, 1),
-    identities=adjoint,
-)
+LINEAR = Operation("linear", curved=False, rounding=_products(layers.linear, 2, 1, 1, 1), identities=adjoint,
+                   cases=[
+    _weighted("batch of 6", "ordinary", (6, 5), (4, 5)),
+    _weighted("as many outputs as inputs", "ordinary", (3, 5), (5, 5)),
+    _weighted("one image", "awkward", (1, 5), (4, 5)),
+    _weighted("no bias", "awkward", (6, 5), (4, 5), bias=False),
+    _weighted("two leading dimensions", "awkward", (3, 2, 5), (4, 5)),
+    _weighted("not contiguous", "awkward", (6, 5), (4, 5), layout="gapped"),
+    _weighted("fc7", "large", (2, 4096), (4096, 4096)),
+    _weighted("fc8", "paper", (4, 4096), (1000, 4096)),
+])  # fmt: skip
 
 
 # ---- relu, tanh, dropout --------------------------------------------------------------------------------------
@@ -90,22 +84,16 @@ def homogeneous(at: Evaluation, times: Tensor | int = 1) -> list[Identity]:
     return [Identity("Euler: <dx, x> = <dy, y>", (at.dx * at.x).sum(), sent.sum(), sent.abs().sum())]
 
 
-RELU = Operation(
-    "relu",
-    layers.relu,
-    curved=False,
-    cases=[
-        case("maps", "ordinary", off_zero(2, 3, 5, 4)),
-        case("exact zeros", "awkward", few_integers(3, 7), smooth=False),
-        case("all closed", "awkward", lambda g: -off_zero(2, 3, 4)(g).abs()),
-        case("not contiguous", "awkward", off_zero(2, 3, 5, 4), layout="gapped"),
-        case("channels last", "awkward", off_zero(2, 3, 5, 4), layout="channels_last"),
-        case("conv1", "paper", off_zero(1, 96, 55, 55)),
-    ],
-    rounding=lambda at: 2 * [Rounding(torch.zeros_like(at.x), 0, 0)],  # copies and zeros: nothing is rounded
-    identities=homogeneous,
-    pattern=lambda options, inputs: [inputs[0] > 0],
-)
+# Copies and zeros: nothing is rounded.
+RELU = Operation("relu", curved=False, rounding=lambda at: 2 * [Rounding(torch.zeros_like(at.x), 0, 0)],
+                 identities=homogeneous, pattern=lambda options, inputs: [inputs[0] > 0], cases=[
+    case("maps", "ordinary", off_zero(2, 3, 5, 4)),
+    case("exact zeros", "awkward", few_integers(3, 7), smooth=False),
+    case("all closed", "awkward", lambda g: -off_zero(2, 3, 4)(g).abs()),
+    case("not contiguous", "awkward", off_zero(2, 3, 5, 4), layout="gapped"),
+    case("channels last", "awkward", off_zero(2, 3, 5, 4), layout="channels_last"),
+    case("conv1", "paper", off_zero(1, 96, 55, 55)),
+])  # fmt: skip
 
 
 def _tanh_rounding(at: Evaluation) -> list[Rounding]:
@@ -120,43 +108,31 @@ def _tanh_identities(at: Evaluation) -> list[Identity]:
     return [Identity("dx cosh(x)^2 = dy", at.dx * square, at.dy, at.dy.abs().max() * square)]
 
 
-TANH = Operation(
-    "tanh",
-    layers.tanh,
-    curved=True,
-    cases=[
-        case("maps", "ordinary", normals(2, 3, 5, 4)),
-        case("saturated", "awkward", normals(2, 30, times=4.0)),
-        case("not contiguous", "awkward", normals(2, 3, 5, 4), layout="gapped"),
-        case("channels last", "awkward", normals(2, 3, 5, 4), layout="channels_last"),
-        case("conv1", "paper", normals(1, 96, 55, 55)),
-    ],
-    rounding=_tanh_rounding,
-    identities=_tanh_identities,
-)
+TANH = Operation("tanh", curved=True, rounding=_tanh_rounding, identities=_tanh_identities, cases=[
+    case("maps", "ordinary", normals(2, 3, 5, 4)),
+    case("saturated", "awkward", normals(2, 30, times=4.0)),
+    case("not contiguous", "awkward", normals(2, 3, 5, 4), layout="gapped"),
+    case("channels last", "awkward", normals(2, 3, 5, 4), layout="channels_last"),
+    case("conv1", "paper", normals(1, 96, 55, 55)),
+])  # fmt: skip
 
 
 _dropout_case = partial(case, p=0.5, key=7)
 
-DROPOUT = Operation(
-    "dropout",
-    layers.dropout,
-    curved=False,
-    cases=[
-        _dropout_case("inverted", "ordinary", normals(6, 8)),
-        _dropout_case("mask only, as in 2012", "ordinary", normals(6, 8), mode="mask_only"),
-        _dropout_case("30 % dropped", "ordinary", normals(6, 8), p=0.3),
-        _dropout_case("one image", "awkward", normals(1, 40)),
-        _dropout_case("second half of a batch", "awkward", normals(4, 8), first_row=4),
-        _dropout_case("nothing dropped", "awkward", normals(3, 8), p=0.0),
-        _dropout_case("whole maps", "awkward", normals(2, 3, 4, 5)),
-        _dropout_case("not contiguous", "awkward", normals(6, 8), layout="gapped"),
-        _dropout_case("fc6", "paper", normals(32, 4096), mode="mask_only"),
-    ],
-    # One product with the scale, which may itself be rounded.
-    rounding=lambda at: [Rounding(at.y.abs(), 2, 1), Rounding(at.dx.abs(), 2, 1)],
-    identities=adjoint,
-)
+# One product with the scale, which may itself be rounded.
+DROPOUT = Operation("dropout", curved=False,
+                    rounding=lambda at: [Rounding(at.y.abs(), 2, 1), Rounding(at.dx.abs(), 2, 1)],
+                    identities=adjoint, cases=[
+    _dropout_case("inverted", "ordinary", normals(6, 8)),
+    _dropout_case("mask only, as in 2012", "ordinary", normals(6, 8), mode="mask_only"),
+    _dropout_case("30 % dropped", "ordinary", normals(6, 8), p=0.3),
+    _dropout_case("one image", "awkward", normals(1, 40)),
+    _dropout_case("second half of a batch", "awkward", normals(4, 8), first_row=4),
+    _dropout_case("nothing dropped", "awkward", normals(3, 8), p=0.0),
+    _dropout_case("whole maps", "awkward", normals(2, 3, 4, 5)),
+    _dropout_case("not contiguous", "awkward", normals(6, 8), layout="gapped"),
+    _dropout_case("fc6", "paper", normals(32, 4096), mode="mask_only"),
+])  # fmt: skip
 
 
 # ---- pooling --------------------------------------------------------------------------------------------------
@@ -205,35 +181,28 @@ def _pool_pattern(options: Options, inputs: Tensors) -> Tensors:
     return [F.max_pool2d(inputs[0], kernel, stride, padding, ceil_mode=ceil, return_indices=True)[1]]
 
 
-MAX_POOL2D = Operation(
-    "max_pool2d",
-    layers.max_pool2d,
-    curved=False,
-    cases=[
-        _pool_case("overlapping windows", "ordinary", _MAPS),
-        _pool_case("windows side by side", "ordinary", separated(2, 16, 6, 8, window=2), kernel_size=2),
-        _pool_case("windows cut at the border", "awkward", separated(2, 16, 8, 6), ceil_mode=True),
-        _pool_case("ragged, rounded down", "awkward", separated(2, 16, 8, 6)),
-        _pool_case("padding, all negative", "awkward", separated(2, 16, 6, 7, sign=-1.0), padding=1),
-        _pool_case("stride 1", "awkward", separated(2, 16, 5, 6), stride=1),
-        _pool_case("stride larger than window", "awkward", separated(2, 16, 9, 8), kernel_size=2, stride=3),
-        _pool_case("unequal sides", "awkward", separated(2, 2, 8, 9), kernel_size=(3, 2), stride=(1, 2),
-                   padding=(1, 0)),
-        _pool_case("ties, first wins", "awkward", few_integers(2, 16, 7, 9), smooth=False),
-        _pool_case("ties, all win", "awkward", few_integers(2, 16, 7, 9), ties="all", smooth=False),
-        _pool_case("constant, all win", "awkward", lambda g: torch.ones(2, 16, 7, 9).double(), ties="all",
-                   smooth=False),
-        _pool_case("no ties, all win", "awkward", _MAPS, ties="all"),
-        _pool_case("one image", "awkward", separated(1, 1, 7, 9)),
-        _pool_case("not contiguous", "awkward", _MAPS, layout="gapped"),
-        _pool_case("channels last", "awkward", _MAPS, layout="channels_last", ceil_mode=True),
-        _pool_case("pool1", "paper", separated(1, 96, 55, 55), ceil_mode=True, ties="all"),
-        _pool_case("pool5", "paper", separated(2, 256, 13, 13), ceil_mode=True),
-    ],
-    rounding=_pool_rounding,
-    identities=_pool_identities,
-    pattern=_pool_pattern,
-)  # fmt: skip
+MAX_POOL2D = Operation("max_pool2d", curved=False, rounding=_pool_rounding, identities=_pool_identities,
+                       pattern=_pool_pattern, cases=[
+    _pool_case("overlapping windows", "ordinary", _MAPS),
+    _pool_case("windows side by side", "ordinary", separated(2, 16, 6, 8, window=2), kernel_size=2),
+    _pool_case("windows cut at the border", "awkward", separated(2, 16, 8, 6), ceil_mode=True),
+    _pool_case("ragged, rounded down", "awkward", separated(2, 16, 8, 6)),
+    _pool_case("padding, all negative", "awkward", separated(2, 16, 6, 7, sign=-1.0), padding=1),
+    _pool_case("stride 1", "awkward", separated(2, 16, 5, 6), stride=1),
+    _pool_case("stride larger than window", "awkward", separated(2, 16, 9, 8), kernel_size=2, stride=3),
+    _pool_case("unequal sides", "awkward", separated(2, 2, 8, 9), kernel_size=(3, 2), stride=(1, 2),
+               padding=(1, 0)),
+    _pool_case("ties, first wins", "awkward", few_integers(2, 16, 7, 9), smooth=False),
+    _pool_case("ties, all win", "awkward", few_integers(2, 16, 7, 9), ties="all", smooth=False),
+    _pool_case("constant, all win", "awkward", lambda g: torch.ones(2, 16, 7, 9).double(), ties="all",
+               smooth=False),
+    _pool_case("no ties, all win", "awkward", _MAPS, ties="all"),
+    _pool_case("one image", "awkward", separated(1, 1, 7, 9)),
+    _pool_case("not contiguous", "awkward", _MAPS, layout="gapped"),
+    _pool_case("channels last", "awkward", _MAPS, layout="channels_last", ceil_mode=True),
+    _pool_case("pool1", "paper", separated(1, 96, 55, 55), ceil_mode=True, ties="all"),
+    _pool_case("pool5", "paper", separated(2, 256, 13, 13), ceil_mode=True),
+])  # fmt: skip
 
 
 # ---- response norms -------------------------------------------------------------------------------------------
@@ -296,91 +265,70 @@ def _after_relu(*shape: int) -> Draw:
     return lambda g: normals(*shape)(g).clamp(min=0)
 
 
-LOCAL_RESPONSE_NORM = Operation(
-    "local_response_norm",
-    layers.local_response_norm,
-    curved=True,
-    cases=[
-        _norm_case("window of 5", "ordinary", 2, 16, 3, 4, size=5),
-        _norm_case("two towers", "ordinary", 2, 16, 3, 4, size=5, groups=2),
-        _norm_case("even window, two towers", "awkward", 2, 16, 3, 4, size=4, groups=2),
-        _norm_case("window of 2", "awkward", 2, 16, 3, 4, size=2),
-        _norm_case("window of 1", "awkward", 2, 5, 3, 4, size=1),
-        _norm_case("window wider than the maps", "awkward", 2, 4, 3, 4, size=9, groups=2),
-        _norm_case("beta 0.6, k 1", "awkward", 2, 16, 3, 4, size=5, beta=0.6, k=1.0),
-        _norm_case("no pixels: (N, C)", "awkward", 3, 12, size=5),
-        _norm_case("one image, one pixel", "awkward", 1, 12, 1, 1, size=5),
-        _norm_case("after a ReLU", "awkward", 2, 16, 3, 4, size=5, draw=_after_relu),
-        _norm_case("not contiguous", "awkward", 2, 16, 3, 4, size=4, groups=2, layout="gapped"),
-        _norm_case("channels last", "awkward", 2, 16, 3, 4, size=5, groups=2, layout="channels_last"),
-        # Section 3.3's constants on responses of 2012's size.
-        _norm_case(
-            "conv1, paper's constants", "paper", 1, 96, 55, 55, size=5, alpha=5e-4, groups=2,
-            draw=lambda *shape: normals(*shape, times=60.0),
-        ),
-    ],
-    rounding=_norm_rounding(layers.local_response_norm, 1),
-    identities=_norm_identities,
-)  # fmt: skip
+LOCAL_RESPONSE_NORM = Operation("local_response_norm", curved=True,
+                                rounding=_norm_rounding(layers.local_response_norm, 1),
+                                identities=_norm_identities, cases=[
+    _norm_case("window of 5", "ordinary", 2, 16, 3, 4, size=5),
+    _norm_case("two towers", "ordinary", 2, 16, 3, 4, size=5, groups=2),
+    _norm_case("even window, two towers", "awkward", 2, 16, 3, 4, size=4, groups=2),
+    _norm_case("window of 2", "awkward", 2, 16, 3, 4, size=2),
+    _norm_case("window of 1", "awkward", 2, 5, 3, 4, size=1),
+    _norm_case("window wider than the maps", "awkward", 2, 4, 3, 4, size=9, groups=2),
+    _norm_case("beta 0.6, k 1", "awkward", 2, 16, 3, 4, size=5, beta=0.6, k=1.0),
+    _norm_case("no pixels: (N, C)", "awkward", 3, 12, size=5),
+    _norm_case("one image, one pixel", "awkward", 1, 12, 1, 1, size=5),
+    _norm_case("after a ReLU", "awkward", 2, 16, 3, 4, size=5, draw=_after_relu),
+    _norm_case("not contiguous", "awkward", 2, 16, 3, 4, size=4, groups=2, layout="gapped"),
+    _norm_case("channels last", "awkward", 2, 16, 3, 4, size=5, groups=2, layout="channels_last"),
+    # Section 3.3's constants on responses of 2012's size.
+    _norm_case("conv1, paper's constants", "paper", 1, 96, 55, 55, size=5, alpha=5e-4, groups=2,
+               draw=partial(normals, times=60.0)),
+])  # fmt: skip
 
-SAME_MAP_NORM = Operation(
-    "same_map_norm",
-    layers.same_map_norm,
-    curved=True,
-    cases=[
-        _norm_case("square of 5", "ordinary", 2, 16, 8, 7, size=5, power=2),
-        _norm_case("square of 3, k 1", "ordinary", 2, 16, 6, 7, size=3, power=2, k=1.0),
-        _norm_case("square wider than the map", "awkward", 2, 3, 3, 2, size=7, power=2),
-        _norm_case("square of 1", "awkward", 2, 3, 3, 4, size=1, power=2),
-        _norm_case("beta 0.6", "awkward", 2, 16, 6, 7, size=3, power=2, beta=0.6),
-        _norm_case("one image, one pixel", "awkward", 1, 3, 1, 1, size=5, power=2),
-        _norm_case("not contiguous", "awkward", 2, 16, 8, 7, size=5, power=2, layout="gapped"),
-        _norm_case("channels last", "awkward", 2, 16, 8, 7, size=5, power=2, layout="channels_last"),
-        # layers-145.cfg:107-117 on responses of 2012's size.
-        _norm_case(
-            "conv2, the code's constants", "paper", 1, 256, 27, 27, size=5, alpha=1e-3, k=1.0,
-            draw=lambda *shape: normals(*shape, times=30.0),
-        ),
-    ],
-    rounding=_norm_rounding(layers.same_map_norm, 2),
-    identities=_norm_identities,
-)  # fmt: skip
+SAME_MAP_NORM = Operation("same_map_norm", curved=True, rounding=_norm_rounding(layers.same_map_norm, 2),
+                          identities=_norm_identities, cases=[
+    _norm_case("square of 5", "ordinary", 2, 16, 8, 7, size=5, power=2),
+    _norm_case("square of 3, k 1", "ordinary", 2, 16, 6, 7, size=3, power=2, k=1.0),
+    _norm_case("square wider than the map", "awkward", 2, 3, 3, 2, size=7, power=2),
+    _norm_case("square of 1", "awkward", 2, 3, 3, 4, size=1, power=2),
+    _norm_case("beta 0.6", "awkward", 2, 16, 6, 7, size=3, power=2, beta=0.6),
+    _norm_case("one image, one pixel", "awkward", 1, 3, 1, 1, size=5, power=2),
+    _norm_case("not contiguous", "awkward", 2, 16, 8, 7, size=5, power=2, layout="gapped"),
+    _norm_case("channels last", "awkward", 2, 16, 8, 7, size=5, power=2, layout="channels_last"),
+    # layers-145.cfg:107-117 on responses of 2012's size.
+    _norm_case("conv2, the code's constants", "paper", 1, 256, 27, 27, size=5, alpha=1e-3, k=1.0,
+               draw=partial(normals, times=30.0)),
+])  # fmt: skip
 
 
 # ---- convolution ----------------------------------------------------------------------------------------------
 
 _TOWERS: Options = {"stride": (1, 2), "padding": (0, 2, 1, 3), "groups": 2}
 
-CONV2D = Operation(
-    "conv2d",
-    layers.conv2d,
-    curved=False,
-    cases=[
-        _weighted("towers, unequal sides", "ordinary", (3, 4, 7, 8), (6, 2, 2, 3), **_TOWERS),
-        _weighted("stride and padding", "ordinary", (2, 3, 9, 8), (4, 3, 3, 3), stride=2, padding=1),
-        # Taps enough, and zeros few enough, for the shifted products of layers/compiled/conv2d.py.
-        _weighted("many taps", "ordinary", (2, 4, 22, 23), (6, 2, 5, 4), padding=(1, 2, 2, 2), groups=2),
-        _weighted("zeros right and bottom", "awkward", (2, 3, 16, 16), (4, 3, 11, 11), stride=4, padding=(0, 3, 0, 3)),
-        _weighted("one image", "awkward", (1, 2, 5, 6), (4, 2, 3, 3), padding=1),
-        _weighted("one window", "awkward", (2, 2, 3, 4), (4, 2, 3, 4)),
-        _weighted("kernel of one pixel", "awkward", (2, 3, 4, 5), (6, 3, 1, 1)),
-        _weighted("stride larger than kernel", "awkward", (2, 2, 11, 10), (4, 2, 2, 3), stride=(5, 4)),
-        _weighted("pixels no window reads", "awkward", (2, 2, 10, 9), (4, 2, 3, 3), stride=4),
-        _weighted("windows in the padding", "awkward", (2, 2, 3, 3), (4, 2, 2, 2), padding=4),
-        _weighted("a group for every channel", "awkward", (2, 3, 5, 5), (6, 1, 3, 3), padding=1, groups=3),
-        _weighted("no bias", "awkward", (2, 3, 5, 5), (4, 3, 3, 3), bias=False),
-        _weighted("not contiguous", "awkward", (3, 4, 7, 8), (6, 2, 2, 3), layout="gapped", **_TOWERS),
-        _weighted("channels last", "awkward", (3, 4, 7, 8), (6, 2, 2, 3), layout="channels_last", **_TOWERS),
-        _weighted("conv1", "paper", (2, 3, 224, 224), (96, 3, 11, 11), stride=4, padding=(0, 3, 0, 3)),
-        _weighted("conv2", "paper", (2, 96, 27, 27), (256, 48, 5, 5), padding=2, groups=2),
-        _weighted("conv3", "paper", (2, 256, 13, 13), (384, 256, 3, 3), padding=1),
-        _weighted("conv4", "paper", (2, 384, 13, 13), (384, 192, 3, 3), padding=1, groups=2),
-        _weighted("conv5", "paper", (2, 384, 13, 13), (256, 192, 3, 3), padding=1, groups=2),
-    ],
-    # Stored twice: columns of dx before they are folded, pieces of dw before they are summed, y before its bias.
-    rounding=_products(layers.conv2d, 2, 2, 2, 1),
-    identities=adjoint,
-)  # fmt: skip
+# Stored twice: columns of dx before they are folded, pieces of dw before they are summed, y before its bias.
+CONV2D = Operation("conv2d", curved=False, rounding=_products(layers.conv2d, 2, 2, 2, 1), identities=adjoint,
+                   cases=[
+    _weighted("towers, unequal sides", "ordinary", (3, 4, 7, 8), (6, 2, 2, 3), **_TOWERS),
+    _weighted("stride and padding", "ordinary", (2, 3, 9, 8), (4, 3, 3, 3), stride=2, padding=1),
+    # Taps enough, and zeros few enough, for the shifted products of layers/compiled/conv2d.py.
+    _weighted("many taps", "ordinary", (2, 4, 22, 23), (6, 2, 5, 4), padding=(1, 2, 2, 2), groups=2),
+    _weighted("zeros right and bottom", "awkward", (2, 3, 16, 16), (4, 3, 11, 11), stride=4, padding=(0, 3, 0, 3)),
+    _weighted("one image", "awkward", (1, 2, 5, 6), (4, 2, 3, 3), padding=1),
+    _weighted("one window", "awkward", (2, 2, 3, 4), (4, 2, 3, 4)),
+    _weighted("kernel of one pixel", "awkward", (2, 3, 4, 5), (6, 3, 1, 1)),
+    _weighted("stride larger than kernel", "awkward", (2, 2, 11, 10), (4, 2, 2, 3), stride=(5, 4)),
+    _weighted("pixels no window reads", "awkward", (2, 2, 10, 9), (4, 2, 3, 3), stride=4),
+    _weighted("windows in the padding", "awkward", (2, 2, 3, 3), (4, 2, 2, 2), padding=4),
+    _weighted("a group for every channel", "awkward", (2, 3, 5, 5), (6, 1, 3, 3), padding=1, groups=3),
+    _weighted("no bias", "awkward", (2, 3, 5, 5), (4, 3, 3, 3), bias=False),
+    _weighted("not contiguous", "awkward", (3, 4, 7, 8), (6, 2, 2, 3), layout="gapped", **_TOWERS),
+    _weighted("channels last", "awkward", (3, 4, 7, 8), (6, 2, 2, 3), layout="channels_last", **_TOWERS),
+    _weighted("conv1", "paper", (2, 3, 224, 224), (96, 3, 11, 11), stride=4, padding=(0, 3, 0, 3)),
+    _weighted("conv2", "paper", (2, 96, 27, 27), (256, 48, 5, 5), padding=2, groups=2),
+    _weighted("conv3", "paper", (2, 256, 13, 13), (384, 256, 3, 3), padding=1),
+    _weighted("conv4", "paper", (2, 384, 13, 13), (384, 192, 3, 3), padding=1, groups=2),
+    _weighted("conv5", "paper", (2, 384, 13, 13), (256, 192, 3, 3), padding=1, groups=2),
+])  # fmt: skip
 
 
 # ---- cross-entropy --------------------------------------------------------------------------------------------
@@ -416,26 +364,20 @@ def _logits_case(
     return case(name, kind, *draws, **options)
 
 
-CROSS_ENTROPY = Operation(
-    "cross_entropy",
-    layers.cross_entropy,
-    curved=True,
-    cases=[
-        _logits_case("5 images, 7 classes", "ordinary", 5, 7),
-        _logits_case("labels smoothed", "ordinary", 5, 7, label_smoothing=0.1),
-        _logits_case("sum over the images", "awkward", 5, 7, reduction="sum"),
-        _logits_case("a loss for each image", "awkward", 5, 7, reduction="none", label_smoothing=0.1),
-        _logits_case("one image, two classes", "awkward", 1, 2),
-        # exp(800) overflows even float64. Far from the truth the curve is straight: nothing to difference.
-        _logits_case("logits of 800", "awkward", 4, 7, times=400.0, smooth=False),
-        # Their differences are small numbers; 1e8 + log 7 is not a difference.
-        _logits_case("logits around 1e8", "awkward", 4, 7, around=1e8, smooth=False),
-        _logits_case("not contiguous", "awkward", 5, 7, layout="gapped"),
-        _logits_case("ILSVRC batch", "paper", 32, 1000, times=2.0),
-    ],
-    rounding=_cross_entropy_rounding,
-    identities=_rows_sum_to_zero,
-)
+CROSS_ENTROPY = Operation("cross_entropy", curved=True, rounding=_cross_entropy_rounding,
+                          identities=_rows_sum_to_zero, cases=[
+    _logits_case("5 images, 7 classes", "ordinary", 5, 7),
+    _logits_case("labels smoothed", "ordinary", 5, 7, label_smoothing=0.1),
+    _logits_case("sum over the images", "awkward", 5, 7, reduction="sum"),
+    _logits_case("a loss for each image", "awkward", 5, 7, reduction="none", label_smoothing=0.1),
+    _logits_case("one image, two classes", "awkward", 1, 2),
+    # exp(800) overflows even float64. Far from the truth the curve is straight: nothing to difference.
+    _logits_case("logits of 800", "awkward", 4, 7, times=400.0, smooth=False),
+    # Their differences are small numbers; 1e8 + log 7 is not a difference.
+    _logits_case("logits around 1e8", "awkward", 4, 7, around=1e8, smooth=False),
+    _logits_case("not contiguous", "awkward", 5, 7, layout="gapped"),
+    _logits_case("ILSVRC batch", "paper", 32, 1000, times=2.0),
+])  # fmt: skip
 
 
 # ---- ReLU, norm and pool in one -------------------------------------------------------------------------------
@@ -491,32 +433,26 @@ _PAPER, _CODE = "relu_lrn_pool", "lrn_pool_relu"
 # 0.03 per term: the strongest units are damped by a third, and none loses its window to a weaker one.
 _block_case = partial(_norm_case, size=5, alpha_per_term=0.03, draw=separated)
 
-RELU_LRN_POOL = Operation(
-    "relu_lrn_pool",
-    layers.relu_lrn_pool,
-    curved=True,
-    cases=[
-        _block_case("the paper's order", "ordinary", 2, 16, 7, 7, order=_PAPER),
-        _block_case("the 2012 code's order", "ordinary", 2, 16, 7, 7, order=_CODE),
-        _block_case("towers, paper", "ordinary", 2, 16, 7, 7, order=_PAPER, groups=2),
-        _block_case("towers, code, all ties win", "awkward", 2, 16, 6, 8, order=_CODE, groups=2, ties="all"),
-        _block_case("even window, paper", "awkward", 2, 16, 7, 7, order=_PAPER, size=4),
-        _block_case("rounded down, code", "awkward", 2, 16, 6, 8, order=_CODE, ceil_mode=False),
-        _block_case("closed windows, paper", "awkward", 2, 16, 7, 7, order=_PAPER, draw=_two_maps_closed),
-        _block_case("closed windows, code", "awkward", 2, 16, 7, 7, order=_CODE, draw=_two_maps_closed),
-        _block_case("one image", "awkward", 1, 4, 5, 5, order=_PAPER),
-        _block_case("not contiguous", "awkward", 2, 16, 7, 7, order=_CODE, layout="gapped"),
-        _block_case("channels last", "awkward", 2, 16, 7, 7, order=_PAPER, layout="channels_last"),
-        _block_case("block 1, paper", "paper", 1, 96, 55, 55, order=_PAPER, groups=2, ties="all"),
-        _block_case("block 1, code", "paper", 1, 96, 55, 55, order=_CODE, groups=2, ties="all"),
-    ],
-    rounding=_block_rounding,
-    identities=_block_identities,
-    pattern=_block_pattern,
-)
+RELU_LRN_POOL = Operation("relu_lrn_pool", curved=True, rounding=_block_rounding,
+                          identities=_block_identities, pattern=_block_pattern, cases=[
+    _block_case("the paper's order", "ordinary", 2, 16, 7, 7, order=_PAPER),
+    _block_case("the 2012 code's order", "ordinary", 2, 16, 7, 7, order=_CODE),
+    _block_case("towers, paper", "ordinary", 2, 16, 7, 7, order=_PAPER, groups=2),
+    _block_case("towers, code, all ties win", "awkward", 2, 16, 6, 8, order=_CODE, groups=2, ties="all"),
+    _block_case("even window, paper", "awkward", 2, 16, 7, 7, order=_PAPER, size=4),
+    _block_case("rounded down, code", "awkward", 2, 16, 6, 8, order=_CODE, ceil_mode=False),
+    _block_case("closed windows, paper", "awkward", 2, 16, 7, 7, order=_PAPER, draw=_two_maps_closed),
+    _block_case("closed windows, code", "awkward", 2, 16, 7, 7, order=_CODE, draw=_two_maps_closed),
+    _block_case("one image", "awkward", 1, 4, 5, 5, order=_PAPER),
+    _block_case("not contiguous", "awkward", 2, 16, 7, 7, order=_CODE, layout="gapped"),
+    _block_case("channels last", "awkward", 2, 16, 7, 7, order=_PAPER, layout="channels_last"),
+    _block_case("block 1, paper", "paper", 1, 96, 55, 55, order=_PAPER, groups=2, ties="all"),
+    _block_case("block 1, code", "paper", 1, 96, 55, 55, order=_CODE, groups=2, ties="all"),
+])  # fmt: skip
 
 ALL = (
-    LINEAR, RELU, TANH, DROPOUT, MAX_POOL2D, LOCAL_RESPONSE_NORM, SAME_MAP_NORM, CONV2D, CROSS_ENTROPY, RELU_LRN_POOL
+    LINEAR, RELU, TANH, DROPOUT, MAX_POOL2D, LOCAL_RESPONSE_NORM, SAME_MAP_NORM, CONV2D, CROSS_ENTROPY,
+    RELU_LRN_POOL,
 )  # fmt: skip
 
 
