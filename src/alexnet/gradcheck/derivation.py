@@ -49,20 +49,16 @@ def _prose(text: str) -> str:
 
 
 def _table(lines: list[str]) -> str:
-    rows = [_cells(line) for line in lines]
-    columns = max(len(row) for row in rows)
-    html = []
-    for row in rows:
-        *cells, last = row
-        span = f' colspan="{columns - len(cells)}"' if len(row) < columns else ""
-        html.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + f"<td{span}>{last}</td></tr>")
-    return '<div class="scroll"><table class="formulas">' + "".join(html) + "</table></div>"
-
-
-def _cells(line: str) -> list[str]:
-    """The cells of one line; the two sides of an equation that was aligned at its = are one cell."""
-    parts = re.split(r"\s{3,}", re.sub(r"\s+=\s+", " = ", line.strip()))
-    return [f"${latex(part)}$" if _is_formula(part) else _prose(part) for part in parts]
+    rows = []
+    for line in lines:
+        # The two sides of an equation that was aligned at its = are one cell.
+        parts = re.split(r"\s{3,}", re.sub(r"\s+=\s+", " = ", line.strip()))
+        rows.append([f"${latex(part)}$" if _is_formula(part) else _prose(part) for part in parts])
+    columns, html = max(map(len, rows)), ""
+    for *cells, last in rows:
+        span = f' colspan="{columns - len(cells)}"' if len(cells) + 1 < columns else ""
+        html += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + f"<td{span}>{last}</td></tr>"
+    return f'<div class="scroll"><table class="formulas">{html}</table></div>'
 
 
 def _is_formula(cell: str) -> bool:
@@ -75,15 +71,11 @@ def _is_formula(cell: str) -> bool:
 def latex(formula: str) -> str:
     """One line of a derivation as LaTeX: x[n,i] is an index, alpha a letter, sum_{...} a sum, s^-beta a power."""
     formula = re.sub(r"floor\(([^()]*)\)", r"⌊\1⌋", formula)
-    formula = re.sub(r"∂(\S+?)/∂([\w*]+(?:\[[^\]]*\])?)", _quotient(r"∂ \1", r"∂ \2"), formula)
-    formula = re.sub(r"\(([\w\s]+)/([\w^ ]+)\)", _quotient(r"\1", r"\2"), formula)
+    formula = re.sub(r"∂(\S+?)/∂([\w*]+(?:\[[^\]]*\])?)", r"⟦∂ \1⟧⟦∂ \2⟧", formula)
+    formula = re.sub(r"\(([\w\s]+)/([\w^ ]+)\)", r"⟦\1⟧⟦\2⟧", formula)
     tokens = TOKEN.findall(formula)
     text = re.sub(r" \} +\\text\{ ", " ", _sequence(tokens))  # one \text{} for a run of words
     return re.sub(r"\s+", " ", text).strip()
-
-
-def _quotient(above: str, below: str) -> str:
-    return rf"⟦{above}⟧⟦{below}⟧"
 
 
 def _sequence(tokens: list[str]) -> str:
@@ -116,12 +108,11 @@ def _until(closing: str, tokens: list[str]) -> str:
     opening = {"]": "[", "}": "{", ")": "(", "⟧": "⟦"}[closing]
     inner: list[str] = []
     depth = 1
-    while tokens:
+    while tokens and depth:
         token = tokens.pop(0)
         depth += (token == opening) - (token == closing)
-        if not depth:
-            break
-        inner.append(token)
+        if depth:
+            inner.append(token)
     return _sequence(inner)
 
 
