@@ -7,7 +7,7 @@ from alexnet.gradcheck import network
 from alexnet.gradcheck.checks import results_of
 from alexnet.gradcheck.mutants import Mutant, mutate, try_to_kill
 from alexnet.gradcheck.mutants_of_compiled import MUTANTS_OF_COMPILED
-from alexnet.gradcheck.operations import ALL
+from alexnet.gradcheck.operations import by_name
 from alexnet.layers import Backends
 from alexnet.layers.backend import OPERATIONS
 from alexnet.layers.compiled import pointwise
@@ -35,27 +35,27 @@ def test_mutant_is_killed_compiled(mutant):
 @pytest.mark.parametrize("operation", ON_CUDA)
 def test_checks_of_the_small_cases_hold_for_the_cuda_pairs_uncompiled(operation, monkeypatch):
     monkeypatch.setitem(PAIRS, (operation, "compiled"), ON_CUDA[operation])
-    (checked,) = (found for found in ALL if found.name == operation)
-    with torch.compiler.set_stance("force_eager"):
-        for case in checked.cases:
-            if case.kind in ("ordinary", "awkward"):
-                results = results_of(checked, case, "compiled", "cpu", (torch.float64, torch.bfloat16))
-                assert [r for r in results if not r.passed] == []
+    assert failures(operation, "compiled", (torch.float64, torch.bfloat16)) == []
 
 
-PAIRS_WITH_MUTANTS = sorted({(m.where, m.backend) for m in MUTANTS_OF_COMPILED})
-
-
-@pytest.mark.parametrize(("operation", "backend"), PAIRS_WITH_MUTANTS)
+@pytest.mark.parametrize(
+    ("operation", "backend"), sorted({(m.where, m.backend) for m in MUTANTS_OF_COMPILED})
+)
 def test_every_check_of_the_small_cases_holds(operation, backend):
     """In every type that a mutant runs in, and without the compiler as there: what the checks find is the mutant."""
     dtypes = {m.dtype for m in MUTANTS_OF_COMPILED if (m.where, m.backend) == (operation, backend)}
-    (checked,) = (found for found in ALL if found.name == operation)
+    assert failures(operation, backend, tuple(dtypes)) == []
+
+
+def failures(operation, backend, dtypes):
+    """Of the small cases, uncompiled."""
+    checked = by_name(operation)
     with torch.compiler.set_stance("force_eager"):
-        for case in checked.cases:
-            if case.kind in ("ordinary", "awkward"):
-                results = results_of(checked, case, backend, "cpu", tuple(dtypes))
-                assert [r for r in results if not r.passed] == []
+        results = [
+            r for case in checked.small_cases for r in results_of(checked, case, backend, "cpu", dtypes)
+        ]
+    assert {r.case for r in results} == {case.name for case in checked.small_cases}
+    return [r for r in results if not r.passed]
 
 
 @pytest.mark.slow
@@ -65,11 +65,10 @@ def test_every_check_of_the_small_cases_holds(operation, backend):
 def test_every_check_of_an_awkward_case_holds_compiled(operation):
     """One case, since a case costs seconds of compilation: on many others layers/test_compiled.py compares with the
     reference, and scripts/check_gradients.py backend=fast proves all of them."""
-    (checked,) = (found for found in ALL if found.name == operation)
-    case = [case for case in checked.cases if case.kind in ("ordinary", "awkward")][-1]
+    checked = by_name(operation)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    results = list(results_of(checked, case, "compiled", "cpu", (torch.float64,)))
+    results = list(results_of(checked, checked.small_cases[-1], "compiled", "cpu", (torch.float64,)))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert [r for r in results if not r.passed] == []
 

@@ -1,6 +1,7 @@
 """A path is a backend: training, evaluation and the checks with the reader's own gradient."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,9 @@ def test_a_path_in_a_checkpoint_or_a_record_is_never_imported(
     own.write_text(f"open({str(marker)!r}, 'w').close()\n{RELU}")
     monkeypatch.delitem(PAIRS, ("relu", str(own)))  # as in another process
     record = json.loads((directory / "run.json").read_text())
+    message = r"own\.py is a file, and a file is run only where the command line names it"
     for backend in (None, record["resolved"]["backend"]):
-        with pytest.raises(
-            UserError, match=r"own\.py is a file, and a file is run only where the command line names it"
-        ):
+        with pytest.raises(UserError, match=message):
             load(directory, backend)
     evaluate(Evaluate(checkpoint=str(directory), data_dir=config.data_dir))
     assert not marker.exists()
@@ -130,20 +130,15 @@ def test_reproduce_takes_the_readers_pair(own: Path, data_dir: Path, tmp_path: P
     assert record["resolved"]["yours"] == {"linear": record["config"]["backend"]["linear"]}
 
 
-def test_the_checks_take_the_readers_pair(own: Path, tmp_path: Path) -> None:
-    config = CheckGradients(
-        operations=["relu"], backend=Backends(relu=str(own)), output_dir=str(tmp_path), mutants=True
-    )
-    lines: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "alexnet.gradcheck.lesson", None)
-        proof = gradcheck.prove(config, lines.append)
+def test_the_checks_take_the_readers_pair(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "alexnet.gradcheck.lesson", None)
+    backend = Backends(relu=str(own))
+    config = CheckGradients(operations=["relu"], backend=backend, output_dir=str(tmp_path), mutants=True)
+    proof = gradcheck.prove(config, lambda line: None)
     assert proof.passed
     assert {result.backend for result in proof.results} == {str(own)}
     own.write_text(RELU.replace("<= 0", "<= 1"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "alexnet.gradcheck.lesson", None)
-        assert not gradcheck.prove(config, lines.append).passed
+    assert not gradcheck.prove(config, lambda line: None).passed
 
 
 @pytest.mark.parametrize(
@@ -159,9 +154,8 @@ def test_what_is_neither_a_name_nor_a_path_is_refused(choice: dict[str, str], me
 
 
 def test_a_file_without_the_pair_is_refused(own: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"own\.py must define tanh_forward; exercise=tanh writes a file that does"
-    ):
+    message = r"own\.py must define tanh_forward; exercise=tanh writes a file that does"
+    with pytest.raises(UserError, match=message):
         Backends(tanh=str(own)).resolve("cpu")
     with pytest.raises(UserError, match=r"gone\.py does not exist"):
         Backends(tanh="gone.py").resolve("cpu")
