@@ -1,5 +1,6 @@
 """Batches: the same for any way of reading, any number of devices, and after any resume."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from alexnet.data import module
 from alexnet.data.augment import Augment, AugmentConfig
 from alexnet.data.config import DataConfig, Resident
 from alexnet.data.module import (
@@ -23,7 +25,6 @@ from alexnet.data.module import (
     ImageData,
     Pixels,
     ahead_of_time,
-    host_memory,
     is_resident,
 )
 from alexnet.data.store import FORMAT, Store, sha256, write_manifest
@@ -390,12 +391,16 @@ def test_resident_is_the_users_word_or_a_share_of_the_memory() -> None:
     assert not is_resident(1, CPU, Resident.never)
 
 
-def test_the_memory_of_a_job_is_its_limit_and_not_the_machine_s(tmp_path: Path) -> None:
-    whole = host_memory([])
+def test_the_memory_of_a_job_is_its_limit_and_not_the_machine_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "max").write_text("max\n")
     (tmp_path / "limit").write_text("1000000\n")
-    assert host_memory([str(tmp_path / "none"), str(tmp_path / "max")]) == whole
-    assert host_memory([str(tmp_path / "limit"), str(tmp_path / "max")]) == 1_000_000
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, memory in (("none", machine), ("limit", 1_000_000)):
+        monkeypatch.setattr(module, "CGROUP_LIMITS", [tmp_path / limit, tmp_path / "max"])
+        assert is_resident(int(module.SHARE * memory) - 1, CPU, Resident.auto)
+        assert not is_resident(int(module.SHARE * memory) + 1, CPU, Resident.auto)
 
 
 def test_a_store_that_cannot_be_copied_is_an_error_with_a_remedy() -> None:

@@ -119,13 +119,9 @@ class Folder(Files):
     def __init__(self, root: Path, walk: bool = True) -> None:
         super().__init__(root)
         self.archives: dict[str, int] = {}
-        if walk:
-            self._walk()
-
-    def _walk(self) -> None:
-        """First all that is reached without links; then the links, in the order found, to folders that are new."""
-        root, seen = str(self.path), {_identity(parent) for parent in self.path.resolve().parents}
-        starts = [root]
+        # First all that is reached without links; then the links, in the order found, to folders that are new.
+        top, seen = str(root), {_identity(parent) for parent in root.resolve().parents}
+        starts = [top] if walk else []
         for start in starts:  # which the links make longer
             for folder, below, files in os.walk(start, onerror=self._refuse):
                 if (identity := _identity(folder)) in seen:
@@ -137,7 +133,7 @@ class Folder(Files):
                 below[:] = sorted((name for name in below if not is_hidden(name)), reverse=True)
                 paths = (os.path.join(folder, name) for name in reversed(below))
                 starts += filter(os.path.islink, paths)
-                inside = folder.removeprefix(root).strip("/")
+                inside = folder.removeprefix(top).strip("/")
                 self.folders.add(inside)
                 for name in sorted(name for name in files if not is_hidden(name)):
                     self.enter_file(f"{inside}/{name}" if inside else name)

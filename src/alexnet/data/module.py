@@ -149,9 +149,8 @@ class Pixels:
             for images, copied in ahead_of_time(take_and_send, numbers, self.num_workers):
                 consumer = torch.cuda.current_stream(self.device)
                 consumer.wait_event(copied)
-                images.record_stream(
-                    consumer
-                )  # or its memory could be given to the next copy while it is in use
+                # Or its memory could be given to the next copy while it is in use.
+                images.record_stream(consumer)
                 yield images
 
 
@@ -164,18 +163,13 @@ def is_resident(size: int, device: torch.device, resident: Resident) -> bool:
     """Does a store of `size` bytes live on the device?"""
     if resident != Resident.auto:
         return resident == Resident.always
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_memory()
-    return size < SHARE * memory
-
-
-def host_memory(limits: Iterable[str] = CGROUP_LIMITS) -> int:
-    """Bytes this process may use: the machine's, or the limit that its container or job was given."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in limits:
+    if device.type == "cuda":
+        return size < SHARE * torch.cuda.get_device_properties(device).total_memory
+    memory = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-            found.append(int(Path(path).read_text()))
-    return min(found)
+            memory.append(int(Path(path).read_text()))
+    return size < SHARE * min(memory)
 
 
 def ahead_of_time(make: Callable[[int], T], numbers: Iterable[int], threads: int) -> Iterator[T]:

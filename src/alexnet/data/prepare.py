@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import partial
@@ -293,15 +293,11 @@ def choose(config: PrepareConfig) -> Source:
     if config.source == SourceKind.synthetic:
         source = sources.synthetic_source(config.n_train, config.n_val, config.px, config.seed)
     else:
-        downloads = Path(config.root).parent / "downloads"
-        given = Path(config.path) if config.path else None
+        path = Path(config.path) if config.path else None
+        path = path or sources.download(config.source, config.px, Path(config.root).parent / "downloads")
+        words = Path(config.words) if config.words else None
         source = sources.open_source(
-            config.source,
-            given or sources.download(config.source, config.px, downloads),
-            official=config.official,
-            words=Path(config.words) if config.words else None,
-            splits=config.splits,
-            wanted=wanted,
+            config.source, path, official=config.official, words=words, splits=config.splits, wanted=wanted
         )
     if config.n_classes is not None:
         wanted = sources.draw_classes(source, config.n_classes, config.seed)
@@ -314,7 +310,7 @@ def choose(config: PrepareConfig) -> Source:
     return replace(source, splits={split: items for split, items in source.splits.items() if items})
 
 
-class Crew:
+class Crew(AbstractContextManager["Crew"]):
     """The processes of one call of `prepare`; with 0 workers all is done in this one."""
 
     def __init__(self, workers: int) -> None:
@@ -322,9 +318,6 @@ class Crew:
         context = multiprocessing.get_context("spawn")
         self.workers = workers
         self.pool = ProcessPoolExecutor(workers, context, _end_with_parent) if workers else None
-
-    def __enter__(self) -> "Crew":
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self.pool is not None:

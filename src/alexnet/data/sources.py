@@ -246,13 +246,12 @@ def download(kind: SourceKind, px: int, directory: Path) -> Path:
 class Lines(io.TextIOBase):
     """What a progress bar writes, for a file or a pipe: no carriage returns, one line a minute and one at the end."""
 
-    def __init__(self, stream: TextIO, seconds: float = 60.0) -> None:
-        self.stream, self.seconds = stream, seconds
-        self.line, self.last = "", time.monotonic()
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.line, self.last = stream, "", time.monotonic()
 
     def write(self, text: str) -> int:
         self.line = text.rpartition("\r")[2].strip() or self.line
-        if text == "\n" or time.monotonic() - self.last >= self.seconds:  # a bar ends with a line feed
+        if text == "\n" or time.monotonic() - self.last >= 60:  # a bar ends with a line feed
             print(self.line, file=self.stream, flush=True)
             self.last = time.monotonic()
         return len(text)
