@@ -23,7 +23,7 @@ FILES = {f"set/{name}/{k}.jpg": IMAGES[4 * c + k] for c, name in enumerate(CLASS
 
 
 def counts(source: Source) -> list[int]:
-    labels = [item.label for item in source.splits["train"]]
+    labels = list(source.splits["train"].values())
     return [labels.count(label) for label in range(len(source.classes))]
 
 
@@ -94,7 +94,7 @@ def test_a_zip_with_a_password_is_refused_and_a_wrong_checksum_is_one_bad_file(t
     at = data.index(IMAGES[5])
     (tmp_path / "x.zip").write_bytes(changed(data, at + 100, bytes([data[at + 100] ^ 1])))
     source = opened("folder", tmp_path / "x.zip")
-    payloads = dict(source.stream({item.name for item in source.splits["train"]}))
+    payloads = dict(source.stream(set(source.splits["train"])))
     bad = {name: p.reason for name, p in payloads.items() if isinstance(p, Unreadable)}
     assert list(bad) == ["set/dog/1.jpg"]
     assert "CRC" in bad["set/dog/1.jpg"]
@@ -184,7 +184,7 @@ def test_broken_links_pipes_and_odd_names_hang_nothing(folder: Path) -> None:
     source = opened("folder", folder)
     assert counts(source) == [5, 4, 5]  # the broken link will be a bad file
     assert source.left_out == {"broken link": 2, "neither file nor folder": 1}
-    odd = [item.name for item in source.splits["train"] if "caf" in item.name]
+    odd = [name for name in source.splits["train"] if "caf" in name]
     assert shown(odd[0]) == r"owl/caf\udce9\n.jpg"
 
 

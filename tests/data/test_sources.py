@@ -14,7 +14,6 @@ from alexnet.data import sources
 from alexnet.data.config import SourceKind
 from alexnet.data.pictures import read
 from alexnet.data.sources import (
-    Item,
     Official,
     Source,
     draw_classes,
@@ -96,8 +95,8 @@ def opened(kind: str, path: Path, official: bool = False, **options) -> Source:
 
 def contents(source: Source, split: str) -> list[tuple[bytes, int]]:
     """What the items of a split really are, in order."""
-    found = dict(source.stream({item.name for item in source.splits[split]}))
-    return [(read(found[item.name]), item.label) for item in source.splits[split]]
+    found = dict(source.stream(set(source.splits[split])))
+    return [(read(found[name]), label) for name, label in source.splits[split].items()]
 
 
 WRITERS = {
@@ -228,13 +227,10 @@ def test_a_folder_of_classes_alone_is_all_train(tmp_path: Path) -> None:
     files |= {"pets/cat/notes.txt": b"x", "pets/cat/.hidden.png": b"x", "README.md": b"x"}
     source = opened("folder", write_tar(tmp_path / "x.tar", files, "w"))
     assert [entry["wnid"] for entry in source.classes] == ["cat", "dog"]
-    assert source.splits == {
-        "train": [
-            Item(f"pets/{name}/deep/{k}", c)
-            for c, name in enumerate(("cat", "dog"))
-            for k in ("0.png", "1.JPG")
-        ]
-    }
+    assert list(source.splits) == ["train"]
+    assert list(source.splits["train"].items()) == [
+        (f"pets/{name}/deep/{k}", c) for c, name in enumerate(("cat", "dog")) for k in ("0.png", "1.JPG")
+    ]
 
 
 def test_val_without_train_is_refused(tmp_path: Path) -> None:
@@ -261,8 +257,8 @@ def test_chosen_classes_are_numbered_anew_in_every_split(source: Source) -> None
     chosen = with_classes(source, ["n05000000", "n01000000"])
     assert [entry["wnid"] for entry in chosen.classes] == ["n01000000", "n05000000"]
     for split, each in (("train", 8), ("val", 2)):
-        assert [item.label for item in chosen.splits[split]] == [0] * each + [1] * each
-        assert all(f"n0{1 + 4 * item.label}000000" in item.name for item in chosen.splits[split])
+        assert list(chosen.splits[split].values()) == [0] * each + [1] * each
+        assert all(f"n0{1 + 4 * label}000000" in name for name, label in chosen.splits[split].items())
 
 
 def test_an_unknown_class_is_named_with_its_nearest(source: Source) -> None:
@@ -287,11 +283,11 @@ def test_a_number_of_classes_is_drawn_by_seed(source: Source) -> None:
 
 def test_images_per_class_are_drawn_by_class_whatever_the_other_classes(source: Source) -> None:
     few = with_images_per_class(source, 3, 0)
-    assert [item.label for item in few.splits["train"]] == [c for c in range(6) for _ in range(3)]
+    assert list(few.splits["train"].values()) == [c for c in range(6) for _ in range(3)]
     assert few.splits["val"] == source.splits["val"]
     alone = with_images_per_class(with_classes(source, ["n04000000", "n02000000"]), 3, 0)
-    assert [item.name for item in alone.splits["train"]] == [
-        item.name for item in few.splits["train"] if item.label in (2, 4)
+    assert list(alone.splits["train"]) == [
+        name for name, label in few.splits["train"].items() if label in (2, 4)
     ]
     assert few.splits["train"] != with_images_per_class(source, 3, 1).splits["train"]
     with pytest.raises(UserError, match=r"images_per_class=9.*only 8"):
@@ -303,8 +299,9 @@ def test_a_val_fraction_cuts_train_and_nothing_is_in_both(source: Source) -> Non
         with_val_fraction(source, 0.25, 0)
     del source.splits["val"]
     cut = with_val_fraction(source, 0.25, 0)
-    assert [item.label for item in cut.splits["val"]] == [c for c in range(6) for _ in range(2)]
-    assert sorted(cut.splits["train"] + cut.splits["val"]) == sorted(source.splits["train"])
+    assert list(cut.splits["val"].values()) == [c for c in range(6) for _ in range(2)]
+    both = [*cut.splits["train"].items(), *cut.splits["val"].items()]
+    assert sorted(both) == sorted(source.splits["train"].items())
 
 
 @pytest.mark.parametrize(

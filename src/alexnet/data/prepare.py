@@ -307,7 +307,7 @@ def choose(config: PrepareConfig) -> Source:
         source = sources.with_val_fraction(source, config.val_fraction, config.seed)
     if config.images_per_class is not None:
         source = sources.with_images_per_class(source, config.images_per_class, config.seed)
-    return replace(source, splits={split: items for split, items in source.splits.items() if items})
+    return replace(source, splits={split: labels for split, labels in source.splits.items() if labels})
 
 
 class Crew(AbstractContextManager["Crew"]):
@@ -362,8 +362,7 @@ def _prepare_split(config: PrepareConfig, source: Source, split: str, crew: Crew
     path = Path(config.root) / split
     if path.is_dir():
         return Prepared(open_store(path), False, 0.0, 0.0)
-    names = [item.name for item in source.splits[split]]
-    labels = np.array([item.label for item in source.splits[split]])
+    names, labels = list(source.splits[split]), np.array(list(source.splits[split].values()))
     rule = {"short_side": config.px, "crop": "centre", "resample": str(config.resample)}
     made_by = (rule, config.min_side, config.max_pixels, source.description, source.origin.get("place"))
     plan = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode())  # differs whenever any row would

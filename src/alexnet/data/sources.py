@@ -77,20 +77,13 @@ WORDS = {
 }  # fmt: skip
 
 
-class Item(NamedTuple):
-    """One image to be: its file name inside the source, and its class."""
-
-    name: str
-    label: int
-
-
 @dataclass(frozen=True)
 class Source:
-    """What can be prepared: classes in label order, the items of every split in store order, their files."""
+    """What can be prepared."""
 
     description: str
-    classes: list[dict[str, str]]
-    splits: dict[str, list[Item]]
+    classes: list[dict[str, str]]  # wnid and words, in the order of the labels
+    splits: dict[str, dict[str, int]]  # {split: {file name: label}}, in the order of the store
     stream: Callable[[set[str]], Iterator[tuple[str, Payload]]]  # every wanted file once, in a cheap order
     origin: dict[str, Any] = field(default_factory=dict)  # `fingerprint` of the files
     sizes: Mapping[str, int] = field(default_factory=dict)  # bytes of every picture, of other classes too
@@ -98,7 +91,7 @@ class Source:
 
     def read(self) -> int:
         """Bytes of the chosen pictures."""
-        return sum(self.sizes.get(item.name, 0) for items in self.splits.values() for item in items)
+        return sum(self.sizes.get(name, 0) for labels in self.splits.values() for name in labels)
 
 
 def open_source(
@@ -143,17 +136,14 @@ def open_source(
     classes = [{"wnid": shown(wnid), "words": shown(names.get(wnid, wnid))} for wnid in wnids]
     label = {wnid: number for number, wnid in enumerate(wnids)}
     by_file = kind == SourceKind.imagenet or bool(files.numbers)
-    items = {
-        split: sorted(
-            (Item(name, label[wnid]) for name, wnid in found.items()),
-            key=lambda item: (item.label, key_of(item.name) if by_file else "", item.name),
-        )
-        for split, found in labelled.items()
-        if found
-    }
+    ordered: dict[str, dict[str, int]] = {}
+    for split, found in labelled.items():
+        rows = sorted((label[wnid], key_of(name) if by_file else "", name) for name, wnid in found.items())
+        if rows:
+            ordered[split] = {name: number for number, _, name in rows}
     # Its place is not in the name: a folder that was moved holds the same images.
     description, origin = f"{kind}: {shown(path.name)}", fingerprint(folder)
-    return Source(description, classes, items, files.stream, origin, files.pictures, files.left_out)
+    return Source(description, classes, ordered, files.stream, origin, files.pictures, files.left_out)
 
 
 def synthetic_source(n_train: int, n_val: int, px: int, seed: int) -> Source:
@@ -170,7 +160,7 @@ def synthetic_source(n_train: int, n_val: int, px: int, seed: int) -> Source:
 
     classes = [{"wnid": name.replace(" ", "_"), "words": name} for name in synthetic.CLASSES]
     splits = {
-        split: [Item(f"{split}/{row}", int(label)) for row, label in enumerate(synthetic.labels_of(n))]
+        split: {f"{split}/{row}": int(label) for row, label in enumerate(synthetic.labels_of(n))}
         for split, n in sizes.items()
     }
     return Source(f"synthetic: seed {seed}", classes, splits, stream)
@@ -273,8 +263,8 @@ def with_classes(source: Source, wanted: Sequence[str]) -> Source:
         raise UserError(f"classes: {some(kept) or 'none'} must be two or more of {source.description}")
     number = {known.index(wnid): label for label, wnid in enumerate(kept)}
     splits = {
-        split: [Item(item.name, number[item.label]) for item in items if item.label in number]
-        for split, items in source.splits.items()
+        split: {name: number[label] for name, label in labels.items() if label in number}
+        for split, labels in source.splits.items()
     }
     return replace(source, classes=[source.classes[known.index(wnid)] for wnid in kept], splits=splits)
 
@@ -288,15 +278,16 @@ def draw_classes(source: Source, n: int, seed: int) -> list[str]:
 
 def with_images_per_class(source: Source, count: int, seed: int) -> Source:
     """The source with `count` train images of each class, drawn by (seed, wnid); val stays whole."""
-    members: dict[int, list[Item]] = defaultdict(list)
-    for item in source.splits["train"]:
-        members[item.label].append(item)
-    kept: list[Item] = []
-    for label, items in sorted(members.items()):
+    members: dict[int, list[str]] = defaultdict(list)
+    for name, label in source.splits["train"].items():
+        members[label].append(name)
+    kept: dict[str, int] = {}
+    for label, names in sorted(members.items()):
         wnid = source.classes[label]["wnid"]
-        if len(items) < count:
-            raise UserError(f"images_per_class={count}: class {wnid} has only {len(items)} images; lower it")
-        kept += [items[row] for row in sorted(draw_order(len(items), seed, crc32(wnid.encode()))[:count])]
+        if len(names) < count:
+            raise UserError(f"images_per_class={count}: class {wnid} has only {len(names)} images; lower it")
+        drawn = sorted(draw_order(len(names), seed, crc32(wnid.encode()))[:count])
+        kept |= {names[row]: label for row in drawn}
     return replace(source, splits={**source.splits, "train": kept})
 
 
@@ -306,8 +297,7 @@ def with_val_fraction(source: Source, fraction: float, seed: int) -> Source:
         raise UserError(
             f"val_fraction={fraction}: {source.description} has its own val images; set val_fraction=0"
         )
-    train = source.splits["train"]
-    first, second = holdout_split(np.array([item.label for item in train]), fraction, seed)
-    return replace(
-        source, splits={"train": [train[row] for row in first], "val": [train[row] for row in second]}
-    )
+    train = list(source.splits["train"].items())
+    first, second = holdout_split(np.array([label for _, label in train]), fraction, seed)
+    splits = {"train": dict(train[row] for row in first), "val": dict(train[row] for row in second)}
+    return replace(source, splits=splits)
