@@ -209,27 +209,25 @@ def numbered(files: Files, wnids: Sequence[str]) -> Labelled:
             numbers[split][name] = files.numbers[stem(name)]
         else:
             files.left_out["without a class" if split in numbers else "of a test split"] += 1
-    class_of = _classes_of(numbers["train"], wnids, files.class_names)
+
+    # The class of a number: the wnid in the names of its training images; else the one of that rank in the list of
+    # words, if that has as many; else the name that the files give it, if no two are equal; else the number itself.
+    inside: dict[int, set[str]] = defaultdict(set)
+    for name, number in numbers["train"].items():
+        inside[number].update(WNID.findall(key_of(name))[:1])
+    names, digits = files.class_names, len(str(max(inside, default=0)))
+    if all(len(one) == 1 for one in inside.values()) and len(set().union(*inside.values())) == len(inside):
+        class_of = {number: min(one) for number, one in inside.items()}
+    elif sorted(inside) == list(range(len(wnids))):
+        class_of = dict(enumerate(wnids))
+    elif inside.keys() <= names.keys() and len(set(names.values())) == len(names):
+        class_of = {number: names[number] for number in inside}
+    else:
+        class_of = {number: f"{number:0{digits}d}" for number in inside}
     strange = set(numbers["val"].values()) - class_of.keys()
     if strange:
         raise UserError(f"path={files.path}: class {min(strange)} is in val but not in train")
     return {split: {name: class_of[n] for name, n in found.items()} for split, found in numbers.items()}
-
-
-def _classes_of(train: Mapping[str, int], wnids: Sequence[str], names: Mapping[int, str]) -> dict[int, str]:
-    """{number: class}: the wnid in the names of its training images; else the one of that rank in the list of words, if
-    that has as many; else the name that the files give it, if no two are equal; else the number itself."""
-    found: dict[int, set[str]] = defaultdict(set)
-    for name, number in train.items():
-        found[number].update(WNID.findall(key_of(name))[:1])
-    if all(len(inside) == 1 for inside in found.values()) and len(set().union(*found.values())) == len(found):
-        return {number: min(inside) for number, inside in found.items()}
-    if sorted(found) == list(range(len(wnids))):
-        return dict(enumerate(wnids))
-    if found.keys() <= names.keys() and len(set(names.values())) == len(names):
-        return {number: names[number] for number in found}
-    digits = len(str(max(found, default=0)))
-    return {number: f"{number:0{digits}d}" for number in found}
 
 
 def _listed(files: Files, base: str) -> tuple[str, bytes]:

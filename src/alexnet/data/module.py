@@ -16,9 +16,7 @@ A thread cuts the crops of one batch straight from the file into one buffer. For
 the thread starts its copy to the device on a stream kept for copies; only the device waits for that copy. Labels and
 draws go to the device once per epoch.
 
-For crops of 224 of 256 pixels, 20,000 images/s need 3.9 GB/s from the disk (whole images) and 3.0 GB/s to the device;
-37,000, the hope for one H100, need 7.3 and 5.6. A thread cuts 30,000 images per second of CPU time if the file is in
-the page cache and 9,400 if it is not. So 16 cores could read 150,000 (extrapolated, not measured): the disk decides.
+For crops of 224 of 256 pixels, 20,000 images/s need 3.9 GB/s from the disk (whole images) and 3.0 GB/s to the device.
 """
 
 import contextlib

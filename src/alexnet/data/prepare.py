@@ -133,12 +133,10 @@ class PrepareData(PrepareConfig):
 
 
 class Prepared(NamedTuple):
-    """One split: its store, whether this call wrote it, and how fast (0 where nothing was written)."""
+    """One split: its store, and how fast this call wrote it; empty if it was there."""
 
     store: Store
-    written: bool
-    seconds: float
-    images_per_second: float
+    written: str = ""
 
     def summary(self) -> str:
         """The store in one line, with what its source held."""
@@ -146,10 +144,9 @@ class Prepared(NamedTuple):
         names = [entry["words"] for entry in store.classes[:FEW_CLASSES]]
         if len(names) < len(store.classes):
             names.append("...")
-        speed = f"{self.images_per_second:,.0f} images/s, {self.seconds:.1f} s"
         parts = [
             f"{len(store):,} images of {store.px} pixels",
-            speed if self.written else "already there, nothing done",
+            self.written or "already there, nothing done",
             f"{len(store.classes)} classes: {', '.join(names)}",
         ]
         if found.get("read", 0) < found.get("bytes", 0):
@@ -174,7 +171,7 @@ def prepare(config: PrepareConfig) -> list[Prepared]:
     with _locked(root):
         if (finished := _finished(config, root)) is not None:
             log.info("%s is already prepared: nothing to do", root)
-            return [Prepared(store, False, 0.0, 0.0) for store in finished]
+            return [Prepared(store) for store in finished]
         source = choose(config)
         if source.left_out:
             log.warning("not taken from %s: %s", source.description, counts(source.left_out))
@@ -361,7 +358,7 @@ def _prepare_split(config: PrepareConfig, source: Source, split: str, crew: Crew
     """Decode what is to do, leave the bad rows out, add labels, statistics and manifest; the store then exists."""
     path = Path(config.root) / split
     if path.is_dir():
-        return Prepared(open_store(path), False, 0.0, 0.0)
+        return Prepared(open_store(path))
     names, labels = list(source.splits[split]), np.array(list(source.splits[split].values()))
     rule = {"short_side": config.px, "crop": "centre", "resample": str(config.resample)}
     made_by = (rule, config.min_side, config.max_pixels, source.description, source.origin.get("place"))
@@ -404,7 +401,7 @@ def _prepare_split(config: PrepareConfig, source: Source, split: str, crew: Crew
         "corrupt": [shown(names[row]) for row in np.flatnonzero(building.done == 0)],
     }
     store = building.publish(labels, manifest | statistics, mean)
-    return Prepared(store, True, seconds, (len(names) - already) / max(seconds, 1e-9))
+    return Prepared(store, f"{(len(names) - already) / max(seconds, 1e-9):,.0f} images/s, {seconds:.1f} s")
 
 
 def _decode_all(
