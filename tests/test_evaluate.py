@@ -17,7 +17,7 @@ from alexnet.training.scoring import PAPER_ROWS, average, log_probabilities, pap
 CLASSES = 7
 
 
-class Flips:
+class Flips(nn.Module):
     """Ten views made by hand: the image, brightened by 0, 1, ..., 9."""
 
     def centre(self, images):

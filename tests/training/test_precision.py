@@ -89,12 +89,9 @@ def test_evaluation_is_in_ieee_float32_and_leaves_the_precision_as_it_was() -> N
             seen.append(float32_formats())
             return x.flatten(1)
 
-    class Views:
+    class Views(nn.Module):
         def centre(self, images: Tensor) -> Tensor:
             return images.permute(0, 3, 1, 2).float()
-
-        def ten_views(self, images: Tensor) -> Tensor:
-            raise NotImplementedError
 
     set_precision("tf32")
     log_probabilities(Net(), Views(), np.zeros((2, 3, 3, 3), np.uint8))

@@ -49,24 +49,30 @@ STYLE: Any = {
 }
 KERNELS_PER_ROW = 16  # Figure 3
 
+Array = np.ndarray | Tensor
+Numbers = Sequence[float] | np.ndarray
+RunCurves = Mapping[
+    str, tuple[Sequence[float], Sequence[float]]
+]  # {"train", "holdout": (epochs done, values)}
+
 
 @dataclass(frozen=True)
 class Curve:
     """One line: x and y of equal length; `low` and `high` shade a band (over seeds, say)."""
 
-    x: Sequence[float] | np.ndarray
-    y: Sequence[float] | np.ndarray
-    low: Sequence[float] | np.ndarray | None = None
-    high: Sequence[float] | np.ndarray | None = None
+    x: Numbers
+    y: Numbers
+    low: Numbers | None = None
+    high: Numbers | None = None
     style: str = "-"  # matplotlib's: "-" or "--"
     colour: str | None = None  # None: the next of STYLE
 
 
 @matplotlib.rc_context(STYLE)
 def training_figure(
-    curves_of: Callable[[str], Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    curves_of: Callable[[str], RunCurves],
     first_layer_weight: Tensor,
-    path: str | Path,
+    path: Path,
     towers: int = 1,
     title: str = "",
 ) -> Path:
@@ -94,11 +100,7 @@ def training_figure(
 
 
 @matplotlib.rc_context(STYLE)
-def curves_figure(
-    curves: Mapping[str, Curve],
-    path: str | Path,
-    level: float,
-) -> Path:
+def curves_figure(curves: Mapping[str, Curve], path: Path, level: float) -> Path:
     """Figure 1: named curves, and the horizontal `level` they are compared at (25 % there)."""
     figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -108,7 +110,7 @@ def curves_figure(
 
 
 @matplotlib.rc_context(STYLE)
-def arms_figure(panels: Mapping[str, Mapping[str, Curve]], path: str | Path) -> Path:
+def arms_figure(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> Path:
     """The arms of a claim, one panel per quantity (the key is its label), one legend for all."""
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     cells = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -121,7 +123,7 @@ def arms_figure(panels: Mapping[str, Mapping[str, Curve]], path: str | Path) -> 
 
 
 @matplotlib.rc_context(STYLE)
-def kernels_figure(weight: Tensor, path: str | Path, towers: int) -> Path:
+def kernels_figure(weight: Tensor, path: Path, towers: int) -> Path:
     """Figure 3: the kernels of conv1, weight (O, 3, R, S), one block per tower."""
     rows = -(-len(weight) // towers // KERNELS_PER_ROW) * towers
     figure = Figure(figsize=(6.4, 0.42 * rows + 0.35 * towers), layout="constrained")
@@ -131,11 +133,11 @@ def kernels_figure(weight: Tensor, path: str | Path, towers: int) -> Path:
 
 @matplotlib.rc_context(STYLE)
 def predictions_figure(
-    images: np.ndarray | Tensor,
-    probabilities: np.ndarray | Tensor,
+    images: Array,
+    probabilities: Array,
     labels: Sequence[int] | None,
     names: Sequence[str],
-    path: str | Path,
+    path: Path,
     titles: Sequence[str] | None = None,
 ) -> Path:
     """Figure 4, left: each image, its class, and bars for the five classes the network finds most probable.
@@ -171,7 +173,7 @@ def classes_figure(
     confusion: np.ndarray,
     errors: Sequence[tuple[str, float]],
     reliability: Sequence[tuple[float, float]],
-    path: str | Path,
+    path: Path,
     title: str,
 ) -> Path:
     """Where a network errs: the confusions, the worst and best classes, and how sure it is.
@@ -205,12 +207,7 @@ def classes_figure(
 
 
 @matplotlib.rc_context(STYLE)
-def neighbours_figure(
-    queries: np.ndarray | Tensor,
-    neighbours: np.ndarray | Tensor,
-    path: str | Path,
-    agree: np.ndarray | None = None,
-) -> Path:
+def neighbours_figure(queries: Array, neighbours: Array, path: Path, agree: np.ndarray | None = None) -> Path:
     """Figure 4, right: test images and, in each row, the training images nearest in the last hidden layer.
 
     queries (N, px, px, 3) and neighbours (N, K, px, px, 3) uint8; where `agree` (N, K) is given, a frame shows
@@ -237,9 +234,7 @@ def neighbours_figure(
     return _save(figure, path)
 
 
-def run_curves(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], scale: float = 1.0
-) -> dict[str, Curve]:
+def run_curves(curves: RunCurves, scale: float = 1.0) -> dict[str, Curve]:
     """A run's `train` and `holdout` curve in their colours."""
     colours = {"train": BLUE, "holdout": ORANGE}
     return {name: Curve(x, [scale * v for v in y], colour=colours[name]) for name, (x, y) in curves.items()}
@@ -313,9 +308,8 @@ def _short(words: str, width: int) -> str:
     return first if len(first) <= width else first[: width - 1] + "…"
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     """Writes the file, without a date or version in it, and returns its path."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     none_of = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     figure.savefig(path, metadata=none_of.get(path.suffix))
@@ -323,9 +317,7 @@ def _save(figure: Figure, path: str | Path) -> Path:
 
 
 @matplotlib.rc_context(STYLE)
-def ratios_figure(
-    names: Sequence[str], ratios: Sequence[float], path: str | Path, label: str, title: str
-) -> Path:
+def ratios_figure(names: Sequence[str], ratios: Sequence[float], path: Path, label: str, title: str) -> Path:
     """One bar per name, on a logarithmic axis around 1: to the right ours is better, to the left it loses."""
     figure = Figure(figsize=(7.2, 0.5 + 0.22 * max(len(names), 2)), layout="constrained")
     axes = figure.subplots()

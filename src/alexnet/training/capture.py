@@ -22,7 +22,7 @@ called; `obstacle` names a callback that needs them.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -71,16 +71,6 @@ class Inputs:
         self.filled = rates
 
 
-class Recorder(Protocol):
-    """Makes something that can be replayed of a step."""
-
-    def warm_up(self, step: Step) -> Outputs:
-        """Runs the step once."""
-
-    def record(self, step: Step) -> Step:
-        """A function that does what `step` did when it was recorded, and returns its outputs. Records only."""
-
-
 class CudaGraphs:
     """Records steps as CUDA graphs, which share one pool of memory: they never run at the same time."""
 
@@ -89,6 +79,7 @@ class CudaGraphs:
         self.pool = pool or torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Step) -> Outputs:
+        """Runs the step once."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -97,6 +88,7 @@ class CudaGraphs:
         return outputs
 
     def record(self, step: Step) -> Step:
+        """A function that does what `step` did when it was recorded, and returns its outputs. Records only."""
         graph = torch.cuda.CUDAGraph()
         # thread_local: a thread that reads the next images may allocate and copy meanwhile.
         with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
@@ -115,7 +107,7 @@ class CapturedStep:
     Outputs are those of `Classifier.training_step`. Their memory is written anew by the next call.
     """
 
-    def __init__(self, classifier: Classifier, optimizer: FusedKrizhevsky, recorder: Recorder) -> None:
+    def __init__(self, classifier: Classifier, optimizer: FusedKrizhevsky, recorder: CudaGraphs) -> None:
         self.classifier, self.optimizer, self.recorder = classifier, optimizer, recorder
         self.inputs: dict[Signature, Inputs] = {}
         self.replays: dict[Signature, Step] = {}
@@ -159,7 +151,7 @@ class CapturedStrategy(SingleDeviceStrategy):
     def __init__(
         self,
         device: torch.device | None = None,
-        make_recorder: Callable[[torch.device], Recorder] = CudaGraphs,
+        make_recorder: Callable[[torch.device], CudaGraphs] = CudaGraphs,
     ) -> None:
         super().__init__(device or torch.device("cuda", torch.cuda.current_device()))
         self.make_recorder = make_recorder
@@ -201,18 +193,15 @@ def obstacle(
     callbacks: Iterable[Callback],
 ) -> str:
     """Why the step of a run cannot be captured, in a few words; empty if it can."""
-    if device_type != "cuda":
-        return f"the device is {device_type}, and only CUDA has graphs"
-    if not one_device:
-        return "several devices exchange their gradients inside the step"
-    if not fused:
-        return "the backend is not compiled, so the rate is a Python number (backend=fast)"
-    if precision == "16-mixed":
-        return "precision 16-mixed looks at its gradients in every step"
-    if detect_anomaly:
-        return "detect_anomaly looks at every gradient"
-    for callback in callbacks:
+    obstacles = [
+        (device_type != "cuda", f"the device is {device_type}, and only CUDA has graphs"),
+        (not one_device, "several devices exchange their gradients inside the step"),
+        (not fused, "the backend is not compiled, so the rate is a Python number (backend=fast)"),
+        (precision == "16-mixed", "precision 16-mixed looks at its gradients in every step"),
+        (detect_anomaly, "detect_anomaly looks at every gradient"),
+    ]
+    for kind in map(type, callbacks):
         for hook in HOOKS_INSIDE:
-            if getattr(type(callback), hook) is not getattr(Callback, hook):
-                return f"{type(callback).__name__}.{hook} lies inside the step"
-    return ""
+            overrides = getattr(kind, hook) is not getattr(Callback, hook)
+            obstacles.append((overrides, f"{kind.__name__}.{hook} lies inside the step"))
+    return next((reason for stands, reason in obstacles if stands), "")

@@ -25,9 +25,9 @@ once. It predicts a *long* plateau, not a failure: Caffe's net leaves after one 
 eight.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -125,6 +125,7 @@ class Probe:
 
     def table(self) -> str:
         """Text of at most 100 columns: layers, denominators of the response norms, logits."""
+        guess = f"ln({self.classes}) = {math.log(self.classes):.3f}"
         layers: list[tuple[str, ...]] = [("layer", "rms", "image rms", "correlation", "dead", "|g|/|w|")]
         for y in self.layers:
             dead = "" if y.dead is None else f"{y.dead:.1%}"
@@ -134,11 +135,7 @@ class Probe:
         norms += [(n.name, f"{n.median:.5f}", f"{n.p99:.5f}", f"{n.largest:.5f}") for n in self.norms]
         logits: list[tuple[str, ...]] = [
             ("logit signal", f"{self.logit_signal:.2g}", f"stalls below {STALLS}"),
-            (
-                "first loss",
-                f"{self.loss:.4g}",
-                f"guessing: ln({self.classes}) = {math.log(self.classes):.3f}",
-            ),
+            ("first loss", f"{self.loss:.4g}", f"guessing: {guess}"),
         ]
         parts = (layers, norms, logits) if self.norms else (layers, logits)
         return "\n\n".join(table(rows, right=range(1, len(rows[0]))) for rows in parts)
@@ -147,9 +144,9 @@ class Probe:
 def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Probe:
     """One forward and one backward pass without dropout. images (N, 3, c, c) as the network is fed; labels (N).
 
-    Without labels, the gradient is that of labels dealt out in turn. The network is left as it was: mode,
-    weights, and gradients too. N of 32 to 128 will do. A compiled network hides its layers: probe it before
-    torch.compile. Raises UserError for a single image.
+    Without labels, the gradient is that of labels dealt out in turn. A copy of the network is asked: it stays as it
+    was. N of 32 to 128 will do. A compiled network hides its layers: probe it before torch.compile. Raises UserError
+    for a single image.
     """
     if len(images) < 2:
         raise UserError("The probe compares images and got one: give it at least two, better 32.")
@@ -171,16 +168,22 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Pro
             median, p99 = torch.quantile(sample, torch.tensor([0.5, 0.99], device=s.device)).tolist()
             norms.append(Denominators(label, median, p99, float(s.max())))
 
-    with _untouched(model), ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if not any(module.children()) and not type(module).__name__.startswith(SILENT):
-                hooks.enter_context(module.register_forward_hook(partial(measure, name)))
-        logits = model(images).float()
+    net = copy.deepcopy(model).eval()  # without the gradients of the original
+    for name, module in net.named_modules():
+        kind = type(module).__name__
+        if kind.startswith(
+            "Dropout"
+        ):  # evaluation alone scales by 1 - p in the 2012 mode, and not in torch's
+            module.p = 0.0
+        if not any(module.children()) and not kind.startswith(SILENT):
+            module.register_forward_hook(partial(measure, name))
+    with torch.enable_grad():
+        logits = net(images).float()
         if labels is None:
             labels = torch.arange(len(images), device=images.device) % logits.shape[1]
         loss = F.cross_entropy(logits, labels)
         loss.backward()
-        ratios = {name: ratio for name, ratio, _ in _gradients(model, dict(model.named_parameters()))}
+    ratios = {name: ratio for name, ratio, _ in _gradients(net, dict(net.named_parameters()))}
     return Probe(
         images=len(images),
         classes=logits.shape[1],
@@ -190,32 +193,6 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Pro
         logit_signal=float(logits.detach().std(0).mean()),
         loss=float(loss.detach()),
     )
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no dropout and fresh gradients inside; mode, dropout and gradients of before afterwards.
-
-    p is 0 because evaluation alone would scale by 1 - p in the 2012 mode and not in torch's.
-    """
-    drops = {m: m.p for m in model.modules() if type(m).__name__.startswith("Dropout")}
-    modes = {module: module.training for module in model.modules()}
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    model.eval()
-    for module in drops:
-        module.p = 0.0  # type: ignore[assignment]
-    for parameter in gradients:
-        parameter.grad = None
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, p in drops.items():
-            module.p = p
-        for module, training in modes.items():
-            module.training = training
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
 
 
 def _weight(module: nn.Module) -> nn.Parameter | None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from statistics import NormalDist
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,21 +29,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from alexnet import cli
+from alexnet.data.augment import Augment
 from alexnet.errors import UserError
 from alexnet.system import under_precision
 
 LEVEL = 0.95  # of every interval
 TOP5_CLASSES = 6  # with five classes or fewer, the top five are never wrong
-
-
-class Views(Protocol):
-    """What evaluation asks of `alexnet.data.augment.Augment`: images (N, px, px, 3) uint8 -> float."""
-
-    def centre(self, images: Tensor) -> Tensor:
-        """-> (N, 3, c, c)"""
-
-    def ten_views(self, images: Tensor) -> Tensor:
-        """-> (N, 10, 3, c, c)"""
 
 
 class Estimate(NamedTuple):
@@ -118,7 +109,7 @@ def paper_rows(wnids: Sequence[str], networks: int, views: int) -> list[PaperRow
 @torch.inference_mode()
 def log_probabilities(
     model: nn.Module,
-    augment: Views,
+    augment: Augment,
     images: np.ndarray | Tensor,
     views: int = 1,
     batch_size: int = 256,
@@ -139,8 +130,7 @@ def log_probabilities(
         raise UserError("There is no image to evaluate: the split is empty. Choose another split=...")
     modes, step = {module: module.training for module in model.modules()}, max(1, batch_size // views)
     model.to(device).eval()
-    if isinstance(augment, nn.Module):
-        augment.to(device)
+    augment.to(device)
     try:
         with (
             under_precision("32-true"),
