@@ -317,7 +317,7 @@ def build_trainer(
     directory = run_directory(config)
     checkpoints, metrics = directory / CHECKPOINTS, MetricsFile(directory / "metrics.csv", config.log_every)
     shown, terminal = bool(config.trainer["enable_progress_bar"]), sys.stdout.isatty()
-    progress = [Progress() if terminal else Lines(metrics)] if shown else []
+    progress = [Progress(refresh_rate=10) if terminal else Lines(metrics)] if shown else []
     callbacks: list[Callback] = [
         metrics,
         Watchdog(config.watchdog, config.watchdog_steps, config.checkpoint_every, each_step),

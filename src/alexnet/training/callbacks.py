@@ -286,17 +286,17 @@ class FirstKernels(Callback):
                 logger.log_image("conv1", [picture], trainer.global_step)
 
 
-class Pace:
+class Pace(Callback):
     """Images per second since the start or resume of a run, and the time that is left at this pace."""
 
-    def __init__(self) -> None:
-        self.first_step: int | None = None
+    first_step: int | None = None
 
-    def start(self, trainer: Trainer, batch: Any) -> None:
-        """Before each step; the first one counts."""
+    # On every rank: Lightning asks all of them for the metrics of its bar after a validation.
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         if self.first_step is None:
             self.first_step, self.first_time = trainer.global_step, time.monotonic()
         self.images = len(batch.labels) * trainer.world_size
+        super().on_train_batch_start(trainer, module, batch, index)
 
     def said(self, trainer: Trainer) -> dict[str, str]:
         steps = trainer.global_step - (self.first_step or 0)
@@ -307,33 +307,20 @@ class Pace:
         return {"images/s": f"{self.images / per_step:.0f}", "left": f"{left / 60:.1f} min"}
 
 
-class Progress(TQDMProgressBar):
+class Progress(Pace, TQDMProgressBar):
     """Lightning's bar with images/s and the time left for the whole run: for a terminal."""
-
-    def __init__(self) -> None:
-        super().__init__(refresh_rate=10)
-        self.pace = Pace()
-
-    # On every rank: Lightning asks all of them for the metrics after a validation.
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
-        self.pace.start(trainer, batch)
-        super().on_train_batch_start(trainer, module, batch, index)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        return {**items, **self.pace.said(trainer)}
+        return {**items, **self.said(trainer)}
 
 
-class Lines(Callback):
+class Lines(Pace):
     """The same for a file or a pipe: one line per epoch, and one per minute within it."""
 
     def __init__(self, metrics: MetricsFile, seconds: float = 60.0) -> None:
-        self.metrics, self.seconds = metrics, seconds
-        self.pace, self.last = Pace(), time.monotonic()
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
-        self.pace.start(trainer, batch)
+        self.metrics, self.seconds, self.last = metrics, seconds, time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if time.monotonic() - self.last >= self.seconds:
@@ -348,5 +335,5 @@ class Lines(Callback):
         if row is not None:
             said += [f"loss {row.train['loss']:.3f}", f"error {row.train['top1_error']:.1%}"]
             said += [f"holdout error {row.holdout['top1_error']:.1%}"] if row.holdout else []
-        said += [f"{value} {name}" for name, value in self.pace.said(trainer).items()]
+        said += [f"{value} {name}" for name, value in self.said(trainer).items()]
         print(", ".join(said), flush=True)
