@@ -99,21 +99,13 @@ def command(
             """Errors end here, before Hydra adds lines of its own."""
             del os.environ["HYDRA_FULL_ERROR"]  # processes that the script starts must not inherit it
             try:
-                return run(config)
-            except Exception as error:
-                _leave(error, name, config_dir)
+                with _in_one_line(name, config_dir):
+                    return run(config)
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = "1"
 
+        @_one_of_several()
         def entry() -> None:
-            try:
-                started()
-            except SystemExit as left:
-                _end_one_of_several(left.code)
-                raise
-            _end_one_of_several(0)
-
-        def started() -> None:
             _quiet()
             register(name, schema)
             sys.argv[1:] = arguments(name, sys.argv[1:])
@@ -124,12 +116,11 @@ def command(
             # Hydra prints several lines and exits with 1 unless it is told to let errors through.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
-                _refuse_options(sys.argv[1:])
-                app(run_or_one_line)()
-                if after_sweep and swept:
-                    after_sweep(swept)
-            except Exception as error:
-                _leave(error, name, config_dir)
+                with _in_one_line(name, config_dir):
+                    _refuse_options(sys.argv[1:])
+                    app(run_or_one_line)()
+                    if after_sweep and swept:
+                        after_sweep(swept)
             finally:
                 _nobody_reads()
 
@@ -182,28 +173,44 @@ def _nobody_reads() -> bool:
     return False
 
 
-def _end_one_of_several(code: Any) -> None:
+@contextmanager
+def _one_of_several() -> Iterator[None]:
     """Ends a process of a distributed job without taking Python apart.
 
     A thread of gloo that then still holds the last reduction aborts the process, in about one of 20 jobs on a busy
     machine, and torchrun ends the others for it (torch 2.14; destroy_process_group does not end the thread).
     """
+    left: SystemExit | None = None
+    try:
+        yield
+    except SystemExit as error:
+        left = error
+    code = left.code if left else 0
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
+    if left:
+        raise left
 
 
-def _leave(error: Exception, name: str, config_dir: Path) -> None:
-    if isinstance(error, BrokenPipeError) and _nobody_reads():
-        raise SystemExit(128 + signal.SIGPIPE) from None  # as the shell says it
-    line = one_line(error, name, config_dir)
-    if line is None:
-        raise error
-    print("error: " + line.replace("\n", "\\n"), file=sys.stderr)  # a file may have a line break in its name
-    raise SystemExit(2) from None
+@contextmanager
+def _in_one_line(name: str, config_dir: Path) -> Iterator[None]:
+    """An error that the user can put right is printed, and the process ends."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise SystemExit(128 + signal.SIGPIPE) from None  # as the shell says it
+        line = one_line(error, name, config_dir)
+        if line is None:
+            raise
+        print(
+            "error: " + line.replace("\n", "\\n"), file=sys.stderr
+        )  # a file may have a line break in its name
+        raise SystemExit(2) from None
 
 
 def _quiet() -> None:

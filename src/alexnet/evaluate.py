@@ -19,7 +19,7 @@ from alexnet.system import command_line, device_type_of, environment, write_json
 from alexnet.training.by_class import Calibration, calibration, confusion_matrix, errors_by_class
 from alexnet.training.by_class import table as by_class_table
 from alexnet.training.checkpoint import BEST, find, load
-from alexnet.training.compare import compare, runs_below
+from alexnet.training.compare import compare
 from alexnet.training.compare import table as comparison
 from alexnet.training.network import Network
 from alexnet.training.scoring import PaperRow, Result, average, log_probabilities, paper_rows, score, table
@@ -108,7 +108,10 @@ def evaluate(config: Evaluate) -> list[Result]:
 
 def _compared(config: Evaluate, root: Path) -> list[Result]:
     """Prints every run of the tree and writes the same as JSON; nothing is computed."""
-    rows = compare(runs_below(root))
+    directories = sorted(path.parent for path in root.rglob("run.json"))
+    if not directories:
+        raise UserError(f"compare={root} holds no run.json: give a directory of runs, such as outputs/train")
+    rows = compare(directories)
     print(comparison(rows))
     who = sha256(str(root.resolve()).encode()).hexdigest()[:8]
     path = Path(config.json or Path(config.output_dir) / "evaluate" / f"compare-{who}.json")

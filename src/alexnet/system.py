@@ -70,11 +70,6 @@ def checked_precision(name: str, device_type: str) -> str:
     return full
 
 
-def lightning_precision(name: str) -> str:
-    """The name for lightning.Trainer, which sees only the type that weights and activations are stored in."""
-    return name if name in LIGHTNING else "32-true"
-
-
 def set_precision(name: str) -> None:
     """Sets how this process multiplies from now on, on all devices.
 

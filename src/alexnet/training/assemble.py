@@ -40,7 +40,7 @@ from alexnet.training.capture import CapturedStrategy, obstacle
 from alexnet.training.checkpoint import BEST, CHECKPOINTS, LAST, resume_point
 from alexnet.training.classifier import Classifier
 from alexnet.training.config import Freeze, Train
-from alexnet.training.fine_tune import freeze_features, take_weights
+from alexnet.training.fine_tune import take_weights
 from alexnet.training.interrupt import Signals
 from alexnet.training.metrics import MetricsFile
 from alexnet.training.network import Speedups
@@ -181,8 +181,9 @@ def build_run(config: Train, signals: Signals | None = None, each_step: bool = F
         notes.append(f"begins with the weights of {origin['path']}; new: {new}; frozen: {config.freeze}")
     notes += small_crops(config.augment.crop_px, data.px)
     classifier.loaded = config.init_from is not None
-    if config.freeze == Freeze.features:
-        freeze_features(classifier.net)
+    for name, parameter in classifier.net.named_parameters():
+        if config.freeze == Freeze.features and name.startswith("conv"):
+            parameter.requires_grad_(False)  # so the update leaves it alone
     config.backend.check_used(classifier.net.operations | {"cross_entropy"})
     resolved: dict[str, Any] = {
         "backend": backend,
@@ -193,9 +194,8 @@ def build_run(config: Train, signals: Signals | None = None, each_step: bool = F
     if yours := {operation: label(path) for operation, path in backend.items() if is_file(path)}:
         resolved["yours"] = yours
     resolved["speedups"] = asdict(classifier.speedups)
-    trainer = build_trainer(
-        config, len(data.split[1]) > 0, same_run, resolved, signals or Signals(), each_step
-    )
+    signals, has_holdout = signals or Signals(), len(data.split[1]) > 0
+    trainer = build_trainer(config, has_holdout, same_run, resolved, signals, each_step)
     check_processes(trainer)
     check_batch_size(config.data.batch_size, len(data.split[0]), config.data.drop_last, trainer.world_size)
     made = classifier, data, trainer, record, directory
@@ -338,7 +338,8 @@ def build_trainer(
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # its checkpoint is one that nobody reads
-    precision = system.lightning_precision(resolved["precision"])
+    # Lightning sees only the type that weights and activations are stored in.
+    precision = resolved["precision"] if resolved["precision"] in system.LIGHTNING else "32-true"
     arguments.update(
         precision=precision, default_root_dir=str(directory), enable_progress_bar=shown and terminal
     )

@@ -139,15 +139,11 @@ class Classifier(Network, pl.LightningModule):
 
     # Not only the update changes the weights: a checkpoint is loaded; in validation their average takes their place.
 
-    def on_train_start(self) -> None:
-        self.refresh_copies()
-
-    def on_validation_epoch_start(self) -> None:
-        self.refresh_copies()
-
     def refresh_copies(self) -> None:
         if self.copies is not None:
             self.copies.refresh()
+
+    on_train_start = on_validation_epoch_start = refresh_copies
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None

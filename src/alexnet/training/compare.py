@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from alexnet import cli
-from alexnet.errors import UserError
 from alexnet.training.record import read_record
 from alexnet.training.scoring import Result, percent
 
@@ -15,14 +14,6 @@ from alexnet.training.scoring import Result, percent
 NOT_SHOWN = ("name", "seed", "store", "trainer.max_epochs")
 SPLITS = ("holdout", "val")
 SHORTEST = 22  # columns of a run's name, which loses its front where the table is wide
-
-
-def runs_below(root: Path) -> list[Path]:
-    """Every directory in the tree that holds a run. Raises UserError if there is none."""
-    found = sorted(path.parent for path in root.rglob("run.json"))
-    if not found:
-        raise UserError(f"compare={root} holds no run.json: give a directory of runs, such as outputs/train")
-    return found
 
 
 def compare(directories: Sequence[Path]) -> list[dict[str, Any]]:

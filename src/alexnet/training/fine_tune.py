@@ -34,10 +34,3 @@ def take_weights(net: AlexNet, origin: str, classes: list[dict[str, str]]) -> di
             )
     net.load_state_dict({name: value if name in new else given[name] for name, value in own.items()})
     return {"path": str(path), "sha256": sha256(path), "new_layers": ["fc8"] * bool(new)}
-
-
-def freeze_features(net: AlexNet) -> None:
-    """The convolutions get no gradient, so the update leaves them alone."""
-    for name, parameter in net.named_parameters():
-        if name.startswith("conv"):
-            parameter.requires_grad_(False)
