@@ -110,11 +110,8 @@ def results_of(
             yield from identities(trial)
 
 
-# ---- b) autograd ----------------------------------------------------------------------------------------------
-
-
 def autograd(trial: Trial) -> Result:
-    """Ours in the trial's type against torch's in float64, on the numbers that the type can hold."""
+    """b) Ours in the trial's type against torch's in float64, on the numbers that the type can hold."""
     inputs = trial.inputs()
     ours = trial.evaluate(inputs)
     exact_inputs = [x.double() if x.is_floating_point() else x for x in inputs]
@@ -143,11 +140,8 @@ def largest_share(ours: Tensor, exact: Tensor, bound: Tensor) -> float:
     return largest(torch.where(error == 0, 0.0, error / bound))
 
 
-# ---- a) differences -------------------------------------------------------------------------------------------
-
-
 def differences(trial: Trial) -> Result:
-    """The curve of errors over steps, or the error at one step where f has no curvature."""
+    """a) The curve of errors over steps, or the error at one step where f has no curvature."""
     operation, case = trial.operation, trial.case
     here = trial.evaluate(trial.inputs())
     large = case.kind in ("paper", "large")
@@ -173,19 +167,15 @@ def _direction(trial: Trial, inputs: Tensors, step: float, draws: torch.Generato
     pattern, options = trial.operation.pattern, trial.case.options
     for _ in range(MOST_DRAWS):
         direction = [torch.randn(x.shape, generator=draws, dtype=torch.float64).to(x.device) for x in inputs]
-        direction = [d * _size(x) for d, x in zip(direction, inputs, strict=True)]
+        sizes = [float(x.double().square().mean().sqrt()) for x in inputs]
+        direction = [size * d for size, d in zip(sizes, direction, strict=True)]
         if pattern is None:
             return direction
-        ends = [_moved(inputs, direction, end) for end in (step, -step)]
-        here, *there = (pattern(options, x) for x in (inputs, *ends))
+        here, *there = (pattern(options, _moved(inputs, direction, end)) for end in (0.0, step, -step))
         if all(torch.equal(a, b) for end in there for a, b in zip(here, end, strict=True)):
             return direction
     where = f"{trial.operation.name}, {trial.case.name}"
     raise RuntimeError(f"{where}: every direction of length {step} crosses a kink")
-
-
-def _size(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
 
 
 def _moved(inputs: Tensors, direction: Tensors, step: float) -> Tensors:
@@ -214,11 +204,8 @@ def slope(curve: list[tuple[float, float]]) -> float:
     return float((h * error).sum() / (h * h).sum())
 
 
-# ---- c) identities --------------------------------------------------------------------------------------------
-
-
 def identities(trial: Trial) -> Iterator[Result]:
-    """Each equation's two sides, their difference over the size of what was summed."""
+    """c) Each equation's two sides, their difference over the size of what was summed."""
     for name, left, right, scale in trial.operation.identities(trial.evaluate(trial.inputs())):
         error = float(((left - right).abs() / scale.clamp(min=1e-300)).max())
         yield trial.result("identity", error, FLOAT64_BOUND, name)

@@ -33,17 +33,17 @@ class Fault(Exception):
 ERRORS = (Fault, RuntimeError, ValueError, IndexError, TypeError)
 
 
-# ---- outcomes -------------------------------------------------------------------------------------------------
+def points_of(exercise: Exercise) -> Sequence[Any]:
+    """The small cases and examples of an operation, the calls of a rule."""
+    if exercise.is_operation:
+        return (*by_name(exercise.name).small_cases, *exercise.examples)
+    return rules.CALLS[exercise.name]
 
 
 def outcomes(exercise: Exercise, subject: Any = "reference") -> list[Outcome]:
-    """What comes out at every small case and example. `subject`: a backend, for a rule the function itself."""
-    if exercise.is_operation:
-        points: Sequence[Any] = (*by_name(exercise.name).small_cases, *exercise.examples)
-    else:
-        points = rules.CALLS[exercise.name]
+    """What comes out at every point. `subject`: a backend, for a rule the function itself."""
     found: list[Outcome] = []
-    for point in points:
+    for point in points_of(exercise):
         try:
             found.append(_computed(exercise, point, subject))
         except ERRORS as error:
@@ -82,9 +82,6 @@ def same(a: Outcome, b: Outcome, name: str) -> bool:
     )
 
 
-# ---- names ----------------------------------------------------------------------------------------------------
-
-
 def mutants_of(exercise: Exercise) -> list[Mutant]:
     """The known mistakes that a file of this exercise can contain."""
     where = {"update_rule": rules.UPDATE, "initialisation": rules.START}.get(exercise.name, exercise.name)
@@ -108,19 +105,13 @@ def known(name: str) -> list[tuple[Mutant, list[Outcome]]]:
 def diagnosis(exercise: Exercise, subject: Any) -> list[str]:
     """One line for each mistake that was recognised, and a fact about every wrong tensor that none explains."""
     right, mine = outcomes(exercise), outcomes(exercise, subject)
-    tensors = list(
-        dict.fromkeys(name for outcome in right if not isinstance(outcome, str) for name in outcome)
-    )
+    tensors = list(dict.fromkeys(name for each in right if not isinstance(each, str) for name in each))
     left = _changed(mine, right, tensors)
     explained: dict[tuple[str, ...], list[str]] = {}
     for mutant, theirs in known(exercise.name):
         changed = _changed(theirs, right, tensors)
-        pairs = list(zip(mine, theirs, strict=True))
-        if (
-            changed
-            and set(changed) <= set(left)
-            and all(same(a, b, name) for name in changed for a, b in pairs)
-        ):
+        agree = all(same(a, b, name) for name in changed for a, b in zip(mine, theirs, strict=True))
+        if changed and agree and set(changed) <= set(left):
             explained.setdefault(tuple(changed), []).append(mutant.name)
     lines = []
     for names in sorted(explained, key=len, reverse=True):
@@ -129,9 +120,8 @@ def diagnosis(exercise: Exercise, subject: Any) -> list[str]:
             mistakes = '" or "'.join(explained[names])
             verb = "equals that" if len(names) == 1 else "equal those"
             lines.append(f'your {" and ".join(names)} {verb} of a known mistake: "{mistakes}"')
-    return lines + [
-        f"your {name} {fact(mine, right, name)}; it is not one of the known mistakes" for name in left
-    ]
+    end = "it is not one of the known mistakes"
+    return [*lines, *(f"your {name} {fact(mine, right, name)}; {end}" for name in left)]
 
 
 def _changed(found: Sequence[Outcome], right: Sequence[Outcome], names: list[str]) -> list[str]:
@@ -168,20 +158,15 @@ def fact(mine: Sequence[Outcome], right: Sequence[Outcome], name: str) -> str:
     return f"is wrong in {len(wrong)} of {len(pairs)} cases, in the first of them in {share:.0f} % of its elements"
 
 
-# ---- the smallest example -------------------------------------------------------------------------------------
-
-
 def smallest_example(exercise: Exercise, subject: Any) -> list[str]:
     """The first example, else the small case with the fewest numbers, on which the subject is wrong: as a table."""
-    if exercise.is_operation:
-        cases = by_name(exercise.name).small_cases
-        points: Sequence[Any] = (
-            *exercise.examples,
-            *sorted(cases, key=lambda case: sum(x.numel() for x in case.inputs())),
-        )
-    else:
-        points = rules.CALLS[exercise.name]
-    for point in points:
+
+    def place(point: Any) -> int:
+        """Examples and calls of rules first, as they stand."""
+        is_case = exercise.is_operation and point not in exercise.examples
+        return sum(x.numel() for x in point.inputs()) if is_case else 0
+
+    for point in sorted(points_of(exercise), key=place):
         try:
             mine, right = (_computed(exercise, point, each) for each in (subject, "reference"))
         except ERRORS:
