@@ -153,13 +153,6 @@ def cotangent(y: Tensor) -> Tensor:
     return gapped(dy) if y.dim() else dy
 
 
-def arranged(x: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout."""
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    return gapped(x) if layout == "gapped" else x
-
-
 def gapped(x: Tensor) -> Tensor:
     """The same values as every second element of a larger tensor: neither contiguous nor dense."""
     pairs = x.new_full((*x.shape, 2), float("nan"))

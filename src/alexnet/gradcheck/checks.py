@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alexnet.gradcheck.cases import Case, Evaluation, Operation, Tensors, arranged
+from alexnet.gradcheck.cases import Case, Evaluation, Operation, Tensors, gapped
 
 STEPS = torch.logspace(-2, -4, 9, dtype=torch.float64).tolist()
 SLOPE_TOLERANCE = 0.1
@@ -85,7 +85,9 @@ class Trial:
         """The case's arguments in the type, on the device, in the layout that it asks for."""
         drawn = self.case.inputs()
         first, *others = (x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for x in drawn)
-        return [arranged(first, self.case.layout), *others]
+        if self.case.layout == "channels_last":
+            first = first.contiguous(memory_format=torch.channels_last)
+        return [gapped(first) if self.case.layout == "gapped" else first, *others]
 
     def evaluate(self, inputs: Tensors, dy: Tensor | None = None, backend: str | None = None) -> Evaluation:
         function, options = self.operation.function, self.case.options

@@ -35,7 +35,7 @@ from alexnet.layers.from_file import file_hash
 from alexnet.layers.pair import PAIRS
 
 DIRECTORY = Path("exercises")
-RULES = {"update_rule": (optim, "krizhevsky_update"), "initialisation": (model, "initial_std")}
+RULES = {"update_rule": (optim, ("krizhevsky_update",)), "initialisation": (model, ("initial_std",))}
 
 # ---- examples small enough for paper, the smallest first --------------------------------------------------------
 
@@ -124,9 +124,8 @@ class Exercise:
     @property
     def functions(self) -> tuple[str, ...]:
         """What the file defines; the last one is the reader's to write."""
-        return (
-            (f"{self.name}_forward", f"{self.name}_backward") if self.is_operation else RULES[self.name][1:]
-        )
+        own = (f"{self.name}_forward", f"{self.name}_backward")
+        return own if self.is_operation else RULES[self.name][1]
 
     @property
     def examples(self) -> tuple[Case, ...]:

@@ -73,15 +73,13 @@ def network(config: ModelConfig, backends: Chosen, device: str, dtype: torch.dty
     return net
 
 
-def batches(
-    config: ModelConfig, steps: int, device: str, dtype: torch.dtype
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(config: ModelConfig, steps: int, device: str, dtype: torch.dtype) -> Iterator[list[Tensor]]:
     """Images and labels."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         images = 2 * reproducible((IMAGES, 3, config.image_px, config.image_px), generator)
         labels = torch.randint(config.classes, (IMAGES,), generator=generator)
-        yield images.to(device, dtype), labels.to(device)
+        yield [images.to(device, dtype), labels.to(device)]
 
 
 def loss_of(

@@ -154,19 +154,16 @@ def _pool_rounding(at: Evaluation) -> list[Rounding]:
     return [Rounding(torch.zeros_like(at.y), 0, 0), Rounding(dx, _windows_per_pixel(at.options), 1)]
 
 
-def _winners(x: Tensor, y: Tensor, options: Options) -> Tensor:
-    """How many pixels of each window equal its maximum, shaped as y."""
-    kernel, stride, padding = _geometry(options)
-    far = max(*kernel, *stride)
-    padded = F.pad(x, (padding[1], padding[1] + far, padding[0], padding[0] + far), value=float("-inf"))
-    windows = padded.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
-    return (windows[:, :, : y.shape[2], : y.shape[3]] == y[..., None, None]).sum((-2, -1))
-
-
 def _pool_identities(at: Evaluation) -> list[Identity]:
     """Euler, every window counted once under "first", once for each of its winners under "all"; and what arrives is
     what was sent, counted alike."""
-    times = _winners(at.x, at.y, at.options) if at.options.get("ties") == "all" else 1
+    times: Tensor | int = 1
+    if at.options.get("ties") == "all":  # how many pixels of each window equal its maximum
+        kernel, stride, (rows, columns) = _geometry(at.options)
+        far = max(*kernel, *stride)
+        padded = F.pad(at.x, (columns, columns + far, rows, rows + far), value=float("-inf"))
+        windows = padded.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
+        times = (windows[:, :, : at.y.shape[2], : at.y.shape[3]] == at.y[..., None, None]).sum((-2, -1))
     sent = at.dy * times
     return [*homogeneous(at, times), Identity("all of dy arrives", at.dx.sum(), sent.sum(), sent.abs().sum())]
 

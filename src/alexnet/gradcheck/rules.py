@@ -163,9 +163,8 @@ def _weights_as_asked() -> float:
     """Deviation of the largest layers' weights within 5 %, 4 times its standard error; biases exactly."""
     config = ModelConfig(**SMALL_NET, init=Init.he)
     net = model.AlexNet(config, seed=0)
-    off = [
-        abs(float(w.detach().std()) * (w[0].numel() / 2) ** 0.5 - 1) for w in (net.fc6.weight, net.fc7.weight)
-    ]
+    large = (net.fc6.weight.detach(), net.fc7.weight.detach())
+    off = [abs(float(w.std()) * (w[0].numel() / 2) ** 0.5 - 1) for w in large]
     biases = [getattr(net, name).bias for name in model.LAYERS]
     exact = all(bool((b == value).all()) for b, value in zip(biases, config.init_bias, strict=True))
     return max(off) if exact else float("inf")
@@ -205,9 +204,7 @@ def _crops_by_slicing() -> float:
     photos, draws, mean = _photos(), _draws(), _statistics()["mean"]
     centre = mean[2 : 2 + CROP, 2 : 2 + CROP]
     expected = []
-    for photo, top, left, flip in zip(
-        photos, draws.top.tolist(), draws.left.tolist(), draws.flip, strict=True
-    ):
+    for photo, top, left, flip in zip(photos, draws.top, draws.left, draws.flip, strict=True):
         crop = photo[top : top + CROP, left : left + CROP].float()
         expected.append(((crop.flip(1) if flip else crop) - centre).permute(2, 0, 1))
     return relative(_augment(colour=Colour.none)(photos, draws), torch.stack(expected).double())

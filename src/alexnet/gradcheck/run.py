@@ -156,9 +156,8 @@ def backends_for(operation: str, config: CheckGradients, device: str, skipped: l
             skipped.append(f"skipped  {operation}, {choice} on {device}: {error}")
             continue
         if backend == Backend.native:
-            skipped.append(
-                f"skipped  {operation}, native: torch's own gradient is what the others are compared with"
-            )
+            why = "torch's own gradient is what the others are compared with"
+            skipped.append(f"skipped  {operation}, native: {why}")
         elif backend == Backend.triton and device != "cuda":
             skipped.append(f"skipped  {operation}, triton on {device}: its kernels need a CUDA device")
         elif backend not in found:
@@ -194,10 +193,7 @@ def network_backends(config: CheckGradients, device: str) -> list[dict[str, str]
     per_operation = {name: backends_for(name, config, device, []) or ["reference"] for name in OPERATIONS}
     found = [{name: choices[0] for name, choices in per_operation.items()}]
     for backend in (Backend.reference, Backend.compiled, Backend.triton) if config.full else ():
-        mapping = {
-            name: str(backend) if backend in choices else choices[0]
-            for name, choices in per_operation.items()
-        }
+        mapping = {name: str(backend) if backend in each else each[0] for name, each in per_operation.items()}
         if mapping not in found:
             found.append(mapping)
     return found
