@@ -84,8 +84,7 @@ def same(a: Outcome, b: Outcome, name: str) -> bool:
 
 def mutants_of(exercise: Exercise) -> list[Mutant]:
     """The known mistakes that a file of this exercise can contain."""
-    where = {"update_rule": rules.UPDATE, "initialisation": rules.START}.get(exercise.name, exercise.name)
-    found = [mutant for mutant in MUTANTS if mutant.where == where]
+    found = [mutant for mutant in MUTANTS if mutant.where == exercise.where]
     if exercise.is_operation:
         return found
     wanted = getattr(exercise.module, exercise.functions[-1])

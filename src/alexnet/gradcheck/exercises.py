@@ -14,7 +14,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -31,11 +31,15 @@ from alexnet.errors import UserError
 from alexnet.gradcheck.cases import Case, Draw, Options, case
 from alexnet.gradcheck.derivation import title
 from alexnet.gradcheck.operations import by_name
+from alexnet.gradcheck.rules import START, UPDATE
 from alexnet.layers.from_file import file_hash
 from alexnet.layers.pair import PAIRS
 
 DIRECTORY = Path("exercises")
-RULES = {"update_rule": (optim, ("krizhevsky_update",)), "initialisation": (model, ("initial_std",))}
+RULES: dict[str, tuple[ModuleType, tuple[str, ...], str]] = {  # the exercises that are about no operation
+    "update_rule": (optim, ("krizhevsky_update",), UPDATE),
+    "initialisation": (model, ("initial_std",), START),
+}
 
 # ---- examples small enough for paper, the smallest first --------------------------------------------------------
 
@@ -106,43 +110,37 @@ NEEDED = {"max_pool2d": ("Ties", "What must be kept", "Size"), "conv2d": ("Group
 
 @dataclass(frozen=True)
 class Exercise:
-    """What the reader is to write: a section of exercises.md."""
+    """What the reader is to write: a section of exercises.md, and what belongs to it."""
 
     name: str
     teaches: str
     task: str  # empty where the docstring of the module says it
     hints: list[str]
+    module: ModuleType
+    functions: tuple[str, ...]  # what the file defines; the last one is the reader's to write
+    where: str  # the operation, or the rule of rules.py, that it is about
+    examples: tuple[Case, ...]
 
     @property
     def is_operation(self) -> bool:
         return self.name not in RULES
 
-    @property
-    def module(self) -> ModuleType:
-        return import_module(f"alexnet.layers.{self.name}") if self.is_operation else RULES[self.name][0]
 
-    @property
-    def functions(self) -> tuple[str, ...]:
-        """What the file defines; the last one is the reader's to write."""
-        own = (f"{self.name}_forward", f"{self.name}_backward")
-        return own if self.is_operation else RULES[self.name][1]
-
-    @property
-    def examples(self) -> tuple[Case, ...]:
-        return EXAMPLES.get(self.name, ())
-
-
-def _sections() -> list[Exercise]:
+def _sections() -> Iterator[Exercise]:
     text = (Path(__file__).parent / "exercises.md").read_text(encoding="utf-8")
-    found = []
     for section in text.split("\n## ")[1:]:
-        name, teaches, *task, hints = (part.strip() for part in section.strip().split("\n\n"))
+        name, teaches, *task, hints = section.strip().split("\n\n")
+        asked = " ".join("".join(task).removeprefix("Task: ").split())
         words = [" ".join(hint.split()) for hint in re.split(r"^\d\. ", hints, flags=re.MULTILINE)[1:]]
-        found.append(Exercise(name, teaches, " ".join("".join(task).removeprefix("Task: ").split()), words))
-    return found
+        if name in RULES:
+            module, functions, where = RULES[name]
+        else:
+            module, where = import_module(f"alexnet.layers.{name}"), name
+            functions = (f"{name}_forward", f"{name}_backward")
+        yield Exercise(name, teaches, asked, words, module, functions, where, EXAMPLES.get(name, ()))
 
 
-EXERCISES = _sections()
+EXERCISES = tuple(_sections())
 NAMES = [exercise.name for exercise in EXERCISES]
 
 

@@ -19,14 +19,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from alexnet import optim
 from alexnet.errors import UserError
-from alexnet.gradcheck import rules
 from alexnet.gradcheck.cases import Case, Evaluation, Operation
 from alexnet.gradcheck.checks import Result, results_of
 from alexnet.gradcheck.diagnosis import Fault, diagnosis, smallest_example
 from alexnet.gradcheck.exercises import EXERCISES, Exercise, record_path
 from alexnet.gradcheck.operations import by_name
+from alexnet.gradcheck.rules import rule_results
 from alexnet.layers.backend import pair_from_file
 from alexnet.layers.from_file import file_hash, import_file
 from alexnet.layers.pair import PAIRS, Pair
@@ -102,14 +101,13 @@ def _proven_operation(verdict: Verdict, module: ModuleType) -> Verdict:
 def _proven_rule(verdict: Verdict, module: ModuleType) -> Verdict:
     """The checks of the update rule or the initialisation, run with the reader's function in the place of ours."""
     exercise, name = verdict.exercise, verdict.exercise.functions[-1]
-    rule = rules.UPDATE if exercise.module is optim else rules.START
 
     def watched(*arguments: Any) -> Any:
         return called(getattr(module, name), arguments)
 
     try:
         with mock.patch.object(exercise.module, name, watched):
-            verdict.results += rules.rule_results(rule)
+            verdict.results += rule_results(exercise.where)
     except Fault as fault:
         verdict.faults["every case"] = str(fault)
     if not verdict.passed:
