@@ -1,16 +1,7 @@
 """The mutants of the update rule, of the initialisation and of the data path."""
 
-from alexnet.data.augment import (
-    Augment,
-    colour_noise,
-    crop_starts,
-    crops_at,
-    draw_epoch,
-    mirror,
-    principal_colours,
-    stream,
-    to_input,
-)
+from alexnet.data import augment
+from alexnet.data.augment import Augment
 from alexnet.gradcheck.mutants import mutants, mutate
 from alexnet.gradcheck.rules import DATA, START, UPDATE
 from alexnet.model import initial_std, initialise
@@ -22,7 +13,8 @@ OF_UPDATE = mutants(UPDATE, krizhevsky_update, {
     "decay without the rate": ("-decay * lr", "-decay"),
     "decay outside the velocity": ("add_(v, w, alpha=-decay * lr)", "mul_(w, 1 - lr * decay)"),
     "step by the velocity before":
-        ("torch._foreach_mul_(v, momentum)", "old = torch._foreach_mul(v, 1); torch._foreach_mul_(v, momentum)",
+        ("torch._foreach_mul_(v, momentum)",
+         "old = torch._foreach_mul(v, 1); torch._foreach_mul_(v, momentum)",
          "torch._foreach_add_(w, v)", "torch._foreach_add_(w, old)"),
     "Nesterov's look ahead":
         ("torch._foreach_add_(w, v)",
@@ -42,24 +34,26 @@ OF_START = mutants(START, initial_std, {
     "every bias 0": mutate(initialise, "config.init_bias[i]", "0.0"),
 })  # fmt: skip
 
-OF_DATA = mutants(DATA, draw_epoch, {
-    "crop offset by one": mutate(crop_starts, "+ left) * 3", "+ (left - 1).clamp(min=0)) * 3"),
+OF_DATA = mutants(DATA, augment.draw_epoch, {
+    "crop offset by one": mutate(augment.crop_starts, "+ left) * 3", "+ (left - 1).clamp(min=0)) * 3"),
     "rows and columns of the crop exchanged":
-        mutate(crop_starts, "+ top) * width + left", "+ left) * width + top"),
-    "BGR for RGB": mutate(crops_at, "len(starts), side, side, 3)", "len(starts), side, side, 3).flip(-1)"),
-    "mirrored upside down": mutate(mirror, "crops[i].flip(1)", "crops[i].flip(0)"),
+        mutate(augment.crop_starts, "+ top) * width + left", "+ left) * width + top"),
+    "BGR for RGB":
+        mutate(augment.crops_at, "len(starts), side, side, 3)", "len(starts), side, side, 3).flip(-1)"),
+    "mirrored upside down": mutate(augment.mirror, "crops[i].flip(1)", "crops[i].flip(0)"),
     "mean image not from its centre": mutate(Augment._fill, "self.margin // 2, self.margin // 2", "0, 0"),
     "mean subtracted before mirroring":
         mutate(Augment.from_crops, "mirror(crops[slab], draws.flip[slab])", "crops[slab]",
                "return out", "return mirror(out, draws.flip)"),
     "colour along rows of the eigenvectors":
-        mutate(principal_colours, "vectors * largest.sign()", "(vectors * largest.sign()).T"),
-    "colour along the wrong eigenvector": mutate(principal_colours, "values.flip(0)", "values"),
-    "variance for standard deviation": mutate(colour_noise, "eigenvalues.sqrt()", "eigenvalues"),
-    "divided by 1.1 before colour is added": mutate(to_input, "noise[:, None]", "noise[:, None] * divisor"),
+        mutate(augment.principal_colours, "vectors * largest.sign()", "(vectors * largest.sign()).T"),
+    "colour along the wrong eigenvector": mutate(augment.principal_colours, "values.flip(0)", "values"),
+    "variance for standard deviation": mutate(augment.colour_noise, "eigenvalues.sqrt()", "eigenvalues"),
+    "divided by 1.1 before colour is added":
+        mutate(augment.to_input, "noise[:, None]", "noise[:, None] * divisor"),
     "offsets stop one short of the margin": ("margin + 1", "margin"),
     "draws by position, not by image": ("by_chunk = order,", "by_chunk = torch.arange(n),"),
-    "the same draws in every epoch": mutate(stream, "{epoch}", "0"),
+    "the same draws in every epoch": mutate(augment.stream, "{epoch}", "0"),
     "a flip for each image, not for 32":
         ("by_image if config.flip == Flip.per_image else by_chunk", "by_image"),
     "ten views mirrored upside down": mutate(Augment.ten_views, "views.flip(3)", "views.flip(2)"),
