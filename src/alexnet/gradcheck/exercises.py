@@ -99,7 +99,8 @@ EXAMPLES: dict[str, tuple[Case, ...]] = {
     ),
     "conv2d": (
         example("one map of 3 x 3, 2 x 2 kernel", small(1, 1, 3, 3), small(1, 1, 2, 2), small(1)),
-        example("2 images, stride 2, padding 1", small(2, 1, 3, 3), small(1, 1, 2, 2), small(1), stride=2, padding=1),
+        example("2 images, stride 2, padding 1", small(2, 1, 3, 3), small(1, 1, 2, 2), small(1), stride=2,
+                padding=1),
         example("two towers", small(1, 2, 2, 3), small(2, 1, 2, 2), small(2), groups=2),
         example("zeros on the left only", small(1, 1, 2, 3), small(1, 1, 2, 2), small(1), padding=(1, 0, 0, 0)),
     ),
