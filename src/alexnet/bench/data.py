@@ -17,17 +17,11 @@ from lightning.pytorch.callbacks import LambdaCallback
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
+from alexnet.bench import networks
 from alexnet.bench.config import Benchmark
-from alexnet.bench.networks import (
-    CLASSES,
-    Task,
-    bfloat16_weights,
-    model_config,
-    ours,
-    stock_network,
-    stock_step,
-)
 from alexnet.bench.timing import Contestant, Kind, Row, interleave
 from alexnet.cli import plain
 from alexnet.data.augment import Augment, AugmentConfig, statistics_of
@@ -77,16 +71,12 @@ class StoredImages(Dataset):
 
 
 def transforms(crop: int, from_file: bool) -> Any:
-    from torchvision.transforms import v2
-
     first: list[Any] = [v2.PILToTensor()] if from_file else []
     random = [v2.RandomCrop(crop), v2.RandomHorizontalFlip()]
     return v2.Compose([*first, *random, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
 def jpeg_loader(files: Files, crop: int, batch: int) -> DataLoader:
-    from torchvision.datasets import ImageFolder
-
     return loader(ImageFolder(str(files.folder), transforms(crop, from_file=True)), batch)
 
 
@@ -169,16 +159,16 @@ class Loop:
 
     def __init__(self, files: Files, model: str, batch: int, dtype: str) -> None:
         data = DataConfig(root=str(files.store.path.parent), batch_size=batch, resident=Resident.always)
-        augment = AugmentConfig(crop_px=model_config(model).image_px)
+        augment = AugmentConfig(crop_px=networks.model_config(model).image_px)
         self.data = ImageData(data, augment)
         self.data.setup("fit")
         self.directory = files.folder
         self.classifier = Classifier(
-            model=plain(model_config(model)),
+            model=plain(networks.model_config(model)),
             augment=plain(augment),
             optim=plain(OptimConfig(lr=1e-6, schedule=Schedule.constant)),
             backend=Backends(default=Backend.fastest).resolve("cpu"),
-            classes=[{"wnid": str(i), "words": str(i)} for i in range(CLASSES)],
+            classes=[{"wnid": str(i), "words": str(i)} for i in range(networks.CLASSES)],
             px=files.px,
             seed=0,
             statistics=self.data.statistics,
@@ -221,18 +211,18 @@ def _per_epoch(ends: list[float]) -> float:
     return (ends[-1] - ends[0]) * len(ends) / (len(ends) - 1)
 
 
-def _empty_task(model: str, batch: int, dtype: str) -> Task:
-    config = model_config(model)
+def _empty_task(model: str, batch: int, dtype: str) -> networks.Task:
+    config = networks.model_config(model)
     images = torch.zeros(batch, 3, config.image_px, config.image_px).contiguous(
         memory_format=torch.channels_last
     )
-    return Task(config, images, torch.zeros(batch, dtype=torch.int64), getattr(torch, dtype))
+    return networks.Task(config, images, torch.zeros(batch, dtype=torch.int64), getattr(torch, dtype))
 
 
 def _bare_loop(files: Files, model: str, batch: int, dtype: str) -> Callable[[], None]:
     given = _empty_task(model, batch, dtype)
     epoch = our_batches(files, given.config.image_px, batch, Resident.always)
-    trainer = ours(given, "fastest", own_input=True)
+    trainer = networks.ours(given, "fastest", own_input=True)
 
     def run() -> None:
         for x, taken in epoch():
@@ -245,8 +235,8 @@ def _bare_loop(files: Files, model: str, batch: int, dtype: str) -> Callable[[],
 def _steps_only(model: str, images: int, batch: int, dtype: str) -> Callable[[], None]:
     given = _empty_task(model, batch, dtype)
     given.images.normal_(0, 50)
-    given.labels.random_(CLASSES)
-    trainer = ours(given, "fastest")
+    given.labels.random_(networks.CLASSES)
+    trainer = networks.ours(given, "fastest")
 
     def run() -> None:
         for _ in range(images // batch):
@@ -258,9 +248,9 @@ def _steps_only(model: str, images: int, batch: int, dtype: str) -> Callable[[],
 def _stock_loop(files: Files, model: str, batch: int, dtype: str) -> Callable[[], None]:
     given = _empty_task(model, batch, dtype)
     jpeg = jpeg_loader(files, given.config.image_px, batch)
-    net = stock_network(given.config)
-    net = net if dtype == "float32" else bfloat16_weights(net)
-    step = stock_step(net, given, tuned=True, compiled=True, own_input=True)
+    net = networks.stock_network(given.config)
+    net = net if dtype == "float32" else networks.bfloat16_weights(net)
+    step = networks.stock_step(net, given, tuned=True, compiled=True, own_input=True)
 
     def run() -> None:
         for given.images, given.labels in jpeg:

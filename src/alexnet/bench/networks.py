@@ -107,11 +107,10 @@ def stock_network(config: ModelConfig) -> nn.Sequential:
     inputs, groups = 3, (1, config.towers, 1, config.towers, config.towers)
     for i, outputs in enumerate(config.widths):
         left, right, top, bottom = config.padding[i]
+        padding, kernel, stride = left, config.kernel_size[i], config.stride[i]
         if (left, top) != (right, bottom):
-            modules.append(nn.ZeroPad2d((left, right, top, bottom)))
-        symmetric = 0 if (left, top) != (right, bottom) else left
-        kernel, stride = config.kernel_size[i], config.stride[i]
-        modules += [nn.Conv2d(inputs, outputs, kernel, stride, symmetric, groups=groups[i])]
+            modules, padding = [*modules, nn.ZeroPad2d((left, right, top, bottom))], 0
+        modules += [nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups[i])]
         modules += stock_block(config, i)
         inputs = outputs
     flat = {row.name: row for row in layer_table(config)}["pool5"]
@@ -145,12 +144,10 @@ class Float32Norm(nn.LocalResponseNorm):
 
 def bfloat16_weights(net: nn.Sequential, device_type: str = "cpu") -> nn.Sequential:
     """The weights themselves in bfloat16 (on a CPU the norms in float32): the cheapest form that stock modules have."""
-    modules = [
-        Float32Norm(m.size, m.alpha, m.beta, m.k)
-        if isinstance(m, nn.LocalResponseNorm) and device_type == "cpu"
-        else m
-        for m in net
-    ]
+    modules = list(net)
+    for i, m in enumerate(modules):
+        if isinstance(m, nn.LocalResponseNorm) and device_type == "cpu":
+            modules[i] = Float32Norm(m.size, m.alpha, m.beta, m.k)
     return nn.Sequential(*modules).bfloat16()
 
 
@@ -191,42 +188,40 @@ def stock_step(
     return step
 
 
+# Every form of the stock network worth timing: which is the best differs from machine to machine. The first two are
+# usually the best.
+STOCK = {
+    torch.float32: (
+        f"stock eager, {TUNED}",
+        f"stock compiled, {TUNED}",
+        "stock eager",
+        "stock compiled",
+    ),
+    torch.bfloat16: (
+        f"stock eager, bf16 weights, {TUNED}",
+        f"stock compiled, bf16 weights, {TUNED}",
+        "stock eager, autocast",
+        f"stock eager, autocast, {TUNED}",
+        "stock compiled, autocast",
+        f"stock compiled, autocast, {TUNED}",
+    ),
+}
+# torch.compile's own forms for a GPU, both replayed as CUDA graphs, forward and backward apart.
+MODES = ("reduce-overhead", "max-autotune")
+
+
 def stock(task: Task, quick: bool) -> list[Contestant]:
-    """Every form of the stock network worth timing: which is the best differs from machine to machine."""
-    return [stock_named(name, task) for name in list(stock_forms(task.dtype))[: 2 if quick else None]]
-
-
-def stock_forms(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """By name, how each is made; the first two are usually the best."""
-    if dtype == torch.float32:
-        return {
-            f"stock eager, {TUNED}": {"tuned": True},
-            f"stock compiled, {TUNED}": {"tuned": True, "compiled": True},
-            "stock eager": {"tuned": False},
-            "stock compiled": {"tuned": False, "compiled": True},
-        }
-    return {
-        f"stock eager, bf16 weights, {TUNED}": {"tuned": True, "weights": True},
-        f"stock compiled, bf16 weights, {TUNED}": {"tuned": True, "weights": True, "compiled": True},
-        "stock eager, autocast": {"tuned": False, "autocast": True},
-        f"stock eager, autocast, {TUNED}": {"tuned": True, "autocast": True},
-        "stock compiled, autocast": {"tuned": False, "autocast": True, "compiled": True},
-        f"stock compiled, autocast, {TUNED}": {"tuned": True, "autocast": True, "compiled": True},
-    }
+    return [stock_named(name, task) for name in STOCK[task.dtype][: 2 if quick else None]]
 
 
 def stock_named(name: str, task: Task) -> Contestant:
-    """One of `stock_forms`, or of its compiled forms with ", <mode>" behind the name.
-
-    The modes are torch.compile's own forms for a GPU, reduce-overhead and max-autotune, both replayed as CUDA graphs,
-    forward and backward apart.
-    """
-    forms, (form, _, mode) = stock_forms(task.dtype), name.rpartition(", ")
-    how = dict(forms[name]) if name in forms else {**forms[form], "mode": mode}
+    """The stock network in the form that its name says: one of STOCK, or a compiled one with ", <mode>" behind it."""
     net = stock_network(task.config)
-    if how.pop("weights", False):
+    if "bf16 weights" in name:
         net = bfloat16_weights(net, task.images.device.type)
-    return Contestant(name, Kind.baseline, stock_step(net, task, **how))
+    how = {"tuned": TUNED in name, "autocast": "autocast" in name, "compiled": "compiled" in name}
+    mode = next((mode for mode in MODES if name.endswith(mode)), None)
+    return Contestant(name, Kind.baseline, stock_step(net, task, mode=mode, **how))
 
 
 def torchvision_step(task: Task, compiled: bool) -> Contestant:
