@@ -61,12 +61,13 @@ def test_spread_takes_from_first_to_last():
 
 
 def test_a_kill_while_writing_leaves_no_measure(tmp_path):
-    def broken(file):
-        file.write(b"half")
-        raise KeyboardInterrupt
+    class Broken:
+        def __array__(self, *_, **__):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _save(tmp_path / Want.one_view, broken)
+        _save(tmp_path / Want.one_view, {"labels": np.arange(2), "log_probs": Broken()})
+    assert list(tmp_path.iterdir()) == []
     assert not is_measured(tmp_path, [Want.one_view])
 
 

@@ -16,10 +16,10 @@ one measure. A run that diverged has a reason instead.
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +167,24 @@ def measure(directory: Path, config: Train, wants: Collection[Want]) -> None:
     classifier = load(weights(directory), resolved["backend"]).to(device)
     net = Net(directory, config, classifier, assemble.image_data(config), device)
     for want in missing:
-        MAKERS[want](net, directory / want)
+        _save(directory / want, net.content(want))
+
+
+def _save(path: Path, content: Any) -> None:
+    """Whole or not at all: plain data, arrays by name, or one array."""
+    if path.suffix == ".json":
+        write_json(path, content)
+        return
+    with replaced(path) as partial, partial.open("wb") as file:
+        if isinstance(content, dict):
+            np.savez(file, **content)
+        else:
+            np.save(file, content)
 
 
 @dataclass(frozen=True)
 class Net:
-    """The trained network of a run, and its data."""
+    """The trained network of a run and its data, and what each measure is of them."""
 
     directory: Path
     config: Train
@@ -180,29 +192,69 @@ class Net:
     data: ImageData
     device: torch.device
 
+    def content(self, want: Want) -> Any:
+        """Of the file that is named so."""
+        c, val = self.classifier, self.data.val_store
+        match want:
+            case Want.one_view | Want.ten_views:
+                log_probs = self.log_probabilities(val, views=10 if want is Want.ten_views else 1)
+                return {"log_probs": log_probs.numpy(), "labels": val.labels}
+            case Want.basic:
+                return self.basic()
+            case Want.kernels:
+                return c.net.conv1.weight.detach().float().cpu().numpy()
+            case (
+                Want.probe
+            ):  # of the network before training: its weights depend on the seed and their names alone
+                return c.initial_probe(self.data.train_store, self.data.split[0]).as_dict()
+            case Want.hidden:
+                return self.neighbours(lambda x: c.net.last_hidden(c.net.features(c.augment.centre(x))))
+            case Want.pixels:  # as the network sees them, less the mean image, which changes no distance
+                return self.neighbours(lambda x: c.augment.centre(x).flatten(1))
+            case Want.figure4:
+                return self.figure4()
+
     def log_probabilities(self, store: Store, rows: np.ndarray | None = None, views: int = 1) -> Tensor:
-        c = self.classifier
-        size = self.config.data.eval_batch_size
+        c, size = self.classifier, self.config.data.eval_batch_size
         return log_probabilities(c.net, c.augment, store.images, views, size, self.device, rows)
 
+    def basic(self) -> dict[str, Any]:
+        """Its `results` have the form of run.json's."""
+        started = time.monotonic()
+        store, (trained, held_out) = self.data.train_store, (part.numpy() for part in self.data.split)
+        rows = {"train": spread(trained, TRAIN_IMAGES), "holdout": held_out}
+        seen = {s: (self.log_probabilities(store, r), store.labels[r]) for s, r in rows.items() if len(r)}
+        view, val = self.directory / Want.one_view, self.data.val_store
+        known = torch.from_numpy(np.load(view)["log_probs"]) if view.exists() else None
+        seen["val"] = self.log_probabilities(val) if known is None else known, val.labels
+        errors = {s: score(*both, split=s, name="last epoch").as_dict() for s, both in seen.items()}
+        first, second = chroma(self.classifier.net.conv1.weight).tensor_split(2)
+        results = {**errors, "conv1": {"chroma_split": split_excess(first.numpy(), second.numpy())}}
+        return {"results": results, "seconds": round(time.monotonic() - started, 1), "git": git_state()}
 
-# One function per file ----------------------------------------------------------------------------------------------
+    def neighbours(self, features: Callable[[Tensor], Tensor]) -> dict[str, np.ndarray]:
+        train, val = self.data.train_store, self.data.val_store
+        queries, gallery = spread(np.arange(len(val)), QUERIES), self.data.split[0].numpy()
+        found = nearest(features, val.images, queries, train.images, gallery, self.device)
+        agree = train.labels[found] == val.labels[queries][:, None]
+        return {"queries": queries, "neighbours": found, "agree": agree}
 
-
-def _basic(net: Net, path: Path) -> None:
-    """measures.json; `results` in the form of run.json's."""
-    started = time.monotonic()
-    store, (trained, held_out) = net.data.train_store, (part.numpy() for part in net.data.split)
-    rows = {"train": spread(trained, TRAIN_IMAGES), "holdout": held_out}
-    seen = {s: (net.log_probabilities(store, r), store.labels[r]) for s, r in rows.items() if len(r)}
-    view, val = net.directory / Want.one_view, net.data.val_store
-    known = torch.from_numpy(np.load(view)["log_probs"]) if view.exists() else None
-    seen["val"] = net.log_probabilities(val) if known is None else known, val.labels
-    errors = {split: score(*both, split=split, name="last epoch").as_dict() for split, both in seen.items()}
-    first, second = chroma(net.classifier.net.conv1.weight).tensor_split(2)
-    split = split_excess(first.numpy(), second.numpy())
-    results, seconds = {**errors, "conv1": {"chroma_split": split}}, round(time.monotonic() - started, 1)
-    write_json(path, {"results": results, "seconds": seconds, "git": git_state()})
+    def figure4(self) -> dict[str, np.ndarray]:
+        """Images chosen by their place, not by what became of them: one of each of eight classes, spread."""
+        train, val = self.data.train_store, self.data.val_store
+        classes = spread(np.unique(val.labels), SHOWN)
+        left = np.array([np.flatnonzero(val.labels == c)[0] for c in classes])
+        found = np.load(self.directory / Want.hidden)
+        right = spread(np.arange(len(found["queries"])), SHOWN_QUERIES)
+        return {
+            "images": val.images[left],
+            "labels": val.labels[left],
+            "probabilities": self.log_probabilities(val, left).exp().numpy(),
+            "names": np.array([c["words"] or c["wnid"] for c in val.classes]),
+            "queries": val.images[found["queries"][right]],
+            "neighbours": train.images[found["neighbours"][right]],
+            "agree": found["agree"][right],
+        }
 
 
 def chroma(weight: Tensor) -> Tensor:
@@ -213,39 +265,6 @@ def chroma(weight: Tensor) -> Tensor:
     w = weight.detach().float().cpu()
     colour = w - w.mean(1, keepdim=True)
     return colour.square().sum((1, 2, 3)) / w.square().sum((1, 2, 3)).clamp_min(1e-30)
-
-
-def _kernels(net: Net, path: Path) -> None:
-    _save(path, lambda file: np.save(file, net.classifier.net.conv1.weight.detach().float().cpu().numpy()))
-
-
-def _probe(net: Net, path: Path) -> None:
-    """Of the network before training: its weights depend on the seed and their names alone."""
-    write_json(path, net.classifier.initial_probe(net.data.train_store, net.data.split[0]).as_dict())
-
-
-def _views(net: Net, path: Path, views: int) -> None:
-    store = net.data.val_store
-    log_probs = net.log_probabilities(store, views=views).numpy()
-    _save(path, lambda file: np.savez(file, log_probs=log_probs, labels=store.labels))
-
-
-def _hidden(net: Net, path: Path) -> None:
-    c = net.classifier
-    _neighbours(net, path, lambda images: c.net.last_hidden(c.net.features(c.augment.centre(images))))
-
-
-def _pixels(net: Net, path: Path) -> None:
-    """What the network sees, less its mean: subtracting the same image from both changes no distance."""
-    _neighbours(net, path, lambda images: net.classifier.augment.centre(images).flatten(1))
-
-
-def _neighbours(net: Net, path: Path, features: Callable[[Tensor], Tensor]) -> None:
-    train, val = net.data.train_store, net.data.val_store
-    queries, gallery = spread(np.arange(len(val)), QUERIES), net.data.split[0].numpy()
-    found = nearest(features, val.images, queries, train.images, gallery, net.device)
-    agree = train.labels[found] == val.labels[queries][:, None]
-    _save(path, lambda file: np.savez(file, queries=queries, neighbours=found, agree=agree))
 
 
 @torch.inference_mode()
@@ -276,43 +295,6 @@ def nearest(
         distance, place = both.topk(k, largest=False)
         row = rows_of_both.gather(1, place)
     return row.cpu().numpy()
-
-
-def _figure4(net: Net, path: Path) -> None:
-    """Images chosen by their place in the store, not by what became of them: one of each of eight classes, spread."""
-    train, val = net.data.train_store, net.data.val_store
-    classes = spread(np.unique(val.labels), SHOWN)
-    left = np.array([np.flatnonzero(val.labels == c)[0] for c in classes])
-    found = np.load(net.directory / Want.hidden)
-    right = spread(np.arange(len(found["queries"])), SHOWN_QUERIES)
-    content = {
-        "images": val.images[left],
-        "labels": val.labels[left],
-        "probabilities": net.log_probabilities(val, left).exp().numpy(),
-        "names": np.array([c["words"] or c["wnid"] for c in val.classes]),
-        "queries": val.images[found["queries"][right]],
-        "neighbours": train.images[found["neighbours"][right]],
-        "agree": found["agree"][right],
-    }
-    _save(path, lambda file: np.savez(file, **content))
-
-
-MAKERS: Mapping[Want, Callable[[Net, Path], None]] = {
-    Want.one_view: partial(_views, views=1),
-    Want.ten_views: partial(_views, views=10),
-    Want.basic: _basic,
-    Want.kernels: _kernels,
-    Want.probe: _probe,
-    Want.hidden: _hidden,
-    Want.pixels: _pixels,
-    Want.figure4: _figure4,
-}
-
-
-def _save(path: Path, write: Callable[[Any], None]) -> None:
-    """Whole or not at all."""
-    with replaced(path) as partial, partial.open("wb") as file:
-        write(file)
 
 
 # From files to what the tables take ---------------------------------------------------------------------------------
