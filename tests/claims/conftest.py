@@ -1,5 +1,7 @@
 """A reduced scale=smoke: real claims, a net of a few units, three steps per run."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,17 @@ def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Reprod
         patch.setattr("alexnet.training.run._picture", lambda *_: "not drawn")  # takes as long as training
         reproduce(settings)
     return settings
+
+
+def directory(settings: Reproduce, name: str, seed: int = 1) -> Path:
+    return Path(settings.output_dir) / "train" / "smoke" / name / f"seed{seed}"
+
+
+@pytest.fixture
+def copied(finished: Reproduce, tmp_path: Path) -> Reproduce:
+    """The same runs, to be changed and reported."""
+    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
+    return dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
 
 
 @pytest.fixture

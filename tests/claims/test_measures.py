@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.claims.conftest import directory as run
 
 from alexnet.claims.claims import Claim, Features, Figure, Nets, Test
-from alexnet.claims.config import Reproduce
 from alexnet.claims.measures import (
     Want,
     _save,
@@ -28,10 +28,6 @@ from alexnet.claims.measures import (
 from alexnet.data.store import open_store
 from alexnet.training.checkpoint import load
 from alexnet.training.probe import probe
-
-
-def run(settings: Reproduce, name: str, seed: int = 1) -> Path:
-    return Path(settings.output_dir) / "train" / "smoke" / name / f"seed{seed}"
 
 
 def test_chroma_is_nothing_for_grey_and_all_for_opponent_colours():

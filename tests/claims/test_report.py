@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.claims.conftest import reduced
+from tests.claims.conftest import directory, reduced
 
 from alexnet.claims.claims import Nets, Test
 from alexnet.claims.config import Reproduce
@@ -93,25 +93,23 @@ def test_the_numbers_are_written_as_data(finished: Reproduce):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_conclusions_stand_at_the_top_the_news_first(finished: Reproduce, tmp_path):
-    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
-    finished = dataclasses.replace(finished, output_dir=str(tmp_path))
-    claims = claims_of(finished)
+def test_conclusions_stand_at_the_top_the_news_first(copied: Reproduce):
+    claims = claims_of(copied)
     told = [
         dataclasses.replace(c, conclusion={"smoke": f"so much of {c.name}"}, news=c.name == "figure4")
         for c in claims
     ]
-    sections = sections_of(told, finished)
-    assert [name for name, *_ in conclusions(sections, finished)] == [
+    sections = sections_of(told, copied)
+    assert [name for name, *_ in conclusions(sections, copied)] == [
         "figure4",
         "s4_2_dropout",
         "s4_1_ten_views",
     ]
-    write_report(told, finished)
-    text = (finished.report_directory / "report.html").read_text()
+    write_report(told, copied)
+    text = (copied.report_directory / "report.html").read_text()
     assert text.index("so much of figure4") < text.index("so much of s4_1_ten_views") < text.index("<table>")
-    assert conclusions(sections_of(claims, finished), finished) == []
-    more = dataclasses.replace(finished, seeds=3)  # what was concluded from other runs is not said of a part
+    assert conclusions(sections_of(claims, copied), copied) == []
+    more = dataclasses.replace(copied, seeds=3)  # what was concluded from other runs is not said of a part
     assert conclusions(sections_of(told, more), more) == []
 
 
@@ -159,20 +157,18 @@ def test_a_report_of_nothing_is_a_list_of_commands(data_dir, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_runs_of_several_states_of_the_code_are_marked(finished: Reproduce, tmp_path, capsys):
-    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
-    mixed = dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
-    reproduce(mixed)
+def test_runs_of_several_states_of_the_code_are_marked(copied: Reproduce, capsys):
+    reproduce(copied)
     assert "WARNING" not in capsys.readouterr().out
-    record = json.loads((path := tmp_path / "train/smoke/s4_2_dropout/none/seed1/run.json").read_text())
+    record = json.loads((path := directory(copied, "s4_2_dropout/none") / "run.json").read_text())
     del record["self"]
     resumed = {**record, "git_before": [{"commit": "f" * 40, "changed": True}]}
-    path.write_text(json.dumps({**resumed, "resolved": {**record["resolved"], "precision": "bf16-mixed"}}))
-    reproduce(mixed)
+    path.write_text(json.dumps({**resumed, "resolved": {**record["resolved"], "precision": "bf16-copied"}}))
+    reproduce(copied)
     out = capsys.readouterr().out
     assert "WARNING   s4_2_dropout compares runs of 2 states of the code" in out
     assert "WARNING   s4_2_dropout compares runs of 2 devices or precisions: cpu, 32-true, cpu, bf16" in out
-    assert "Runs of 2 states of the code" in (mixed.report_directory / "report.html").read_text()
+    assert "Runs of 2 states of the code" in (copied.report_directory / "report.html").read_text()
 
 
 def test_an_ensemble_is_of_five_however_many_there_are(finished: Reproduce):
@@ -189,41 +185,35 @@ def test_an_ensemble_is_of_five_however_many_there_are(finished: Reproduce):
     )
 
 
-def test_two_tests_are_compared_on_the_same_nets(finished: Reproduce, tmp_path):
-    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
-    partial = dataclasses.replace(finished, output_dir=str(tmp_path))
-    (tmp_path / "train/smoke/base/seed2/val_10view.npz").unlink()
-    views = next(s for s in sections_of(claims_of(partial), partial) if s.claim.name == "s4_1_ten_views")
+def test_two_tests_are_compared_on_the_same_nets(copied: Reproduce):
+    (directory(copied, "base", 2) / "val_10view.npz").unlink()
+    views = next(s for s in sections_of(claims_of(copied), copied) if s.claim.name == "s4_1_ten_views")
     tests = gathered(views.claim, views.done).tests
     assert {test["val/top1_error"].shape for test in tests.values()} == {(1, 40)}
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_a_diverged_run_is_in_no_curve_and_one_without_an_epoch_stops_no_page(finished: Reproduce, tmp_path):
-    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
-    lost = dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
+def test_a_diverged_run_is_in_no_curve_and_one_without_an_epoch_stops_no_page(copied: Reproduce):
     for seed, rows_left in ((1, 1), (2, 3)):  # only the header; some steps
-        run = tmp_path / f"train/smoke/s4_2_dropout/none/seed{seed}"
+        run = directory(copied, "s4_2_dropout/none", seed)
         lines = (run / "metrics.csv").read_text().splitlines()
         (run / "metrics.csv").write_text("\n".join(lines[:rows_left]) + "\n")
         (run / "measures.json").write_text(json.dumps({"failed": "the loss ended in NaN or infinity"}))
-    reproduce(lost)
-    section = sections_of(claims_of(lost), lost)[0]
+    reproduce(copied)
+    section = sections_of(claims_of(copied), copied)[0]
     assert curved(section.by_arm["none"]) == []
-    text = (lost.report_directory / "report.html").read_text()
+    text = (copied.report_directory / "report.html").read_text()
     assert "diverged: no pair of runs is left to compare</b>; 2 of 2 pairs diverged" in text
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_page_says_at_its_top_what_is_missing(finished: Reproduce, tmp_path):
-    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
-    partial = dataclasses.replace(finished, output_dir=str(tmp_path), report=True)
-    complete = (finished.report_directory / "report.html").read_text()
-    assert "missing: what stands here" not in complete
-    shutil.rmtree(tmp_path / "train/smoke/s4_2_dropout/none/seed2")
-    reproduce(partial)
-    assert "1 run is missing: what stands here" in (partial.report_directory / "report.html").read_text()
+def test_a_page_says_at_its_top_what_is_missing(finished: Reproduce, copied: Reproduce):
+    said = "missing: what stands here"
+    assert said not in (finished.report_directory / "report.html").read_text()
+    shutil.rmtree(directory(copied, "s4_2_dropout/none", 2))
+    reproduce(copied)
+    assert f"1 run is {said}" in (copied.report_directory / "report.html").read_text()
 
 
 def test_bands_are_one_standard_deviation_around_the_mean(finished: Reproduce):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from tests.claims.conftest import REDUCED, reduced
+from tests.claims.conftest import REDUCED, directory, reduced
 
 from alexnet.claims import jobs, runner
 from alexnet.claims.config import Reproduce, Scale
@@ -31,10 +31,6 @@ from alexnet.training import assemble
 from alexnet.training.config import compose_train
 from alexnet.training.metrics import CLOCK_COLUMNS, Metrics, Row
 from alexnet.training.record import RunRecord, read_record
-
-
-def directory(settings: Reproduce, name: str, seed: int = 1) -> Path:
-    return Path(settings.output_dir) / "train" / "smoke" / name / f"seed{seed}"
 
 
 @pytest.fixture
@@ -575,10 +571,9 @@ DAMAGE = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_a_damaged_run_is_named_and_the_others_go_on(finished, tmp_path, capsys):
+def test_a_damaged_run_is_named_and_the_others_go_on(copied, capsys):
     """One of four runs; each of its files in turn does not hold what it should."""
-    shutil.copytree(finished.output_dir, tmp_path, dirs_exist_ok=True)
-    settings = dataclasses.replace(finished, output_dir=str(tmp_path))
+    settings = dataclasses.replace(copied, report=False)
     damaged, sound = directory(settings, "base", 2), directory(settings, "base", 1)
     for name, content in DAMAGE.items():
         whole = (damaged / name).read_bytes()

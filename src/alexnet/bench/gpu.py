@@ -14,19 +14,11 @@ from pathlib import Path
 
 import torch
 
+from alexnet.bench import networks
 from alexnet.bench.check import check
 from alexnet.bench.config import Benchmark
 from alexnet.bench.layers import SHAPES, norm_rows
-from alexnet.bench.networks import (
-    CAPTURED,
-    LIBRARY_CHOOSES,
-    TRITON_NORMS,
-    TUNED,
-    Task,
-    contestant_named,
-    multiply_adds,
-    task,
-)
+from alexnet.bench.networks import CAPTURED, LIBRARY_CHOOSES, TRITON_NORMS, TUNED
 from alexnet.bench.steps import alone, row_name
 from alexnet.bench.timing import Bound, Contestant, Kind, Machine, Row, interleave, synchronise
 
@@ -74,12 +66,13 @@ def step_rows(
     name = row_name("step", model, batch)
     if config.only not in name or _over(name, deadline):
         return
-    given = task(model, batch, dtype, config.device)
+    given = networks.task(model, batch, dtype, config.device)
     contestants = [
         Contestant(n, kind_of(n), late(n, given, model, dtype, config.check))
         for n in names(dtype, config.quick)
     ]
-    bound, rounds = Bound(machine, dtype, 2 * multiply_adds(given.config) * batch), config.interleaved_rounds
+    bound = Bound(machine, dtype, 2 * networks.multiply_adds(given.config) * batch)
+    rounds = config.interleaved_rounds
     yield from interleave("gpu", name, dtype, contestants, rounds, batch, bound, deadline=deadline)
     del contestants, given
     gc.collect()
@@ -99,14 +92,14 @@ def kind_of(name: str) -> Kind:
     return Kind.ours if backend in OURS else Kind.yardstick if "torchvision" in name else Kind.baseline
 
 
-def late(name: str, given: Task, model: str, dtype: str, checked: bool) -> Callable[[], object]:
+def late(name: str, given: networks.Task, model: str, dtype: str, checked: bool) -> Callable[[], object]:
     """The step of a contestant that is made, and if it is ours checked, at its first call."""
 
     @cache
     def step() -> Callable[[], object]:
         if checked and kind_of(name) == Kind.ours:
             right(model, name.removesuffix(CAPTURED), dtype, str(given.images.device))
-        return contestant_named(name, given).run
+        return networks.contestant_named(name, given).run
 
     return lambda: step()()
 
@@ -131,7 +124,7 @@ def profile_best(config: Benchmark, found: list[Row], model: str, batch: int, dt
     if best is None:
         return
     launched = best.contestant.removesuffix(CAPTURED)
-    step = contestant_named(launched, task(model, batch, dtype, config.device)).run
+    step = networks.contestant_named(launched, networks.task(model, batch, dtype, config.device)).run
     step()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:

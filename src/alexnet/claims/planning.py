@@ -35,14 +35,19 @@ def plan(claims: Sequence[Claim], settings: Reproduce) -> str:
     folder = PUBLISHED / f"claims_{settings.scale}"  # beside it earlier ones, claims_cpu_2026-11-26 say
     paths = [*sorted(PUBLISHED.glob(f"{folder.name}_*/results.json")), folder / "results.json"]
     known = [read_results(path) for path in paths if path.exists()]
-    effects = {key: effect for results in known for key, effect in effects_of(results).items()}
-    measured = [of for results in known if not math.isnan((of := minutes_per_run(results))[""])]
-    per_run = measured[-1] if measured else {"": math.nan}
+    effects: dict[Key, Effect] = {}
+    per_run: dict[str, float] = {}  # minutes, by claim
+    for results in known:
+        effects |= effects_of(results)
+        claims_there = results.get("claims", {})
+        runs = {name: c["runs"] + c["tuning_runs"] for name, c in claims_there.items()}
+        per_run = {name: claims_there[name]["minutes"] / n for name, n in runs.items() if n} or per_run
+    mean = sum(per_run.values()) / len(per_run) if per_run else math.nan
     left = [job for job in jobs_of(claims, settings) if job.state is not State.finished]
 
     def minutes(runs: Mapping[str, int]) -> str:
         """Of so many runs of each claim."""
-        total = sum(n * per_run.get(name, per_run[""]) for name, n in runs.items())
+        total = sum(n * per_run.get(name, mean) for name, n in runs.items())
         return "?" if math.isnan(total) else f"{total:.0f}"
 
     rows = [("claim", "comparison", "n", "known sd", "finds", "n for", "to find", "minutes")]
@@ -72,14 +77,6 @@ def _power(c: Comparison, effect: Effect | None, n: int) -> tuple[str, str, str,
     needed = seeds_needed(math.log(worth) if c.timed else worth, effect.sd)
     sd, finds = (f"{math.exp(x):.2f}x" if c.timed else number(x, c.unit, signed=False) for x in spread)
     return str(n), sd, finds, str(needed or "many"), sought
-
-
-def minutes_per_run(results: Mapping[str, Any]) -> dict[str, float]:
-    """Of a claim, by name; under the empty name the mean of all."""
-    claims = results.get("claims", {})
-    runs = {name: c["runs"] + c["tuning_runs"] for name, c in claims.items()}
-    found = {name: c["minutes"] / runs[name] for name, c in claims.items() if runs[name]}
-    return {**found, "": sum(found.values()) / len(found) if found else math.nan}
 
 
 def compare_results(here: Path, there: Path) -> str:

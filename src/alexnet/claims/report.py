@@ -102,7 +102,7 @@ def write_report(claims: Sequence[Claim], settings: Reproduce) -> str:
         missing=len(missing),
         conclusions=conclusions(sections, settings),
         commits=commits(sections),
-        sections=[section_values(s, directory, settings) for s in sections],
+        sections=[{**vars(s), **section_values(s, directory, settings)} for s in sections],
         provenance=provenance(list(done.values()), list(tuning.values())),
         command=jobs.reproduce_command(settings.claims, settings),
     )
@@ -281,24 +281,17 @@ def conclusions(sections: Sequence[Section], settings: Reproduce) -> list[tuple[
 
 
 def section_values(section: Section, directory: Path, settings: Reproduce) -> dict[str, Any]:
-    """What the page shows of a claim; the class of a verdict in its style is `kind`."""
+    """What the page shows of a claim besides the section itself."""
     claim = section.claim
-    rows = []
-    for row in section.rows:
-        word = row.verdict.word if row.verdict else None
-        kind, said = (word.name.lower(), str(word)) if word else ("missing", "not measured yet")
-        rows.append({**tables.cells(row), "main": row.main, "kind": kind, "word": said})
     figures_of = {Figure.curves: _figure1, Figure.kernels: _figure3, Figure.retrieval: _figure4, None: _arms}
     return {
-        "claim": claim,
-        "rows": rows,
+        "rows": [{**tables.cells(row), "main": row.main} for row in section.rows],
         "figures": figures_of[claim.figure](section, directory) if section.done else [],
-        "arms": {arm: list(claim.arm_overrides(settings.scale, arm)) for arm in claim.arms},
+        "arms": {arm: claim.arm_overrides(settings.scale, arm) for arm in claim.arms},
         "tuned": jobs.rates(claim, section.chosen, settings),
         "probes": section.probes,
         "provenance": section.provenance,
         "command": jobs.reproduce_command([claim.name], settings),
-        "missing": len(section.missing),
         "commands": jobs.train_commands(section.missing, replace(settings, claims=[claim.name])),
     }
 
@@ -348,10 +341,8 @@ def _band(done: Sequence[Done], metric: str, split: str, scale: float = 1.0, sty
 
 def _figure1(section: Section, directory: Path) -> list[dict[str, Any]]:
     curves = {}
-    for arm, name, style in (
-        ("relu", "ReLUs", "-"),
-        ("tanh", "tanh", "--"),
-    ):  # solid and dashed as in the paper
+    # Solid and dashed as in the paper.
+    for arm, name, style in (("relu", "ReLUs", "-"), ("tanh", "tanh", "--")):
         if runs := curved(section.by_arm.get(arm, [])):
             curves[name] = _band(runs, "top1_error", "train", 100.0, style)
     if not curves:

@@ -292,6 +292,8 @@ def cells(row: Row) -> dict[str, str]:
         "notes_2012": _printed(row.notes_2012),
         **effect_cells(e, row.unit),
         "of": "images" if e is not None and e.source is st.Source.IMAGES else "seeds",
+        "word": str(row.verdict.word) if row.verdict else "not measured yet",
+        "kind": row.verdict.word.name.lower() if row.verdict else "missing",  # its class in the page's style
         "verdict": row.verdict.sentence if row.verdict else "",
         "fine_print": "; ".join(fine_print),
         "note": row.note,
