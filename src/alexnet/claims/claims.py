@@ -20,11 +20,12 @@ from pathlib import Path
 
 import yaml
 
+from alexnet.claims.config import Scale
 from alexnet.claims.statistics import Direction
 from alexnet.cli import typed
 from alexnet.errors import UserError, did_you_mean
 
-SCALES = ("smoke", "cpu", "gpu")
+SCALES = tuple(map(str, Scale))
 BASE = "base"
 # Of the runs that are compared: 1, 2, ... Seed 0 is for trials: a recipe sized on it is not judged by it.
 FIRST_SEED = 1

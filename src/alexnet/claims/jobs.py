@@ -192,24 +192,23 @@ def check(jobs: Iterable[Job]) -> dict[str, Sizes]:
     sizes: dict[str, Sizes] = {}
     arms: set[tuple[str, ...]] = set()
     for job in jobs:
+        if job.run.overrides in arms:  # seeds differ in nothing that is checked here
+            continue
+        arms.add(job.run.overrides)
+        config, root = job.config, job.config.data.root
         try:
-            if job.run.overrides not in arms:  # seeds differ in nothing that is checked here
-                sizes[job.config.data.root] = check_arm(job.config)
-            arms.add(job.run.overrides)
+            parts = (Path(root) / split / "manifest.json" for split in ("train", "val"))
+            if config.data.name == SMOKE_DATA and not all(part.exists() for part in parts):
+                prepare(PrepareConfig(SMOKE_DATA, root, n_train=500, n_val=200, workers=0))
+            data = assemble.image_data(config)
+            classes = assemble.checked_classes(config.model.num_classes, data)
+            layer_table(replace(config.model, num_classes=classes))
+            config.backend.resolve(device_type_of(config.trainer["accelerator"]))
+            sizes[root] = Sizes(len(data.split[0]), len(data.split[1]), len(data.val_store))
         except UserError as error:
             raise UserError(f"{job.file}, arm {job.run.arm}: {error}") from error
     refuse_other_runs(jobs)
     return sizes
-
-
-def check_arm(config: Train) -> Sizes:
-    parts = (Path(config.data.root) / split / "manifest.json" for split in ("train", "val"))
-    if config.data.name == SMOKE_DATA and not all(part.exists() for part in parts):
-        prepare(PrepareConfig(SMOKE_DATA, config.data.root, n_train=500, n_val=200, workers=0))
-    data = assemble.image_data(config)
-    layer_table(replace(config.model, num_classes=assemble.checked_classes(config.model.num_classes, data)))
-    config.backend.resolve(device_type_of(config.trainer["accelerator"]))
-    return Sizes(len(data.split[0]), len(data.split[1]), len(data.val_store))
 
 
 def refuse_other_runs(jobs: Iterable[Job]) -> None:
