@@ -48,12 +48,8 @@ def png(bits: int, kind: int, row: bytes, transparent: bytes, side: int = 4) -> 
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     head = struct.pack(">IIBBBBB", side, side, bits, kind, 0, 0, 0)
-    parts = (
-        (b"IHDR", head),
-        (b"tRNS", transparent),
-        (b"IDAT", zlib.compress((b"\0" + row) * side)),
-        (b"IEND", b""),
-    )
+    pixels = zlib.compress((b"\0" + row) * side)
+    parts = ((b"IHDR", head), (b"tRNS", transparent), (b"IDAT", pixels), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
@@ -244,22 +240,8 @@ def test_a_panorama_costs_no_memory() -> None:
 
 
 def test_every_mode_of_pillow_is_converted_or_refused() -> None:
-    for mode in (
-        "1",
-        "L",
-        "P",
-        "RGB",
-        "RGBA",
-        "CMYK",
-        "YCbCr",
-        "LAB",
-        "HSV",
-        "LA",
-        "PA",
-        "RGBX",
-        "RGBa",
-        "I;16",
-    ):
+    modes = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "RGBa", "I;16"]
+    for mode in modes:
         assert to_rgb(Image.new(mode, (4, 4))).mode == "RGB", mode
     with pytest.raises(ValueError, match="floating"):
         to_rgb(Image.new("F", (4, 4)))

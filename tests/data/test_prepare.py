@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -350,7 +351,7 @@ def test_a_killed_decoding_process_is_explained() -> None:
 
 
 def test_no_space_left_leaves_nothing_half_written(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and _Usage())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(UserError, match="no space left"):
         prepare(config_for(folder, tmp_path))
     assert not list((tmp_path / "stores/pets").glob("**/*.npy"))
@@ -490,10 +491,6 @@ def test_a_line_of_a_list_is_one_name(tmp_path: Path) -> None:
         (tmp_path / "list").write_bytes(content)
         with pytest.raises(UserError, match=words):
             wanted_classes(PrepareConfig(class_file=str(tmp_path / "list")))
-
-
-class _Usage:
-    free = 100
 
 
 def test_verify_finds_a_changed_pixel(folder: Path, tmp_path: Path) -> None:
