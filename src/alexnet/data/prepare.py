@@ -392,7 +392,7 @@ def _prepare_split(config: PrepareConfig, source: Source, split: str, crew: Crew
         "origin": source.origin or None,
         "found": {
             "bytes": sum(source.sizes.values()),
-            "read": source.read(),
+            "read": sum(source.sizes.get(name, 0) for labels in source.splits.values() for name in labels),
             "left_out": dict(source.left_out),
         },
         "rule": rule,

@@ -89,10 +89,6 @@ class Source:
     sizes: Mapping[str, int] = field(default_factory=dict)  # bytes of every picture, of other classes too
     left_out: Mapping[str, int] = field(default_factory=dict)  # how many files of each kind are not used
 
-    def read(self) -> int:
-        """Bytes of the chosen pictures."""
-        return sum(self.sizes.get(name, 0) for labels in self.splits.values() for name in labels)
-
 
 def open_source(
     kind: SourceKind,
