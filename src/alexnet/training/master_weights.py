@@ -48,29 +48,31 @@ class WorkingCopies:
             copy.copy_(master)
 
 
-def _krizhevsky(
-    w: Tensors, g: Tensors, v: Tensors, copies: Tensors, lr: Tensor, momentum: float, decay: float
+def _update(
+    w: Tensors,
+    g: Tensors,
+    v: Tensors,
+    copies: Tensors,
+    lr: Tensor,
+    momentum: float,
+    decay: float,
+    inside: bool,
 ) -> None:
-    """optim.krizhevsky_update in one pass; w is rounded into its copies, if there are any."""
+    """optim.krizhevsky_update (the rate inside the velocity) or optim.sgd_update in one pass over memory.
+
+    w is rounded into its copies, if there are any.
+    """
     for i, (w_i, g_i, v_i) in enumerate(zip(w, g, v, strict=True)):
-        v_new = momentum * v_i - decay * lr * w_i - lr * g_i.to(w_i.dtype)
-        _write(i, w_i + v_new, v_new, w, v, copies)
-
-
-def _sgd(
-    w: Tensors, g: Tensors, v: Tensors, copies: Tensors, lr: Tensor, momentum: float, decay: float
-) -> None:
-    """optim.sgd_update in one pass; w is rounded into its copies, if there are any."""
-    for i, (w_i, g_i, v_i) in enumerate(zip(w, g, v, strict=True)):
-        v_new = momentum * v_i + decay * w_i + g_i.to(w_i.dtype)
-        _write(i, w_i - lr * v_new, v_new, w, v, copies)
-
-
-def _write(i: int, w_new: Tensor, v_new: Tensor, w: Tensors, v: Tensors, copies: Tensors) -> None:
-    v[i].copy_(v_new)
-    w[i].copy_(w_new)
-    if copies:
-        copies[i].copy_(w_new)
+        if inside:
+            v_new = momentum * v_i - decay * lr * w_i - lr * g_i.to(w_i.dtype)
+            w_new = w_i + v_new
+        else:
+            v_new = momentum * v_i + decay * w_i + g_i.to(w_i.dtype)
+            w_new = w_i - lr * v_new
+        v[i].copy_(v_new)
+        w[i].copy_(w_new)
+        if copies:
+            copies[i].copy_(w_new)
 
 
 class FusedKrizhevsky(Krizhevsky):
@@ -83,7 +85,7 @@ class FusedKrizhevsky(Krizhevsky):
     def __init__(self, params: Iterable[Any], copies: WorkingCopies | None = None, **choices: Any) -> None:
         super().__init__(params, **choices)
         self.copy_of = {} if copies is None else copies.by_master()
-        self._update = compiled(_krizhevsky if self.rate_inside else _sgd)
+        self._update = compiled(_update)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -107,8 +109,8 @@ class FusedKrizhevsky(Krizhevsky):
             gradients = [self.copy_of.get(p, p).grad for p in params]
             velocities = [self._velocity(p) for p in params]
             copies = [self.copy_of[p].detach() for p in params if p in self.copy_of]
-            masters, decay = [p.detach() for p in params], group["weight_decay"]
-            self._update(masters, gradients, velocities, copies, rate, group["momentum"], decay)
+            tensors = [p.detach() for p in params], gradients, velocities, copies
+            self._update(*tensors, rate, group["momentum"], group["weight_decay"], self.rate_inside)
         return loss
 
     def rates(self) -> list[float]:
