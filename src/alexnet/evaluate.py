@@ -16,11 +16,8 @@ from alexnet.data.store import Store, open_store
 from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.system import command_line, device_type_of, environment, write_json
-from alexnet.training.by_class import Calibration, calibration, confusion_matrix, errors_by_class
-from alexnet.training.by_class import table as by_class_table
+from alexnet.training import by_class, compare
 from alexnet.training.checkpoint import BEST, find, load
-from alexnet.training.compare import compare
-from alexnet.training.compare import table as comparison
 from alexnet.training.network import Network
 from alexnet.training.scoring import PaperRow, Result, average, log_probabilities, paper_rows, score, table
 
@@ -97,7 +94,7 @@ def evaluate(config: Evaluate) -> list[Result]:
     references = paper_rows(wnids, len(outputs), config.views)
     print(table(results, references), flush=True)  # before anything can go wrong with the file
     judged = average(outputs)
-    reliability = calibration(judged, labels)
+    reliability = by_class.calibration(judged, labels)
     print(f"expected calibration error {100 * reliability.ece:.1f} points, {len(reliability.bins)} bins")
     path = _write(config, paths, store, results, references, asdict(reliability))
     if config.per_class:
@@ -111,8 +108,8 @@ def _compared(config: Evaluate, root: Path) -> list[Result]:
     directories = sorted(path.parent for path in root.rglob("run.json"))
     if not directories:
         raise UserError(f"compare={root} holds no run.json: give a directory of runs, such as outputs/train")
-    rows = compare(directories)
-    print(comparison(rows))
+    rows = compare.compare(directories)
+    print(compare.table(rows))
     who = sha256(str(root.resolve()).encode()).hexdigest()[:8]
     path = Path(config.json or Path(config.output_dir) / "evaluate" / f"compare-{who}.json")
     _write_json(path, {"command": command_line(), "runs": rows})
@@ -121,13 +118,13 @@ def _compared(config: Evaluate, root: Path) -> list[Result]:
 
 
 def _by_class(
-    log_probs: Tensor, labels: np.ndarray, store: Store, reliability: Calibration, record: Path
+    log_probs: Tensor, labels: np.ndarray, store: Store, reliability: by_class.Calibration, record: Path
 ) -> None:
     """Prints the worst classes; writes all of them, and a picture, beside the record."""
-    confusion = confusion_matrix(log_probs, labels)
+    confusion = by_class.confusion_matrix(log_probs, labels)
     names = [c["words"].split(",")[0] or c["wnid"] for c in store.classes]
-    classes = sorted(errors_by_class(confusion, names), key=lambda c: (-c.error, c.label))
-    print(f"\n{by_class_table(classes[:WORST])}")
+    classes = sorted(by_class.errors_by_class(confusion, names), key=lambda c: (-c.error, c.label))
+    print(f"\n{by_class.table(classes[:WORST])}")
     path = record.with_name(f"{record.stem}-classes.csv")
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)

@@ -23,7 +23,7 @@ from alexnet.data.pictures import HEAD, Resample, decode, fit, is_picture, reaso
 from alexnet.errors import UserError
 from alexnet.layers import Backends
 from alexnet.system import command_line, device_type_of, environment, write_json
-from alexnet.training.checkpoint import find, load
+from alexnet.training.checkpoint import load
 from alexnet.training.network import Network
 from alexnet.training.scoring import average, log_probabilities
 
@@ -79,7 +79,7 @@ def predict(config: Predict) -> bool:
     device = torch.device(device_type_of(config.device, "device", "device=cpu"))
     backend = config.backend.resolve(device.type)
     paths = config.checkpoint if isinstance(config.checkpoint, list) else [config.checkpoint]
-    classifiers = [load(find(path), backend) for path in paths]
+    classifiers = [load(str(path), backend) for path in paths]
     first = classifiers[0]
     for path, other in zip(paths, classifiers, strict=True):
         if other.classes != first.classes or other.augment.px != first.augment.px:

@@ -26,16 +26,7 @@ from alexnet.layers.backend import AUTO, Backend
 from alexnet.layers.from_file import is_file, label
 from alexnet.optim import Schedule
 from alexnet.system import MASTER_WEIGHTS, TF32, full_precision_name
-from alexnet.training.callbacks import (
-    AtomicCheckpointIO,
-    AveragedWeights,
-    BestCheckpoint,
-    FirstKernels,
-    LastCheckpoint,
-    Lines,
-    Progress,
-    Watchdog,
-)
+from alexnet.training import callbacks as ours
 from alexnet.training.capture import CapturedStrategy, obstacle
 from alexnet.training.checkpoint import BEST, CHECKPOINTS, LAST, resume_point
 from alexnet.training.classifier import Classifier
@@ -317,16 +308,16 @@ def build_trainer(
     directory = run_directory(config)
     checkpoints, metrics = directory / CHECKPOINTS, MetricsFile(directory / "metrics.csv", config.log_every)
     shown, terminal = bool(config.trainer["enable_progress_bar"]), sys.stdout.isatty()
-    progress = [Progress(refresh_rate=10) if terminal else Lines(metrics)] if shown else []
+    progress = [ours.Progress(refresh_rate=10) if terminal else ours.Lines(metrics)] if shown else []
     callbacks: list[Callback] = [
         metrics,
-        Watchdog(config.watchdog, config.watchdog_steps, config.checkpoint_every, each_step),
+        ours.Watchdog(config.watchdog, config.watchdog_steps, config.checkpoint_every, each_step),
         *progress,
-        *([AveragedWeights(decay=config.optim.ema_decay)] if config.optim.ema_decay else []),
-        *([FirstKernels()] if config.logger and find_spec("matplotlib") else []),
+        *([ours.AveragedWeights(decay=config.optim.ema_decay)] if config.optim.ema_decay else []),
+        *([ours.FirstKernels()] if config.logger and find_spec("matplotlib") else []),
         *(instantiate(callback) for callback in config.callbacks.values()),
-        *([BestCheckpoint(checkpoints)] if has_holdout else []),
-        LastCheckpoint(checkpoints, config.checkpoint_every, same_run, signals, config.log_every),
+        *([ours.BestCheckpoint(checkpoints)] if has_holdout else []),
+        ours.LastCheckpoint(checkpoints, config.checkpoint_every, same_run, signals, config.log_every),
     ]
     arguments = {k: v for k, v in config.trainer.items() if k not in ("capture", "keep_freed_memory")}
     if not has_holdout:
@@ -335,7 +326,7 @@ def build_trainer(
     resolved["captured"] = captures(capture, config, resolved, callbacks)
     if resolved["captured"]:
         arguments["strategy"] = CapturedStrategy()
-    plugins: list[Any] = [AtomicCheckpointIO()]
+    plugins: list[Any] = [ours.AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # its checkpoint is one that nobody reads
     # Lightning sees only the type that weights and activations are stored in.

@@ -70,11 +70,11 @@ def _kind(cells: Mapping[str, str | None]) -> str:
     return cells.get("kind") or (Kind.epoch if cells.get(HOLDOUT["loss"]) else Kind.steps)
 
 
+@dataclass
 class Metrics:
     """The rows of one run, and what is asked of them."""
 
-    def __init__(self, rows: Sequence[Row] = ()) -> None:
-        self.rows = list(rows)
+    rows: Sequence[Row] = ()
 
     @cached_property
     def steps(self) -> list[Row]:

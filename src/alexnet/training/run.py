@@ -12,11 +12,9 @@ import numpy as np
 
 from alexnet.errors import UserError
 from alexnet.system import locked
-from alexnet.training import assemble
+from alexnet.training import assemble, compare
 from alexnet.training.callbacks import Stalled
 from alexnet.training.checkpoint import PREVIOUS, load
-from alexnet.training.compare import compare
-from alexnet.training.compare import table as comparison
 from alexnet.training.config import Train
 from alexnet.training.interrupt import Interrupted, Signals, requeue
 from alexnet.training.metrics import Metrics, MetricsFile, read_metrics
@@ -51,7 +49,7 @@ def after_sweep(configs: Sequence[Train]) -> None:
     made = [directory for directory in dict.fromkeys(directories) if (directory / "run.json").exists()]
     if made and assemble.is_rank_zero():
         root = os.path.commonpath([directory.parent for directory in made])
-        print(f"\n{comparison(compare(made))}")
+        print(f"\n{compare.table(compare.compare(made))}")
         print(f"\nwith all runs below: python scripts/evaluate.py compare={root}")
 
 
