@@ -74,10 +74,7 @@ def register(name: str, schema: type[Any]) -> None:
 
 
 def command(
-    name: str,
-    schema: type[Any],
-    config_dir: Path = CONF,
-    after_sweep: Callable[[list[Any]], None] | None = None,
+    name: str, schema: type[Any], after_sweep: Callable[[list[Any]], None] | None = None
 ) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     """Makes a script of a function of one configuration: conf/<name>.yaml and the command line, as a `schema`.
 
@@ -99,7 +96,7 @@ def command(
             """Errors end here, before Hydra adds lines of its own."""
             del os.environ["HYDRA_FULL_ERROR"]  # processes that the script starts must not inherit it
             try:
-                with _in_one_line(name, config_dir):
+                with _in_one_line(name):
                     return run(config)
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -109,14 +106,14 @@ def command(
             _quiet()
             register(name, schema)
             sys.argv[1:] = arguments(name, sys.argv[1:])
-            app = hydra.main(version_base="1.3", config_path=str(config_dir), config_name=name)
+            app = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 app(run)()
                 return
             # Hydra prints several lines and exits with 1 unless it is told to let errors through.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
-                with _in_one_line(name, config_dir):
+                with _in_one_line(name):
                     _refuse_options(sys.argv[1:])
                     app(run_or_one_line)()
                     if after_sweep and swept:
@@ -197,14 +194,14 @@ def _one_of_several() -> Iterator[None]:
 
 
 @contextmanager
-def _in_one_line(name: str, config_dir: Path) -> Iterator[None]:
+def _in_one_line(name: str) -> Iterator[None]:
     """An error that the user can put right is printed, and the process ends."""
     try:
         yield
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise SystemExit(128 + signal.SIGPIPE) from None  # as the shell says it
-        line = one_line(error, name, config_dir)
+        line = one_line(error, name)
         if line is None:
             raise
         print(
@@ -241,20 +238,20 @@ def load(config: DictConfig, choices: Mapping[str, Any] | None = None) -> Any:
     return OmegaConf.to_object(config)
 
 
-def compose(name: str, schema: type[Any], overrides: Sequence[str], config_dir: Path = CONF) -> Any:
+def compose(name: str, schema: type[Any], overrides: Sequence[str]) -> Any:
     """conf/<name>.yaml with these overrides, as a `schema`: what the script `name` makes of the same command line.
 
     Also inside a script, whose own composition is over. Raises UserError, one line, for what the user can put right.
     """
     register(name, schema)
     try:
-        with _hydra(config_dir):
+        with _hydra():
             config = hydra.compose(name, arguments(name, overrides), return_hydra_config=True)
         with open_dict(config):
             choices = config.pop("hydra").runtime.choices
         return load(config, choices)
     except Exception as error:
-        line = one_line(error, name, config_dir)
+        line = one_line(error, name)
         if line is None:
             raise
         raise UserError(line) from error
@@ -265,7 +262,7 @@ def compose_group(group: str, choice: str, schema: type[Any], changes: Mapping[s
     choices = [path.stem for path in (CONF / group).glob("*.yaml")]
     if choice not in choices:
         raise UserError(f"{group}={choice} is unknown: {did_you_mean(choice, choices)}")
-    with _hydra(CONF):
+    with _hydra():
         values: Any = OmegaConf.to_container(hydra.compose(f"{group}/{choice}")[group])
     return typed(schema, {**values, **changes}, f"{group}={choice}: ")
 
@@ -310,12 +307,12 @@ def _settle(node: Any) -> None:
 
 
 @contextmanager
-def _hydra(config_dir: Path) -> Iterator[None]:
+def _hydra() -> Iterator[None]:
     """Hydra as for a composition of its own; a script that is composed already stays so."""
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             yield
     finally:
         GlobalHydra.instance().hydra = outer
@@ -331,7 +328,7 @@ REMEDIES = {  # of Hydra's messages, which stop short of one in their first line
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
-def one_line(error: BaseException, name: str, config_dir: Path = CONF) -> str | None:
+def one_line(error: BaseException, name: str) -> str | None:
     """What, which value, which key and what to do, in one line; None if the error is ours to debug."""
     if isinstance(error, UserError):
         return " ".join(str(error).split("\n"))
@@ -347,7 +344,7 @@ def one_line(error: BaseException, name: str, config_dir: Path = CONF) -> str | 
         refused = f"{target.group(1)} refuses its arguments: " if target else ""
         return refused + _said(error.__cause__ or error)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _of_the_configuration(error, name, config_dir)
+        return _of_the_configuration(error, name)
     if isinstance(error, yaml.YAMLError):
         return f"not YAML: {' '.join(str(error).split())}"
     # Of torch, Lightning or Python, with the line of ours that led there; or a mistake of our own.
@@ -367,7 +364,7 @@ def one_line(error: BaseException, name: str, config_dir: Path = CONF) -> str | 
     return f"{type(error).__name__} at {place}: {_said(error)} (HYDRA_FULL_ERROR=1 shows the traceback)"
 
 
-def _of_the_configuration(error: Exception, name: str, config_dir: Path) -> str:
+def _of_the_configuration(error: Exception, name: str) -> str:
     cause: BaseException = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause.__cause__, UserError):
         return str(cause.__cause__)
@@ -390,7 +387,7 @@ def _of_the_configuration(error: Exception, name: str, config_dir: Path) -> str:
     is_unknown = could_not or re.search(r"Key '([^']+)'", str(cause))
     if is_unknown and not re.search("Value '|Invalid value", str(cause)):
         key = could_not.group(1) if could_not else _full_key(cause)
-        with _hydra(config_dir):
+        with _hydra():
             known = OmegaConf.to_container(hydra.compose(name), resolve=False)
         return f"unknown key {key}: {_meant(key, _flat(known))}"
     return _of_a_key(cause) if isinstance(cause, OmegaConfBaseException) else text

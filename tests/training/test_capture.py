@@ -181,30 +181,28 @@ def test_a_number_that_is_baked_in_shows(
         assert_same_bits(a, b)
 
 
+ONE_DEVICE: dict[str, Any] = {"devices": 1, "strategy": "auto", "detect_anomaly": False}
+ON_A_GPU = {"device": "cuda", "precision": "bf16-master-weights", "speedups": {"fused_update": True}}
+
+
 class WatchesGradients(Callback):
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None: ...
 
 
 def test_what_stands_in_the_way_of_a_graph_is_named() -> None:
-    free = {
-        "device_type": "cuda",
-        "one_device": True,
-        "fused": True,
-        "precision": "bf16-master-weights",
-        "detect_anomaly": False,
-        "callbacks": (),
-    }
-    assert obstacle(**free) == ""  # type: ignore[arg-type]
-    hindered: list[tuple[dict[str, Any], str]] = [
-        ({"device_type": "cpu"}, "only CUDA has graphs"),
-        ({"one_device": False}, "several devices"),
-        ({"fused": False}, "backend=fast"),
-        ({"precision": "16-mixed"}, "16-mixed"),
-        ({"detect_anomaly": True}, "detect_anomaly"),
-        ({"callbacks": [Callback(), WatchesGradients()]}, "WatchesGradients.on_after_backward"),
+    assert obstacle(ONE_DEVICE, ON_A_GPU, ()) == ""
+    hindered: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {"device": "cpu"}, "only CUDA has graphs"),
+        ({"devices": 2}, {}, "several devices"),
+        ({"strategy": "ddp"}, {}, "several devices"),
+        ({}, {"speedups": {"fused_update": False}}, "backend=fast"),
+        ({}, {"precision": "16-mixed"}, "16-mixed"),
+        ({"detect_anomaly": True}, {}, "detect_anomaly"),
     ]
-    for change, words in hindered:
-        assert words in obstacle(**{**free, **change})
+    for trainer, resolved, words in hindered:
+        assert words in obstacle(ONE_DEVICE | trainer, ON_A_GPU | resolved, ())
+    hindered_by = obstacle(ONE_DEVICE, ON_A_GPU, [Callback(), WatchesGradients()])
+    assert "WatchesGradients.on_after_backward" in hindered_by
 
 
 def test_capture_is_refused_where_it_cannot_be_and_off_where_it_is_not_wanted(
@@ -222,7 +220,7 @@ def test_capture_is_refused_where_it_cannot_be_and_off_where_it_is_not_wanted(
 def test_our_own_callbacks_need_no_hook_inside_a_step(compose: Callable[..., Any]) -> None:
     run = assemble.build_run(compose("optim.ema_decay=0.9"))
     callbacks = run.trainer.callbacks  # type: ignore[attr-defined]
-    assert obstacle("cuda", True, True, "32-true", False, callbacks) == ""
+    assert obstacle(ONE_DEVICE, ON_A_GPU | {"precision": "32-true"}, callbacks) == ""
 
 
 def test_rates_are_written_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:

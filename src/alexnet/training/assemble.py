@@ -30,7 +30,7 @@ from alexnet.training import callbacks as ours
 from alexnet.training.capture import CapturedStrategy, obstacle
 from alexnet.training.checkpoint import BEST, CHECKPOINTS, LAST, resume_point
 from alexnet.training.classifier import Classifier
-from alexnet.training.config import Freeze, Train
+from alexnet.training.config import Freeze, Train, single_device
 from alexnet.training.fine_tune import take_weights
 from alexnet.training.interrupt import Signals
 from alexnet.training.metrics import MetricsFile
@@ -322,8 +322,7 @@ def build_trainer(
     arguments = {k: v for k, v in config.trainer.items() if k not in ("capture", "keep_freed_memory")}
     if not has_holdout:
         arguments["limit_val_batches"] = 0
-    capture = "false" if each_step else config.trainer.get("capture", "auto")
-    resolved["captured"] = captures(capture, config, resolved, callbacks)
+    resolved["captured"] = not each_step and captures(config.trainer, resolved, callbacks)
     if resolved["captured"]:
         arguments["strategy"] = CapturedStrategy()
     plugins: list[Any] = [ours.AtomicCheckpointIO()]
@@ -364,16 +363,15 @@ def check_processes(trainer: pl.Trainer) -> None:
         )
 
 
-def captures(capture: Any, config: Train, resolved: dict[str, Any], callbacks: list[Callback]) -> bool:
+def captures(trainer: dict[str, Any], resolved: dict[str, Any], callbacks: list[Callback]) -> bool:
     """Whether the step of this run is one CUDA graph: trainer.capture=auto wherever it can be."""
+    capture = trainer.get("capture", "auto")
     asked = str(capture).lower()
     if asked not in ("auto", "true", "false"):
         raise UserError(f"trainer.capture={capture} must be one of auto, true, false")
     if asked == "false":
         return False
-    fused = resolved["speedups"]["fused_update"]
-    single, anomaly = single_device(config.trainer), bool(config.trainer.get("detect_anomaly"))
-    reason = obstacle(resolved["device"], single, fused, resolved["precision"], anomaly, callbacks)
+    reason = obstacle(trainer, resolved, callbacks)
     if reason and asked == "true":
         raise UserError(f"trainer.capture={capture}: {reason}. Set trainer.capture=auto")
     return not reason
@@ -401,8 +399,3 @@ def precision_for(trainer: dict[str, Any], device_type: str, backend: dict[str, 
     if not system.has_native_bf16(device_type):
         return "32-true"
     return MASTER_WEIGHTS if single and "compiled" in backend.values() else "bf16-mixed"
-
-
-def single_device(trainer: dict[str, Any]) -> bool:
-    """Whether one process trains on one device."""
-    return trainer["devices"] in (1, "1") and trainer["strategy"] == "auto"

@@ -33,6 +33,7 @@ from alexnet.data.augment import Draws
 from alexnet.data.module import Batch
 from alexnet.layers import dropout_key
 from alexnet.training.classifier import Classifier
+from alexnet.training.config import single_device
 from alexnet.training.master_weights import FusedKrizhevsky
 
 Outputs = dict[str, Tensor]
@@ -184,21 +185,18 @@ class CapturedStrategy(SingleDeviceStrategy):
         super().teardown()
 
 
-def obstacle(
-    device_type: str,
-    one_device: bool,
-    fused: bool,
-    precision: str,
-    detect_anomaly: bool,
-    callbacks: Iterable[Callback],
-) -> str:
-    """Why the step of a run cannot be captured, in a few words; empty if it can."""
+def obstacle(trainer: dict[str, Any], resolved: dict[str, Any], callbacks: Iterable[Callback]) -> str:
+    """Why the step of a run cannot be captured, in a few words; empty if it can.
+
+    `resolved` is what the configuration came to on this machine (assemble.py).
+    """
+    device, fused = resolved["device"], resolved["speedups"]["fused_update"]
     obstacles = [
-        (device_type != "cuda", f"the device is {device_type}, and only CUDA has graphs"),
-        (not one_device, "several devices exchange their gradients inside the step"),
+        (device != "cuda", f"the device is {device}, and only CUDA has graphs"),
+        (not single_device(trainer), "several devices exchange their gradients inside the step"),
         (not fused, "the backend is not compiled, so the rate is a Python number (backend=fast)"),
-        (precision == "16-mixed", "precision 16-mixed looks at its gradients in every step"),
-        (detect_anomaly, "detect_anomaly looks at every gradient"),
+        (resolved["precision"] == "16-mixed", "precision 16-mixed looks at its gradients in every step"),
+        (trainer.get("detect_anomaly"), "detect_anomaly looks at every gradient"),
     ]
     for kind in map(type, callbacks):
         for hook in HOOKS_INSIDE:

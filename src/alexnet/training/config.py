@@ -125,6 +125,11 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
             )
 
 
+def single_device(trainer: Mapping[str, Any]) -> bool:
+    """Whether one process trains on one device."""
+    return trainer["devices"] in (1, "1") and trainer["strategy"] == "auto"
+
+
 def check_callbacks(callbacks: Mapping[str, Any], loggers: Mapping[str, Any]) -> None:
     for name, callback in callbacks.items():
         if not isinstance(callback, dict) or "_target_" not in callback:
