@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alexnet.gradcheck.mathematics import MAP, glossary, located, numbers
+from alexnet.gradcheck.mathematics import GLOSSARY, MAP, located, numbers
 from alexnet.gradcheck.walk import walk
 
 IDEAS = [idea for branch in MAP.values() for idea in branch]
@@ -34,10 +34,9 @@ def test_the_map_covers_the_three_branches_and_its_numbers_are_computed():
 
 
 def test_every_term_of_the_glossary_has_five_cells_and_a_meaning():
-    rows = glossary()
-    assert {len(row) for row in rows} == {5}
-    assert all(row[2] for row in rows)
-    terms = [row[0].lower() for row in rows]
+    assert {len(row) for row in GLOSSARY} == {5}
+    assert all(row[2] for row in GLOSSARY)
+    terms = [row[0].lower() for row in GLOSSARY]
     assert terms == sorted(terms)
     assert {"convolution", "adjoint", "logit", "nat", "feature map", "group", "holdout", "error"} <= set(
         terms

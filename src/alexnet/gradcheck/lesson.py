@@ -12,7 +12,7 @@ from alexnet import optim
 from alexnet.gradcheck.checks import Result
 from alexnet.gradcheck.derivation import chapter, title
 from alexnet.gradcheck.figures import pictures
-from alexnet.gradcheck.mathematics import MAP, glossary, located, numbers
+from alexnet.gradcheck.mathematics import GLOSSARY, MAP, located, numbers
 from alexnet.gradcheck.mutants import Kill
 from alexnet.gradcheck.walk import DECAY, MOMENTUM, RATE, walk
 from alexnet.layers.backend import OPERATIONS
@@ -52,7 +52,7 @@ def write_lesson(
         ideas=MAP,
         numbers=numbers(),
         located=located,
-        terms=glossary(),
+        terms=GLOSSARY,
         steps=[[(name, _matrix(x)) for name, x in step.items()] for step in steps],
         compared=[
             {

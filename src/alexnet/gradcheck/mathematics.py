@@ -57,11 +57,7 @@ class Idea(NamedTuple):
 
 
 MAP = {branch: [Idea(*row) for row in rows] for branch, rows in rows_of("map.md").items()}
-
-
-def glossary() -> list[list[str]]:
-    """The rows of glossary.md: term, symbol, meaning, other names, trap."""
-    return rows_of("glossary.md")[""]
+GLOSSARY = rows_of("glossary.md")[""]  # term, symbol, meaning, other names, trap
 
 
 def located(place: str) -> str:

@@ -225,21 +225,19 @@ def _norm_rounding(function: Callable[..., Tensor], power: int) -> Callable[[Eva
     return rounding
 
 
-def _norm_identity(at: Evaluation, s: Tensor, name: str) -> Identity:
-    """Multiply the gradient by x and sum over a window: the double sum is s - k again."""
-    beta, k = at.options.get("beta", 0.75), at.options.get("k", 1.0)
-    right = (at.dy * at.y * (1 - 2 * beta + 2 * beta * k / s)).sum()
-    return Identity(name, (at.x * at.dx).sum(), right, (at.dy * at.y).abs().sum())
-
-
 def _denominator(x: Tensor, y: Tensor, beta: float) -> Tensor:
     """s of y = x s^-beta; 1 where y is 0."""
     return torch.where(y == 0, 1.0, x / torch.where(y == 0, 1.0, y)) ** (1 / beta)
 
 
-def _norm_identities(at: Evaluation) -> list[Identity]:
-    s = _denominator(at.x, at.y, at.options.get("beta", 0.75))
-    return [_norm_identity(at, s, "sum x dx = (1-2b) sum dy y + 2bk sum dy y/s")]
+def _norm_identities(
+    at: Evaluation, s: Tensor | None = None, name: str = "sum x dx = (1-2b) sum dy y + 2bk sum dy y/s"
+) -> list[Identity]:
+    """Multiply the gradient by x and sum over a window: the double sum is s - k again."""
+    beta, k = at.options.get("beta", 0.75), at.options.get("k", 1.0)
+    s = _denominator(at.x, at.y, beta) if s is None else s
+    right = (at.dy * at.y * (1 - 2 * beta + 2 * beta * k / s)).sum()
+    return [Identity(name, (at.x * at.dx).sum(), right, (at.dy * at.y).abs().sum())]
 
 
 def _norm_case(
@@ -406,7 +404,7 @@ def _block_identities(at: Evaluation) -> list[Identity]:
     (winner,) = _pool_pattern(pool, [b])
     s = _denominator(a, b, at.options["beta"])
     s_won = s.flatten(2).gather(2, winner.flatten(2)).reshape(at.y.shape)
-    return [_norm_identity(at, s_won, "sum x dx = sum over winners, as the norm")]
+    return _norm_identities(at, s_won, "sum x dx = sum over winners, as the norm")
 
 
 def _block_pattern(options: Options, inputs: Tensors) -> Tensors:

@@ -65,7 +65,7 @@ def prove_mine(path: str, output_dir: str, say: Callable[[str], None] = print) -
         wanted = ", ".join(exercise.functions[-1] for exercise in EXERCISES)
         raise UserError(f"mine={path}: the file must define at least one of {wanted}")
     for exercise in answered:
-        verdict = proven(exercise, module)
+        verdict = (_proven_operation if exercise.is_operation else _proven_rule)(exercise, module)
         say(report(verdict, path))
         record = record_path(exercise.name, output_dir)
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -76,14 +76,9 @@ def prove_mine(path: str, output_dir: str, say: Callable[[str], None] = print) -
     return passed
 
 
-def proven(exercise: Exercise, module: ModuleType) -> Verdict:
-    """Contract, checks and diagnosis of one exercise in the reader's module."""
-    return (_proven_operation if exercise.is_operation else _proven_rule)(Verdict(exercise), module)
-
-
-def _proven_operation(verdict: Verdict, module: ModuleType) -> Verdict:
-    exercise, path = verdict.exercise, str(module.__file__)
-    operation = by_name(exercise.name)
+def _proven_operation(exercise: Exercise, module: ModuleType) -> Verdict:
+    """Contract, checks and diagnosis of a pair."""
+    verdict, operation, path = Verdict(exercise), by_name(exercise.name), str(module.__file__)
     pair = guarded(exercise.name, pair_from_file(path, exercise.name), path)
     with mock.patch.dict(PAIRS, {(exercise.name, MINE): pair}):
         for case in (*operation.small_cases, *exercise.examples):
@@ -98,9 +93,9 @@ def _proven_operation(verdict: Verdict, module: ModuleType) -> Verdict:
     return verdict
 
 
-def _proven_rule(verdict: Verdict, module: ModuleType) -> Verdict:
+def _proven_rule(exercise: Exercise, module: ModuleType) -> Verdict:
     """The checks of the update rule or the initialisation, run with the reader's function in the place of ours."""
-    exercise, name = verdict.exercise, verdict.exercise.functions[-1]
+    verdict, name = Verdict(exercise), exercise.functions[-1]
 
     def watched(*arguments: Any) -> Any:
         return called(getattr(module, name), arguments)
