@@ -54,7 +54,10 @@ def check_layers(model: str, backends: dict[str, str], dtype: str, device: str) 
     worst = 0.0
     for name, x, choices in calls:
         layer = ours.get_submodule(name)
-        x = scaled(x, layer).to(given.dtype)
+        if isinstance(layer, (ReluLrnPool, LocalResponseNorm, SameMapNorm)):
+            # So large that k and the sum of squares weigh alike in s.
+            x = x * (layer.k / layer.alpha) ** 0.5 / x.square().mean().sqrt()
+        x = x.to(given.dtype)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         mine, right = (as_function(net.get_submodule(name), choices) for net in (ours, exact))
         clear = clear_windows(layer, x.float()) if isinstance(layer, ReluLrnPool) else None
@@ -95,13 +98,6 @@ def compare(
     y = exact(*leaves)
     expected = [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
     return require(f"{what}, {dtype}", differences(expected, got), BOUND[dtype])
-
-
-def scaled(x: Tensor, layer: nn.Module) -> Tensor:
-    """The input of a norm so large that k and the sum of squares weigh alike in s, else x as it is."""
-    if not isinstance(layer, (ReluLrnPool, LocalResponseNorm, SameMapNorm)):
-        return x
-    return x * (layer.k / layer.alpha) ** 0.5 / x.square().mean().sqrt()
 
 
 def require(what: str, off: list[float], bound: float) -> float:

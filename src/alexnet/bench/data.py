@@ -137,11 +137,7 @@ def end_to_end_rows(config: Benchmark) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as directory:
         files, rounds = Files(Path(directory), images, px=64), config.interleaved_rounds
         if config.only in whole:
-            contestants = [
-                Contestant("store, bare loop", Kind.ours, _bare_loop(files, model, batch, dtype)),
-                Contestant("the same without data", Kind.yardstick, _steps_only(model, images, batch, dtype)),
-                Contestant("JPEG, stock compiled", Kind.baseline, _stock_loop(files, model, batch, dtype)),
-            ]
+            contestants = _epochs(files, model, batch, dtype)
             yield from interleave("end_to_end", whole, dtype, contestants, rounds, images)
         if config.only in trainer:
             # The same LightningModule in both, so that the difference is the trainer's alone.
@@ -211,49 +207,31 @@ def _per_epoch(ends: list[float]) -> float:
     return (ends[-1] - ends[0]) * len(ends) / (len(ends) - 1)
 
 
-def _empty_task(model: str, batch: int, dtype: str) -> networks.Task:
-    config = networks.model_config(model)
-    images = torch.zeros(batch, 3, config.image_px, config.image_px).contiguous(
-        memory_format=torch.channels_last
-    )
-    return networks.Task(config, images, torch.zeros(batch, dtype=torch.int64), getattr(torch, dtype))
-
-
-def _bare_loop(files: Files, model: str, batch: int, dtype: str) -> Callable[[], None]:
-    given = _empty_task(model, batch, dtype)
-    epoch = our_batches(files, given.config.image_px, batch, Resident.always)
-    trainer = networks.ours(given, "fastest", own_input=True)
-
-    def run() -> None:
-        for x, taken in epoch():
-            given.images, given.labels = x, taken.labels
-            trainer.run()
-
-    return run
-
-
-def _steps_only(model: str, images: int, batch: int, dtype: str) -> Callable[[], None]:
-    given = _empty_task(model, batch, dtype)
-    given.images.normal_(0, 50)
-    given.labels.random_(networks.CLASSES)
-    trainer = networks.ours(given, "fastest")
-
-    def run() -> None:
-        for _ in range(images // batch):
-            trainer.run()
-
-    return run
-
-
-def _stock_loop(files: Files, model: str, batch: int, dtype: str) -> Callable[[], None]:
-    given = _empty_task(model, batch, dtype)
-    jpeg = jpeg_loader(files, given.config.image_px, batch)
-    net = networks.stock_network(given.config)
+def _epochs(files: Files, model: str, batch: int, dtype: str) -> list[Contestant]:
+    """Our network on the store and on one batch again and again; the stock network on JPEG files."""
+    fed, fixed, read = (networks.task(model, batch, dtype, "cpu") for _ in range(3))
+    stored = our_batches(files, fed.config.image_px, batch, Resident.always)
+    jpeg = jpeg_loader(files, fed.config.image_px, batch)
+    on_store, on_noise = networks.ours(fed, "fastest", own_input=True), networks.ours(fixed, "fastest")
+    net = networks.stock_network(read.config)
     net = net if dtype == "float32" else networks.bfloat16_weights(net)
-    step = networks.stock_step(net, given, tuned=True, compiled=True, own_input=True)
+    on_jpeg = networks.stock_step(net, read, tuned=True, compiled=True, own_input=True)
 
-    def run() -> None:
-        for given.images, given.labels in jpeg:
-            step()
+    def bare_loop() -> None:
+        for x, taken in stored():
+            fed.images, fed.labels = x, taken.labels
+            on_store.run()
 
-    return run
+    def steps_only() -> None:
+        for _ in range(len(files.store) // batch):
+            on_noise.run()
+
+    def stock_loop() -> None:
+        for read.images, read.labels in jpeg:
+            on_jpeg()
+
+    return [
+        Contestant("store, bare loop", Kind.ours, bare_loop),
+        Contestant("the same without data", Kind.yardstick, steps_only),
+        Contestant("JPEG, stock compiled", Kind.baseline, stock_loop),
+    ]

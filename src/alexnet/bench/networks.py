@@ -104,35 +104,32 @@ def ours(task: Task, backend: str, own_input: bool = False) -> Contestant:
 def stock_network(config: ModelConfig) -> nn.Sequential:
     """The same network of torch.nn modules, as one would write it: norms over all maps, first tie wins."""
     modules: list[nn.Module] = []
+    # nn.LocalResponseNorm divides alpha.
+    alpha = config.lrn_alpha * (1 if config.lrn_alpha_divided else config.lrn_size)
     inputs, groups = 3, (1, config.towers, 1, config.towers, config.towers)
     for i, outputs in enumerate(config.widths):
         left, right, top, bottom = config.padding[i]
         padding, kernel, stride = left, config.kernel_size[i], config.stride[i]
         if (left, top) != (right, bottom):
-            modules, padding = [*modules, nn.ZeroPad2d((left, right, top, bottom))], 0
-        modules += [nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups[i])]
-        modules += stock_block(config, i)
+            modules.append(nn.ZeroPad2d((left, right, top, bottom)))
+            padding = 0
+        modules.append(nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups[i]))
         inputs = outputs
+        block: list[nn.Module] = []
+        if i < 2:
+            block.append(nn.LocalResponseNorm(config.lrn_size, alpha, config.lrn_beta, config.lrn_k))
+        if i == 1 and config.same_map_norm:
+            # torch has no such module: its mean pooling, squared and divided by.
+            block.append(SameMapNorm(5, 1e-3, 0.75, 1.0, backend=Backend.native))
+        if i in (0, 1, 4):
+            block.append(nn.MaxPool2d(3, 2, ceil_mode=True))
+        relu_first = i >= 2 or (config.order1, config.order2)[i] == Order.relu_lrn_pool
+        modules += [nn.ReLU(), *block] if relu_first else [*block, nn.ReLU()]
     flat = {row.name: row for row in layer_table(config)}["pool5"]
     features, (fc6, fc7) = flat.channels * flat.px**2, config.hidden
     modules += [nn.Flatten(), nn.Linear(features, fc6), nn.ReLU(), nn.Dropout(config.dropout)]
     modules += [nn.Linear(fc6, fc7), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(fc7, config.classes)]
     return nn.Sequential(*modules)
-
-
-def stock_block(config: ModelConfig, i: int) -> list[nn.Module]:
-    """What follows the convolution number i."""
-    pools: list[nn.Module] = [nn.MaxPool2d(3, 2, ceil_mode=True)] if i in (0, 1, 4) else []
-    if i >= 2:
-        return [nn.ReLU(), *pools]
-    # nn.LocalResponseNorm divides alpha.
-    alpha = config.lrn_alpha * (1 if config.lrn_alpha_divided else config.lrn_size)
-    norms: list[nn.Module] = [nn.LocalResponseNorm(config.lrn_size, alpha, config.lrn_beta, config.lrn_k)]
-    if config.same_map_norm and i == 1:  # torch has no such module: its mean pooling, squared and divided by
-        norms.append(SameMapNorm(5, 1e-3, 0.75, 1.0, backend=Backend.native))
-    if (config.order1, config.order2)[i] == Order.relu_lrn_pool:
-        return [nn.ReLU(), *norms, *pools]
-    return [*norms, *pools, nn.ReLU()]
 
 
 class Float32Norm(nn.LocalResponseNorm):
