@@ -27,9 +27,8 @@ def test_the_plan_is_the_published_spread_at_the_seeds_that_are_asked_for(publis
     settings = Reproduce(claims=["s3_3_lrn"], scale=Scale.cpu, seeds=6, output_dir=str(tmp_path / "runs"))
     said = planning.plan(claims_of(settings), settings)
     assert max(map(len, said.splitlines()[:7])) <= 100
-    effect = planning.effects_of(planning.read_results(PUBLISHED))[
-        "s3_3_lrn", "all", "none", "val/top1_error"
-    ]
+    rows = planning.rows_of(planning.read_results(PUBLISHED))
+    _, effect = rows["s3_3_lrn", "all", "none", "val/top1_error"]
     finds = 100 * minimum_detectable_effect(effect.sd, 6)
     (row,) = (line for line in said.splitlines() if "all - none" in line)
     assert row.split()[4:7] == ["6", f"{100 * effect.sd:.2f}", f"{finds:.2f}"]

@@ -185,8 +185,7 @@ def stock_step(
     return step
 
 
-# Every form of the stock network worth timing: which is the best differs from machine to machine. The first two are
-# usually the best.
+# Every form of the stock network worth timing, the usually best two first: it differs from machine to machine.
 STOCK = {
     torch.float32: (
         f"stock eager, {TUNED}",
@@ -212,7 +211,7 @@ def stock(task: Task, quick: bool) -> list[Contestant]:
 
 
 def stock_named(name: str, task: Task) -> Contestant:
-    """The stock network in the form that its name says: one of STOCK, or a compiled one with ", <mode>" behind it."""
+    """The stock network as its name says: one of STOCK, or a compiled one with ", <mode>" behind it."""
     net = stock_network(task.config)
     if "bf16 weights" in name:
         net = bfloat16_weights(net, task.images.device.type)

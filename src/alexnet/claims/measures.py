@@ -319,7 +319,7 @@ def evidence(directory: Path) -> Evidence | None:
 
 
 def per_image(test: Test, directories: Collection[Path]) -> dict[str, np.ndarray]:
-    """{metric: (nets, images)} of the runs that have what it takes; (1, images) where all nets answer together.
+    """{metric: (nets, images), or (1, images) where all nets answer together} of the runs that have what it takes.
 
     1 for a wrong image, and its cross-entropy; of neighbours, the share that is of the image's class.
     """

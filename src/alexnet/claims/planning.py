@@ -38,7 +38,7 @@ def plan(claims: Sequence[Claim], settings: Reproduce) -> str:
     effects: dict[Key, Effect] = {}
     per_run: dict[str, float] = {}  # minutes, by claim
     for results in known:
-        effects |= effects_of(results)
+        effects |= {key: effect for key, (_, effect) in rows_of(results).items() if effect}
         claims_there = results.get("claims", {})
         runs = {name: c["runs"] + c["tuning_runs"] for name, c in claims_there.items()}
         per_run = {name: claims_there[name]["minutes"] / n for name, n in runs.items() if n} or per_run
@@ -81,12 +81,12 @@ def _power(c: Comparison, effect: Effect | None, n: int) -> tuple[str, str, str,
 
 def compare_results(here: Path, there: Path) -> str:
     """A line per comparison that both have: both effects, and whether sign, intervals and verdict agree."""
-    ours, theirs = ({_key(row): row for row in _rows(read_results(path))} for path in (here, there))
+    ours, theirs = (rows_of(read_results(path)) for path in (here, there))
     both = [key for key in ours if key in theirs]
     rows: list[tuple[str, ...]] = [("comparison", "metric", "here", "n", "there", "n", "")]
-    for claim, treatment, control, metric in both:
-        a, b = (of[claim, treatment, control, metric] for of in (ours, theirs))
-        one, other = _effect(a), _effect(b)
+    for key in both:
+        (a, one), (b, other) = ours[key], theirs[key]
+        claim, treatment, control, metric = key
         apart = ["not measured"] if (one is None) != (other is None) else []
         if one and other:
             null = 1.0 if one.ratio else 0.0
@@ -101,10 +101,9 @@ def compare_results(here: Path, there: Path) -> str:
             shown += [f"{cells['difference'].split(' ')[0]} {cells['interval']}", cells["n"]]
         rows.append((f"{claim}: {treatment}, {control}", metric, *shown, ", ".join(apart) or "agree"))
     agreed = sum(row[-1] == "agree" for row in rows)
-    return (
-        f"{table(rows, right=(3, 5))}\n\n{agreed} of {len(both)} comparisons agree; {len(ours) - len(both)} are "
-        f"only here, {len(theirs) - len(both)} only there\nhere   {here}\nthere  {there}"
-    )
+    only = f"{len(ours) - len(both)} are only here, {len(theirs) - len(both)} only there"
+    counts = f"{agreed} of {len(both)} comparisons agree; {only}"
+    return f"{table(rows, right=(3, 5))}\n\n{counts}\nhere   {here}\nthere  {there}"
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -113,29 +112,20 @@ def read_results(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist: render it with report=true, or name another file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        _rows(content)
+        rows_of(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} must be a results.json of scripts/reproduce.py") from error
     return dict(content)
 
 
-def effects_of(results: Mapping[str, Any]) -> dict[Key, Effect]:
-    found = {_key(row): _effect(row) for row in _rows(results)}
-    return {key: effect for key, effect in found.items() if effect is not None}
-
-
-def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [row for claim in results.get("claims", {}).values() for row in claim["rows"]]
-
-
-def _key(row: Mapping[str, Any]) -> Key:
-    return row["claim"], row["treatment"], row["control"], row["metric"]
-
-
-def _effect(row: Mapping[str, Any]) -> Effect | None:
-    """JSON has no infinity and no NaN; where an end of an interval is missing, it is open."""
-    if row["effect"] is None:
-        return None
-    open_ended = {"low": -math.inf, "high": math.inf, "sd": math.nan, "p": math.nan}
-    values: dict[str, Any] = {k: open_ended.get(k) if v is None else v for k, v in row["effect"].items()}
-    return Effect(**{**values, "source": Source(values["source"])})
+def rows_of(results: Mapping[str, Any]) -> dict[Key, tuple[dict[str, Any], Effect | None]]:
+    """Every row and its effect. JSON has no infinity and no NaN: a missing end of an interval is open."""
+    missing = {"low": -math.inf, "high": math.inf, "sd": math.nan, "p": math.nan}
+    found = {}
+    for row in [row for claim in results.get("claims", {}).values() for row in claim["rows"]]:
+        effect = None
+        if row["effect"] is not None:
+            values: dict[str, Any] = {k: missing.get(k) if v is None else v for k, v in row["effect"].items()}
+            effect = Effect(**{**values, "source": Source(values["source"])})
+        found[row["claim"], row["treatment"], row["control"], row["metric"]] = row, effect
+    return found

@@ -221,7 +221,7 @@ def measure_speed(config: Train) -> Speed:
     device = torch.device(device_type_of(config.trainer["accelerator"]))
 
     def clock() -> float:
-        """On a CPU that of this process's threads, which does not count what other programs take meanwhile."""
+        """On a CPU that of this process's threads: what other programs take meanwhile does not count."""
         return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()
 
     started = clock()

@@ -329,10 +329,10 @@ def verdict(
 
 
 def tested_p(effect: Effect, direction: Direction, margin: float) -> float:
-    """The p that enters Holm's correction: of "no difference", or for `same` of what the interval says of the margin.
+    """The p that enters Holm's correction: of "no difference", or for `same` of what the interval says of a margin.
 
-    Where the interval lies within +-margin, p of "the difference is at least the margin"; else p of "it is at most
-    the margin". Below 5 % where the interval lies within +-margin, or wholly outside; nan below two seeds.
+    Within +-margin, p of "the difference is at least the margin", else p of "it is at most the margin": below 5 %
+    where the interval lies within +-margin, or wholly outside; nan below two seeds.
     """
     if direction is not Direction.same:
         return effect.p

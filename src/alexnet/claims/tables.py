@@ -175,7 +175,7 @@ def _over_seeds(row: Row, gathered: Gathered) -> Row:
     first, second = ([values[seed] for seed in seeds] for values in arms)
     latest = math.nan
     if row.unit is Unit.times:
-        # The last arrival that could have been seen: a run that never arrives is not entered later than one that might.
+        # The last arrival that could have been seen: who never arrives is not entered later than one that might.
         curves = [gathered.arms[name][seed].curves[c.metric] for name in names for seed in seeds]
         latest = max(st.running_mean(curve)[-1][0] for curve in curves)
         late = {name: times.count(None) for name, times in zip(names, (first, second), strict=True)}
