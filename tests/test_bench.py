@@ -295,7 +295,8 @@ def test_every_step_runs_and_learns(dtype, monkeypatch):
     monkeypatch.setattr(networks, "RATE", 1e-3)
     small_models(monkeypatch, dropout=0.0)
     given = networks.task("paper", 4, dtype, "cpu")
-    eager = [c for c in networks.stock(given, quick=False) if "compiled" not in c.name]
+    names = [name for name in networks.STOCK[given.dtype] if "compiled" not in name]
+    eager = [networks.stock_named(name, given) for name in names]
     assert len(eager) == (2 if dtype == "float32" else 3)
     for contestant in [networks.ours(given, "reference"), *eager]:
         first, *_, last = (float(contestant.run()) for _ in range(5))

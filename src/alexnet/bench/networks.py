@@ -185,7 +185,7 @@ def stock_step(
     return step
 
 
-# Every form of the stock network worth timing, the usually best two first: it differs from machine to machine.
+# Every form of the stock network worth timing: the best differs by machine, and is usually one of the first two.
 STOCK = {
     torch.float32: (
         f"stock eager, {TUNED}",
@@ -206,10 +206,6 @@ STOCK = {
 MODES = ("reduce-overhead", "max-autotune")
 
 
-def stock(task: Task, quick: bool) -> list[Contestant]:
-    return [stock_named(name, task) for name in STOCK[task.dtype][: 2 if quick else None]]
-
-
 def stock_named(name: str, task: Task) -> Contestant:
     """The stock network as its name says: one of STOCK, or a compiled one with ", <mode>" behind it."""
     net = stock_network(task.config)
@@ -220,7 +216,7 @@ def stock_named(name: str, task: Task) -> Contestant:
     return Contestant(name, Kind.baseline, stock_step(net, task, mode=mode, **how))
 
 
-def torchvision_step(task: Task, compiled: bool) -> Contestant:
+def torchvision_named(name: str, task: Task) -> Contestant:
     """torchvision's alexnet (one tower, no response norm), tuned; a yardstick of another network.
 
     It gets images of 224 pixels, as many as the others get: smaller ones do not last to its third pool.
@@ -229,8 +225,7 @@ def torchvision_step(task: Task, compiled: bool) -> Contestant:
 
     net = alexnet(num_classes=task.config.classes).to(task.dtype)
     task = replace(task, images=torch.randn(len(task.images), 3, 224, 224, device=task.images.device))
-    name = f"torchvision {'compiled' if compiled else 'eager'}, no norm, {TUNED}"
-    return Contestant(name, Kind.yardstick, stock_step(net, task, tuned=True, compiled=compiled))
+    return Contestant(name, Kind.yardstick, stock_step(net, task, tuned=True, compiled="compiled" in name))
 
 
 CAPTURED = ", captured"
@@ -241,7 +236,7 @@ def contestant_named(name: str, given: Task) -> Contestant:
     """The contestant of that name; with CAPTURED behind it, its step as one CUDA graph."""
     plain = name.removesuffix(CAPTURED)
     if plain.startswith("torchvision"):
-        made = torchvision_step(given, "compiled" in plain)
+        made = torchvision_named(plain, given)
     else:
         made = stock_named(plain, given) if plain.startswith("stock") else ours(given, plain)
     return Contestant(name, made.kind, captured(made.run, given) if name != plain else made.run)

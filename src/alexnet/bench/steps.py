@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from alexnet.bench.check import check
 from alexnet.bench.config import Benchmark
-from alexnet.bench.networks import TUNED, multiply_adds, ours, stock, task, torchvision_step
+from alexnet.bench.networks import STOCK, TUNED, contestant_named, multiply_adds, task
 from alexnet.bench.timing import Bound, Kind, Machine, Row, interleave, print_row
 
 OURS = ("fast", "fastest")
@@ -21,9 +21,10 @@ def step_rows(config: Benchmark, machine: Machine) -> Iterator[Row]:
             print(f"  {model}, {dtype}, {backend}: right, to {worst:.1e}")
         batch = config.batch_of(model)
         given, name = task(model, batch, dtype, config.device), row_name("step", model, batch)
-        contestants = [ours(given, backend) for backend in OURS] + stock(given, config.quick)
+        names = [*OURS, *STOCK[given.dtype][: 2 if config.quick else None]]
         if model == "paper" and dtype != "float32":
-            contestants += [torchvision_step(given, compiled) for compiled in (False, True)]
+            names += [f"torchvision {form}, no norm, {TUNED}" for form in ("eager", "compiled")]
+        contestants = [contestant_named(other, given) for other in names]
         bound = Bound(machine, dtype, 2 * multiply_adds(given.config) * batch)
         yield from interleave("step", name, dtype, contestants, config.interleaved_rounds, batch, bound)
         if config.device == "cpu" and not config.quick:
