@@ -7,8 +7,9 @@
     rules       the same for update rule, initialisation and data path, which have no backward but can be as wrong
     mutants     wrong versions of the shipped functions, and the check that kills each
     run         all of it, as one table and results.json
-    lesson      the HTML page a learner reads; derivation turns the docstrings of the layer files into its chapters
-    exercises   the reader writes a gradient; reader proves it; diagnosis names the mistake
+    lesson      the HTML page a learner reads; derivation turns the docstrings of the layer files into its chapters,
+                figures draws, mathematics computes the numbers of map.md, walk those of one image
+    exercises   the reader writes a gradient (exercises.md); reader proves it; diagnosis names the mistake
 
 Read `checks` first: it is the argument; the rest is what it is applied to.
 """

@@ -185,18 +185,22 @@ def _moved(inputs: Tensors, direction: Tensors, step: float) -> Tensors:
 
 
 def _error(trial: Trial, here: Evaluation, direction: Tensors, step: float) -> float:
-    """|difference quotient - <gradient, direction>| over the size of such products."""
     function, options = trial.operation.function, trial.case.options
     with torch.no_grad():
         ahead, behind = (
             function(*_moved(here.inputs, direction, end), **options, backend=trial.backend)
             for end in (step, -step)
         )
-    quotient = (here.dy * (ahead - behind)).sum() / (2 * step)
+    quotient = float((here.dy * (ahead - behind)).sum()) / (2 * step)
     along = [d for x, d in zip(here.inputs, direction, strict=True) if x.is_floating_point()]
-    products = [g * d for g, d in zip(here.gradients, along, strict=True)]
+    return quotient_error(quotient, [g * d for g, d in zip(here.gradients, along, strict=True)])
+
+
+def quotient_error(quotient: float, products: list[Tensor]) -> float:
+    """|difference quotient - <gradient, direction>| over the size of such products."""
+    claimed = sum(float(product.sum()) for product in products)
     size = sum(float(product.square().sum()) for product in products) ** 0.5
-    return float((quotient - sum(product.sum() for product in products)).abs()) / (size or 1.0)
+    return abs(quotient - claimed) / (size or 1.0)
 
 
 def slope(curve: list[tuple[float, float]]) -> float:

@@ -117,20 +117,17 @@ def _proofs() -> dict[str, Any]:
     """Errors of the checks, and what a backward gives at a few points."""
     conv2d, relu, norm = (Trial(o, o.cases[0], "reference") for o in (CONV2D, RELU, LOCAL_RESPONSE_NORM))
     g = torch.Generator().manual_seed(0)
-    linear = Evaluation.of(
-        layers.linear, {}, [torch.randn(*s, generator=g).double() for s in ((3, 7), (5, 7))]
-    )
-    logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)).double()
+    x, w = (torch.randn(*shape, generator=g).double() for shape in ((3, 7), (5, 7)))
+    logits = torch.randn(4, 10, generator=g.manual_seed(0)).double()
+    of_loss = Evaluation.of(layers.cross_entropy, {}, [logits, torch.arange(4)])
     return {
         "adjoint": max(result.value for result in identities(conv2d)),
         "euler": next(identities(relu)).value,
         "along": next(network_results("", STEPS_NET, Backends().resolve("cpu"), "cpu")).value,
         "slope": slope(differences(norm).curve),
-        "rank": int(torch.linalg.matrix_rank(linear.gradients[1])),
+        "rank": int(torch.linalg.matrix_rank(Evaluation.of(layers.linear, {}, [x, w]).gradients[1])),
         "slope_at_0": float(Evaluation.of(layers.relu, {}, [torch.zeros(1)], torch.ones(1)).dx),
-        "row_sum": float(
-            Evaluation.of(layers.cross_entropy, {}, [logits, torch.arange(4)]).dx.sum(1).abs().max()
-        ),
+        "row_sum": float(of_loss.dx.sum(1).abs().max()),
     }
 
 

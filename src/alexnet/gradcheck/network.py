@@ -23,7 +23,7 @@ from torch.autograd import grad
 from torch.func import functional_call
 
 from alexnet.cli import compose_group
-from alexnet.gradcheck.checks import Result, relative
+from alexnet.gradcheck.checks import Result, quotient_error, relative
 from alexnet.layers import cross_entropy, dropout_key
 from alexnet.layers.backend import OPERATIONS
 from alexnet.model import AlexNet, Init, ModelConfig, Order
@@ -115,7 +115,7 @@ def network_results(name: str, config: ModelConfig, backends: Chosen, device: st
 def _along_random(
     net: AlexNet, points: Mapping[str, Tensor], labels: Tensor, gradients: Mapping[str, Tensor]
 ) -> float:
-    """|difference quotient - <gradient, d>| over the size of such products, the largest of a few directions."""
+    """The largest error of a difference quotient along a few directions."""
     generator, errors = torch.Generator().manual_seed(2), []
     for _ in range(DIRECTIONS):
         direction = {
@@ -127,10 +127,7 @@ def _along_random(
             moved = {name: x + step * direction[name] for name, x in points.items()}
             losses.append(loss_of(net, moved.pop("images"), labels, weights=moved))
         quotient = float(losses[0] - losses[1]) / (2 * STEP)
-        products = [gradients[name] * d for name, d in direction.items()]
-        claimed = sum(float(product.sum()) for product in products)
-        size = sum(float(product.square().sum()) for product in products) ** 0.5
-        errors.append(abs(quotient - claimed) / size)
+        errors.append(quotient_error(quotient, [gradients[name] * d for name, d in direction.items()]))
     return max(errors)
 
 
