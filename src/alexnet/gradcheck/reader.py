@@ -8,7 +8,6 @@ float64 and float32 must pass. bfloat16 is only reported: a right gradient may s
 """
 
 import inspect
-import math
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -210,7 +209,7 @@ def report(verdict: Verdict, path: str) -> str:
     lines += [f"  {fault}  ({_few(cases)})" for fault, cases in grouped.items()]
     for check in dict.fromkeys(result.check for result in verdict.failures):
         failed = [result for result in verdict.failures if result.check == check]
-        worst = max(failed, key=lambda result: math.inf if math.isnan(result.value) else result.share)
+        worst = max(failed, key=lambda result: result.share)
         lines.append(
             f"  {check} failed on {_few(sorted({r.case for r in failed}))}; "
             f"largest error {worst.value:.1e}, bound {worst.bound:.0e} ({worst.dtype}, {worst.case})"
