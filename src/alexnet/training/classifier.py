@@ -6,6 +6,7 @@ depends neither on the number of devices or workers nor on where a run was resum
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +24,6 @@ from alexnet.optim import Krizhevsky, OptimConfig, build_optimizer, build_schedu
 from alexnet.training.master_weights import WorkingCopies, build_fused
 from alexnet.training.metrics import HOLDOUT
 from alexnet.training.network import Network
-from alexnet.training.numerics import origin
 
 
 class Classifier(Network, pl.LightningModule):
@@ -76,10 +76,37 @@ class Classifier(Network, pl.LightningModule):
         return outputs
 
     def origin(self, batch: Batch, key: int) -> str:
-        """Where the first value came from that is not finite, in a step that has not changed the weights yet."""
+        """Where the first NaN or infinite value came from, in a step that has not changed the weights yet.
+
+        A step computes input -> layers -> loss, then the gradients in reverse, then the new weights. If its
+        loss is not finite, three places can have started it: the input, the weights (the step before left them
+        so), or a layer that made such a value of finite ones. A gradient that is not finite reaches every layer
+        before its own, so of the layers with broken weights the last one was the first.
+        """
+
+        def broken(values: Tensor) -> int:
+            """How many images (N, ...) have a value that is not finite."""
+            return int((~values.isfinite()).flatten(1).any(1).sum())
+
         x = self.augment.from_crops(batch.images, batch.draws, self.colour_on)
+        if broken(x):
+            return f"the input: {broken(x)} of its {len(x)} images, augmentation and mean image included"
         weights = dict(self.net.named_parameters()) if self.copies is None else self.copies.by_name
-        return origin(self.net, x, weights, lambda x: self.logits(x, key, batch.first_row))
+        for name, w in reversed(weights.items()):
+            if not w.isfinite().all():
+                return f"{name}: the update of the step before made it so"
+        found: list[str] = []
+
+        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if not found and broken(output):
+                found.append(f"the output of {names[module]}, for {broken(output)} of {len(output)} images")
+
+        names = {module: name for name, module in self.net.named_modules() if not list(module.children())}
+        with torch.no_grad(), ExitStack() as hooks:
+            for module in names:
+                hooks.enter_context(module.register_forward_hook(look))
+            self.logits(x, key, batch.first_row)
+        return found[0] if found else "the loss itself: the logits are finite"
 
     def outputs(self, batch: Batch, key: int | Tensor, colour_on: bool) -> dict[str, Tensor]:
         """loss: the batch's mean loss, a number with a gradient. totals: (2,) float64, the sum of its images' losses

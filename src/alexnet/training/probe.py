@@ -264,7 +264,7 @@ def explain_stall(
 
     `model` still holds the gradients of that step, or `used`, {name: parameter}, does where it was computed with
     others than its own (WorkingCopies.by_name). A unit is called dead when no image of the batch gave its weights
-    or its bias any gradient. `origin` says where the first value came from that is not finite (numerics.py).
+    or its bias any gradient. `origin` says where the first value came from that is not finite (classifier.py).
     """
     rows = list(_gradients(model, dict(model.named_parameters()) if used is None else used))
     cells = [(name, f"{ratio:.1e}", f"{dead:.0%}") for name, ratio, dead in rows]
