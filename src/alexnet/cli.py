@@ -370,7 +370,7 @@ def _of_the_configuration(error: Exception, name: str) -> str:
         return str(cause.__cause__)
     text = _said(error)
     if isinstance(error, OverrideParseException):
-        # Hydra's grammar knows signs of its own; a value that has them is quoted once for it and once for the shell.
+        # Hydra's grammar knows signs of its own; a value with them is quoted once for it and once for the shell.
         key, _, value = error.override.partition("=")
         whole = re.fullmatch(r"[\w.+/@-]+", key) and value
         remedy = f"quote the value, {key}='\"{value}\"'" if whole else "write key=value"

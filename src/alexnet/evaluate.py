@@ -183,9 +183,9 @@ def _write(
 ) -> Path:
     """The JSON beside run.json if one network of a run was evaluated, else under output_dir; a copy where `json` says.
 
-    The same command writes the same file again; other networks and another protocol write another. The best of a run
-    has the plain name, last.ckpt names itself, and an ensemble or a file outside of a run is known by a hash of its
-    paths, in any order.
+    The same command writes the same file again; other networks and another protocol write another. The best
+    of a run has the plain name, last.ckpt names itself, and an ensemble or a file outside of a run is known by
+    a hash of its paths, in any order.
     """
     run, single = paths[0].parent.parent, len(paths) == 1
     known = sha256("\n".join(sorted(str(path.resolve()) for path in paths)).encode()).hexdigest()[:8]

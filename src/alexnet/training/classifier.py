@@ -78,9 +78,9 @@ class Classifier(Network, pl.LightningModule):
     def origin(self, batch: Batch, key: int) -> str:
         """Where the first NaN or infinite value came from, in a step that has not changed the weights yet.
 
-        A step computes input -> layers -> loss, then the gradients in reverse, then the new weights. If its
-        loss is not finite, three places can have started it: the input, the weights (the step before left them
-        so), or a layer that made such a value of finite ones. A gradient that is not finite reaches every layer
+        A step computes input -> layers -> loss, then the gradients in reverse, then the new weights. If its loss
+        is not finite, three places can have started it: the input, the weights (the step before left them so),
+        or a layer that made such a value of finite ones. A gradient that is not finite reaches every layer
         before its own, so of the layers with broken weights the last one was the first.
         """
 
@@ -145,8 +145,8 @@ class Classifier(Network, pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, data = self.make_optimizer(), self.trainer.datamodule  # type: ignore[attr-defined]
-        # Not trainer.estimated_stepping_batches: asked for here, it sets the loaders up before the checkpoint is
-        # read, and their positions in it are lost.
+        # Not trainer.estimated_stepping_batches: asked for here, it sets the loaders up before the checkpoint
+        # is read, and their positions in it are lost.
         batches, limit = len(data.train_dataloader()), self.trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         scheduler = build_scheduler(optimizer, self.optim_config, batches * self.optim_config.epochs)

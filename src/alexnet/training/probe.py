@@ -144,9 +144,9 @@ class Probe:
 def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Probe:
     """One forward and one backward pass without dropout. images (N, 3, c, c) as the network is fed; labels (N).
 
-    Without labels, the gradient is that of labels dealt out in turn. A copy of the network is asked: it stays as it
-    was. N of 32 to 128 will do. A compiled network hides its layers: probe it before torch.compile. Raises UserError
-    for a single image.
+    Without labels, the gradient is that of labels dealt out in turn. A copy of the network is asked: it stays
+    as it was. N of 32 to 128 will do. A compiled network hides its layers: probe it before torch.compile.
+    Raises UserError for a single image.
     """
     if len(images) < 2:
         raise UserError("The probe compares images and got one: give it at least two, better 32.")

@@ -36,7 +36,7 @@ class RunRecord:
         write_json(self.directory / "run.json", self.content | {"self": self_hash(self.content)})
 
     def start(self, resolved: dict[str, Any], **more: Any) -> None:
-        """Written when all else of the run could be built. A run that goes on elsewhere says what it was before.
+        """Written when all else of the run could be built. A run that goes on elsewhere says what it was.
 
         `resolved` is what the configuration came to on this machine (backends, precision).
         """
