@@ -86,14 +86,14 @@ def evaluate(config: Evaluate) -> list[Result]:
         log_probabilities(c.net, c.augment, store.images, config.views, config.batch_size, device, index)
         for c in classifiers
     ]
+    judged = average(outputs)
     protocol: dict[str, Any] = {"split": config.split, "views": config.views}
     results = [score(p, labels, name=str(path), **protocol) for p, path in zip(outputs, paths, strict=True)]
     if len(outputs) > 1:
-        results.append(score(average(outputs), labels, networks=len(outputs), **protocol))
+        results.append(score(judged, labels, networks=len(outputs), **protocol))
     wnids = [c["wnid"] for c in store.classes] if config.split == "val" else []
     references = paper_rows(wnids, len(outputs), config.views)
     print(table(results, references), flush=True)  # before anything can go wrong with the file
-    judged = average(outputs)
     reliability = by_class.calibration(judged, labels)
     print(f"expected calibration error {100 * reliability.ece:.1f} points, {len(reliability.bins)} bins")
     path = _write(config, paths, store, results, references, asdict(reliability))

@@ -100,11 +100,12 @@ def predict(config: Predict) -> bool:
         print(f"{shown(name)}: {why}", file=sys.stderr)
     if not predictions:
         raise UserError(f"images={config.images}: none of {len(unread)} pictures can be read")
-    print(table(predictions, first.classes))
+    names_of_classes = [c["words"].split(",")[0] or c["wnid"] for c in first.classes]  # the first synonyms
+    print(table(predictions, names_of_classes))
     directory = Path(config.output_dir) / "predict"
     directory.mkdir(parents=True, exist_ok=True)
     write(config, directory, predictions, unread, first.classes)
-    contact_sheet(predictions, sheet, first.classes, directory / "predictions.png")
+    contact_sheet(predictions, sheet, names_of_classes, directory / "predictions.png")
     print(f"\npredicted {len(predictions)}, unreadable {len(unread)}; written to {directory}")
     return not unread
 
@@ -154,18 +155,13 @@ def decoded(
         yield names, np.stack(pixels)
 
 
-def words(classes: Sequence[dict[str, str]], label: int) -> str:
-    """The first synonym of a class."""
-    return classes[label]["words"].split(",")[0] or classes[label]["wnid"]
-
-
-def table(predictions: Sequence[Prediction], classes: Sequence[dict[str, str]]) -> str:
+def table(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
     """A line for each picture: its name and its classes with percentages, cut to a terminal's width."""
     longest = min(max(len(p.name) for p in predictions), 40)
     lines = []
     for name, labels, probabilities in predictions:
         name = name if len(name) <= longest else f"…{name[1 - longest :]}"
-        found = [f"{words(classes, k)} {100 * p:.1f} %" for k, p in zip(labels, probabilities, strict=True)]
+        found = [f"{classes[k]} {100 * p:.1f} %" for k, p in zip(labels, probabilities, strict=True)]
         line = f"{name:{longest}s}  {', '.join(found)}"
         lines.append(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…")
     return "\n".join(lines)
@@ -197,7 +193,7 @@ def write(
 def contact_sheet(
     predictions: Sequence[Prediction],
     sheet: Sequence[tuple[np.ndarray, Tensor]],
-    classes: Sequence[dict[str, str]],
+    classes: Sequence[str],
     path: Path,
 ) -> None:
     """The first pictures with bars for their five most probable classes, like the paper's Figure 4."""
@@ -207,6 +203,5 @@ def contact_sheet(
         print("no contact sheet: matplotlib is missing (pip install 'alexnet[plots]')", file=sys.stderr)
         return
     pixels, probabilities = (list(column) for column in zip(*sheet, strict=True))
-    names = [words(classes, k) for k in range(len(classes))]
     titles = [Path(p.name).name for p in predictions[: len(sheet)]]
-    predictions_figure(np.stack(pixels), torch.stack(probabilities), None, names, path, titles=titles)
+    predictions_figure(np.stack(pixels), torch.stack(probabilities), None, classes, path, titles=titles)

@@ -40,11 +40,9 @@ class Signals:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        usual = {number: signal.getsignal(number) for number in SIGNALS}
         # A signal that was ignored when the process started stays so: nohup, jobs in the background.
-        self._usual = {
-            number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN
-        }
+        self._usual = {n: handler for n, handler in usual.items() if handler is not signal.SIG_IGN}
         self.listen()
         try:
             yield
