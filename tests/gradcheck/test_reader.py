@@ -7,6 +7,7 @@ from importlib import import_module
 from unittest import mock
 
 import pytest
+import torch
 
 from alexnet.errors import UserError
 from alexnet.gradcheck import diagnosis, exercises, reader
@@ -138,6 +139,18 @@ def test_every_known_mistake_in_the_readers_file_is_named(exercise, tmp_path):
             said = "\n".join(diagnosis.diagnosis(exercise, getattr(module, exercise.functions[-1])))
         assert mutant.name in said, said
         assert '" or "' not in said, said
+
+
+@pytest.mark.parametrize(
+    ("mine", "fact"),
+    [
+        ((0.0, 2.0, 6.0), "is a constant times the right one in each case (2 to 3)"),
+        ((0.5, 2.0, 6.0), "is wrong in 3 of 3 cases, in the first of them in 100 % of its elements"),
+    ],
+)
+def test_a_gradient_of_zero_has_no_multiple_but_zero(mine, fact):
+    gradients = [{"dx": torch.full((2,), value)} for value in (*mine, 0.0, 1.0, 2.0)]
+    assert diagnosis.fact(gradients[:3], gradients[3:], "dx") == fact
 
 
 @pytest.mark.parametrize(

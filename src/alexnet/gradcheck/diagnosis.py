@@ -146,8 +146,10 @@ def fact(mine: Sequence[Outcome], right: Sequence[Outcome], name: str) -> str:
     def close(a: Tensor, b: Tensor) -> bool:
         return torch.allclose(a, b, rtol=1e-8, atol=1e-12)
 
-    factors = [float((a * b).sum() / (b * b).sum()) for a, b in pairs if b.any()]
-    if all(close(a, f * b) for f, (a, b) in zip(factors, pairs, strict=False)):
+    # Nothing times a gradient of zero: there both must be zero.
+    nonzero = [(a, b) for a, b in pairs if a.any() or b.any()]
+    factors = [float((a * b).sum() / (b * b).sum()) if b.any() else math.nan for a, b in nonzero]
+    if all(close(a, f * b) for f, (a, b) in zip(factors, nonzero, strict=True)):
         if max(factors) - min(factors) < 1e-8:
             return f"is {factors[0]:.4g} times the right one"
         return f"is a constant times the right one in each case ({min(factors):.4g} to {max(factors):.4g})"
