@@ -55,6 +55,10 @@ def judged(claim: Claim, gathered: Gathered) -> list[Row]:
     return judge(compare(claim, gathered))
 
 
+def first(comparison: Comparison, arms: dict[str, dict[int, Evidence]]) -> Row:
+    return judged(claim(comparison), Gathered(arms))[0]
+
+
 RUNS = Gathered(
     {"with": runs([0.400, 0.410, 0.420], [1.5, 1.6, 1.7]), "without": runs([0.415, 0.424, 0.436])}
 )
@@ -93,17 +97,17 @@ def test_evidence_is_read_from_the_runs_record_and_its_metrics():
 
 def test_only_seeds_that_both_arms_have_are_paired():
     with_gap = {0: RUNS.arms["with"][0], 2: RUNS.arms["with"][2], 7: Evidence({"val/top1_error": 0.9})}
-    row = judged(claim(NORMS), Gathered({"with": with_gap, "without": RUNS.arms["without"]}))[0]
+    row = first(NORMS, {"with": with_gap, "without": RUNS.arms["without"]})
     assert row.effect.n == 2
     assert row.effect.estimate == pytest.approx((-0.015 - 0.016) / 2)
 
 
 def test_what_is_missing_or_diverged_is_said():
-    row = judged(claim(NORMS), Gathered({"with": RUNS.arms["with"]}))[0]
+    row = first(NORMS, {"with": RUNS.arms["with"]})
     assert row.effect is None
     assert row.note == "no finished runs of without yet"
     diverged = {**RUNS.arms["without"], 1: Evidence({"val/top1_error": math.nan})}
-    row = judged(claim(NORMS), Gathered({"with": RUNS.arms["with"], "without": diverged}))[0]
+    row = first(NORMS, {"with": RUNS.arms["with"], "without": diverged})
     assert row.effect.n == 2
     assert row.note == "1 of 3 pairs diverged"
 
@@ -113,22 +117,22 @@ def lost(n: int) -> dict[int, Evidence]:
 
 
 def test_an_arm_that_diverges_on_every_seed_is_a_result_and_not_missing():
-    row = judged(claim(NORMS), Gathered({"with": RUNS.arms["with"], "without": lost(3)}))[0]
+    row = first(NORMS, {"with": RUNS.arms["with"], "without": lost(3)})
     assert row.verdict.word is Word.DIVERGED
     assert row.note == "3 of 3 pairs diverged"
     assert "-> diverged: no pair of runs is left" in as_text([row])
-    row = judged(claim(TIMES), Gathered({"tanh": lost(2), "relu": lost(2)}))[0]
+    row = first(TIMES, {"tanh": lost(2), "relu": lost(2)})
     assert row.verdict.word is Word.DIVERGED
 
 
 def test_a_diverged_run_is_marked_where_curves_or_images_are_compared():
     tanh = {**curves([6.0, 6.5]), 2: Evidence(classes=10, diverged=True)}
-    row = judged(claim(TIMES), Gathered({"tanh": tanh, "relu": curves([1.5, 1.5, 1.0])}))[0]
+    row = first(TIMES, {"tanh": tanh, "relu": curves([1.5, 1.5, 1.0])})
     assert row.effect.n == 2
     assert row.effect.bound == ""
     assert row.note == "1 of 3 pairs diverged"
     late = {**curves([6.0, 6.5]), 2: dataclasses.replace(curves([1.0])[0], diverged=True)}
-    row = judged(claim(TIMES), Gathered({"tanh": late, "relu": curves([1.5, 1.5, 1.0])}))[0]
+    row = first(TIMES, {"tanh": late, "relu": curves([1.5, 1.5, 1.0])})
     assert row.note == "1 of 3 pairs diverged"  # though it had arrived
     c = Comparison("ten", "one", "val/top1_error", Direction.lower, Statistic.within_net)
     nets = {"net": {0: Evidence(), **lost(3)}}
@@ -150,7 +154,7 @@ def test_the_gap_is_val_minus_training_images_in_evaluation_mode():
         }
 
     c = Comparison("with", "without", "gap/top1_error", Direction.lower)
-    row = judged(claim(c), Gathered({"with": arm(0.1), "without": arm(0.3)}))[0]
+    row = first(c, {"with": arm(0.1), "without": arm(0.3)})
     assert row.effect.estimate == pytest.approx(-0.2)
 
 
@@ -181,9 +185,7 @@ TIMES = Comparison(
 
 
 def test_times_are_compared_by_their_ratio_and_a_fraction_of_chance_is_one_of_ln_classes():
-    row = judged(claim(TIMES), Gathered({"tanh": curves([6.0, 6.5, 6.0]), "relu": curves([1.5, 1.5, 1.0])}))[
-        0
-    ]
+    row = first(TIMES, {"tanh": curves([6.0, 6.5, 6.0]), "relu": curves([1.5, 1.5, 1.0])})
     # Two rows an epoch: their mean falls from .6 to .45 in the half epoch before, and stands half an epoch earlier.
     assert row.treatment.mean == pytest.approx(np.mean([6.0, 6.5, 6.0]) - 0.5 / 3 - 0.5)
     # The last of ReLU arrives while its first epoch is not over: half-way from .25 to .5, two thirds of it.
@@ -192,9 +194,7 @@ def test_times_are_compared_by_their_ratio_and_a_fraction_of_chance_is_one_of_ln
 
 
 def test_runs_that_never_arrive_give_a_bound_and_a_note():
-    row = judged(
-        claim(TIMES), Gathered({"tanh": curves([None, None, 7.0]), "relu": curves([1.0, 1.0, 1.5])})
-    )[0]
+    row = first(TIMES, {"tanh": curves([None, None, 7.0]), "relu": curves([1.0, 1.0, 1.5])})
     assert row.effect.bound == ">="
     assert row.note == "tanh did not arrive in 2 of 3 runs"
     assert ">=" in as_text([row])
@@ -326,7 +326,7 @@ def test_an_unmeasured_comparison_is_in_holms_family():
 
 def test_a_run_that_never_arrives_is_entered_no_later_than_one_that_might():
     """Cut after 8 epochs the ratio is at least 1.9, say; the same curves seen for longer must not show less."""
-    short = judged(claim(TIMES), Gathered({"tanh": curves([None] * 3), "relu": curves([4.0, 4.5, 5.0])}))[0]
+    short = first(TIMES, {"tanh": curves([None] * 3), "relu": curves([4.0, 4.5, 5.0])})
     ends = curves([1.0])[0].curves["train/loss"][-1][0]
     assert short.treatment.mean == pytest.approx(ends - 0.5)  # dated as an arrival in the last row would be
     assert short.effect.bound == ">="
