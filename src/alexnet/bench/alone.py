@@ -8,14 +8,13 @@ its modules are no part of a step. What it makes of this step counts.
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alexnet.bench.networks import LIBRARY_CHOOSES, contestant_named, task
-from alexnet.bench.timing import synchronise
+from alexnet.bench.timing import sample
 from alexnet.system import keep_freed_memory, set_precision
 
 STATUS = Path("/proc/self/status")
@@ -39,23 +38,15 @@ def measure(
     set_precision(dtype)
     torch.backends.cudnn.benchmark = contestant.endswith(LIBRARY_CHOOSES)
     given = task(model, batch, dtype, device)
-    step = contestant_named(contestant.removesuffix(LIBRARY_CHOOSES), given).run
+    step = contestant_named(contestant.removesuffix(LIBRARY_CHOOSES), given)
     torch.compile(torch.neg)(torch.ones(2))
     before = held("VmRSS")
-    start = time.perf_counter()
-    step()
-    synchronise()
-    compile_s = time.perf_counter() - start
+    compile_s = sample(step) / 1e3
     # The peak of compiling is over, that of steps counts from here: VmHWM is set back to VmRSS.
     Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    ms = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        step()
-        synchronise()
-        ms.append((time.perf_counter() - start) * 1e3)
+    ms = [sample(step) for _ in range(rounds)]
     peak = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else held("VmHWM") - before
     times = {"ms": statistics.median(ms), "ms_low": min(ms), "ms_high": max(ms)}
     return {**times, "compile_s": compile_s, "peak_mib": peak}

@@ -126,7 +126,7 @@ def interleave(
             if found.note:
                 continue
             try:
-                samples[c.name].append(_sample(c, repeats[c.name]))
+                samples[c.name].append(sample(c, repeats[c.name]))
             except torch.OutOfMemoryError:
                 found.compile_s, found.note = 0.0, "out of memory beside the others"
     if bound:
@@ -163,10 +163,11 @@ def _first_call(contestant: Contestant, deadline: float) -> tuple[float, str]:
 
 
 def _repeats(contestant: Contestant) -> int:
-    return max(1, round(SHORTEST_SAMPLE * 1e3 / _sample(contestant, 1)))
+    return max(1, round(SHORTEST_SAMPLE * 1e3 / sample(contestant)))
 
 
-def _sample(contestant: Contestant, repeats: int) -> float:
+def sample(contestant: Contestant, repeats: int = 1) -> float:
+    """Milliseconds of a call."""
     synchronise()
     start = time.perf_counter()
     told: list[float] = []
@@ -187,4 +188,4 @@ def fastest_of(run: Callable[[], object], samples: int) -> float:
     call = Contestant("", Kind.yardstick, run)
     run()
     repeats = _repeats(call)
-    return min(_sample(call, repeats) for _ in range(samples)) / 1e3
+    return min(sample(call, repeats) for _ in range(samples)) / 1e3
