@@ -330,14 +330,13 @@ def build_trainer(
         plugins.append(SLURMEnvironment(auto_requeue=False))  # its checkpoint is one that nobody reads
     # Lightning sees only the type that weights and activations are stored in.
     precision = resolved["precision"] if resolved["precision"] in system.LIGHTNING else "32-true"
-    arguments.update(
-        precision=precision, default_root_dir=str(directory), enable_progress_bar=shown and terminal
-    )
+    arguments |= {"precision": precision, "enable_progress_bar": shown and terminal}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         return instantiate(
             arguments,
             callbacks=callbacks,
+            default_root_dir=str(directory),
             logger=[instantiate(logger) for logger in config.logger.values()] or False,
             plugins=plugins,
             enable_model_summary=False,

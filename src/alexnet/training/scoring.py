@@ -71,11 +71,11 @@ class Result:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Result":
         """The inverse of `as_dict`."""
-        intervals = {
-            k.removesuffix("_interval"): bounds for k, bounds in plain.items() if k.endswith("_interval")
-        }
         values = {key: value for key, value in plain.items() if not key.endswith("_interval")}
-        return cls(**values | {name: Estimate(plain[name], *bounds) for name, bounds in intervals.items()})
+        for key in values:
+            if f"{key}_interval" in plain:
+                values[key] = Estimate(plain[key], *plain[f"{key}_interval"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)
