@@ -172,7 +172,7 @@ def _nobody_reads() -> bool:
 
 @contextmanager
 def _one_of_several() -> Iterator[None]:
-    """Ends a process of a distributed job without taking Python apart.
+    """Ends a process of a distributed job without the interpreter's finalization.
 
     A thread of gloo that then still holds the last reduction aborts the process, in about one of 20 jobs on a busy
     machine, and torchrun ends the others for it (torch 2.14; destroy_process_group does not end the thread).
@@ -182,7 +182,7 @@ def _one_of_several() -> Iterator[None]:
         yield
     except SystemExit as error:
         left = error
-    code = left.code if left else 0
+    code = (left.code or 0) if left else 0  # SystemExit() is a success too
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         atexit._run_exitfuncs()
@@ -204,9 +204,8 @@ def _in_one_line(name: str) -> Iterator[None]:
         line = one_line(error, name)
         if line is None:
             raise
-        print(
-            "error: " + line.replace("\n", "\\n"), file=sys.stderr
-        )  # a file may have a line break in its name
+        line = line.replace("\n", "\\n")  # a file may have a line break in its name
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -163,7 +163,7 @@ def test_runs_of_several_states_of_the_code_are_marked(copied: Reproduce, capsys
     record = json.loads((path := directory(copied, "s4_2_dropout/none") / "run.json").read_text())
     del record["self"]
     resumed = {**record, "git_before": [{"commit": "f" * 40, "changed": True}]}
-    path.write_text(json.dumps({**resumed, "resolved": {**record["resolved"], "precision": "bf16-copied"}}))
+    path.write_text(json.dumps({**resumed, "resolved": {**record["resolved"], "precision": "bf16-mixed"}}))
     reproduce(copied)
     out = capsys.readouterr().out
     assert "WARNING   s4_2_dropout compares runs of 2 states of the code" in out
