@@ -43,9 +43,8 @@ class Export:
 
     checkpoint: str | None = None  # a checkpoint file or a run directory
     format: Format = Format.safetensors
-    into: str | None = (
-        None  # a new folder; None: <output_dir>/export/<run>-seed<k>-<format>, or <file>-<format>
-    )
+    # A new folder; None: <output_dir>/export/<run>-seed<k>-<format>, or <file>-<format>.
+    into: str | None = None
     output_dir: str = "outputs"
 
     def __post_init__(self) -> None:

@@ -203,9 +203,7 @@ class Net:
                 return self.basic()
             case Want.kernels:
                 return c.net.conv1.weight.detach().float().cpu().numpy()
-            case (
-                Want.probe
-            ):  # of the network before training: its weights depend on the seed and their names alone
+            case Want.probe:  # of the network before training: its weights depend on seed and names alone
                 return c.initial_probe(self.data.train_store, self.data.split[0]).as_dict()
             case Want.hidden:
                 return self.neighbours(lambda x: c.net.last_hidden(c.net.features(c.augment.centre(x))))
@@ -330,9 +328,8 @@ def per_image(test: Test, directories: Collection[Path]) -> dict[str, np.ndarray
     if test.features is not Features.logits:
         return {"retrieval/precision_at_6": np.stack([c["agree"].mean(1) for c in content])}
     outputs = [torch.from_numpy(c["log_probs"]) for c in content]
-    log_probs = (
-        average(outputs)[None] if test.nets is Nets.all else torch.stack(outputs)
-    )  # (nets, N, classes)
+    # (nets, N, classes)
+    log_probs = average(outputs)[None] if test.nets is Nets.all else torch.stack(outputs)
     labels, classes = torch.from_numpy(content[0]["labels"])[:, None], log_probs.shape[-1]
     right = log_probs.topk(min(5, classes)).indices == labels  # (nets, N, 5)
     loss = -log_probs.double().gather(2, labels.expand(len(log_probs), -1, -1))

@@ -171,10 +171,8 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Pro
     net = copy.deepcopy(model).eval()  # without the gradients of the original
     for name, module in net.named_modules():
         kind = type(module).__name__
-        if kind.startswith(
-            "Dropout"
-        ):  # evaluation alone scales by 1 - p in the 2012 mode, and not in torch's
-            module.p = 0.0
+        if kind.startswith("Dropout"):
+            module.p = 0.0  # evaluation alone scales by 1 - p in the 2012 mode, and not in torch's
         if not any(module.children()) and not kind.startswith(SILENT):
             module.register_forward_hook(partial(measure, name))
     with torch.enable_grad():
