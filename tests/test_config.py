@@ -446,6 +446,7 @@ def test_the_headline_says_what_a_backend_means_on_a_gpu() -> None:
     assert "took" not in notes("fast", "cuda", fast)
     assert "Set backend=fast" in notes("reference", "cuda", reference)
     assert notes("auto", "cpu", reference) == notes("reference", "cpu", reference) == ""
+    assert "the first steps compile kernels" in notes("fast", "cpu", fast)
     assert notes("fast", "cpu", fast).endswith(": channels last, one pass augmentation, fused update")
     assert notes("reference", "cpu", reference, True).endswith(": fused update, master weights")
 

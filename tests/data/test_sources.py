@@ -4,6 +4,7 @@ import io
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,10 @@ def test_a_val_fraction_cuts_train_and_nothing_is_in_both(source: Source) -> Non
     with pytest.raises(UserError, match="has its own val"):
         with_val_fraction(source, 0.25, 0)
     del source.splits["val"]
+    one_each = {label: name for name, label in source.splits["train"].items()}
+    singles = replace(source, splits={"train": {name: label for label, name in one_each.items()}})
+    with pytest.raises(UserError, match=r"val_fraction=0.25: every class of .* has one image"):
+        with_val_fraction(singles, 0.25, 0)
     cut = with_val_fraction(source, 0.25, 0)
     assert list(cut.splits["val"].values()) == [c for c in range(6) for _ in range(2)]
     both = [*cut.splits["train"].items(), *cut.splits["val"].items()]

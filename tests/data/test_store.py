@@ -82,7 +82,9 @@ def test_a_missing_store_says_what_makes_it(tmp_path: Path) -> None:
     [
         ("tiny_imagenet", "data=tiny_imagenet"),
         ("imagenette_few", "data=imagenette name=imagenette_few"),
-        ("imagenet100", "data=imagenet path=<folder or archive> name=imagenet100"),
+        ("imagenet100", "data=imagenet path=<folder or archive> n_classes=100 name=imagenet100"),
+        ("tiny_imagenet_20", "data=tiny_imagenet n_classes=20 name=tiny_imagenet_20"),
+        ("synthetic_500", "data=synthetic name=synthetic_500"),
         ("pets", "data=folder path=<folder or archive> name=pets"),
     ],
 )

@@ -140,6 +140,11 @@ def test_what_is_damaged_in_a_run_is_said_in_one_line(
     torch.save(content, moved / "lacking.ckpt")
     with pytest.raises(UserError, match="does not hold the weights of its own network"):
         load(moved / "lacking.ckpt")
+    (tmp_path / "model.onnx").touch()
+    for path in (tmp_path, tmp_path / "model.onnx"):
+        with pytest.raises(UserError, match=r"model.onnx is an export for other programs"):
+            load(path)
+    (tmp_path / "model.onnx").unlink()
     with pytest.raises(UserError, match=r"holds no checkpoints/best.ckpt"):
         load(tmp_path)
 

@@ -1,6 +1,7 @@
 """The group `data` of a run's configuration, and the names of the known data sets."""
 
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from enum import StrEnum
@@ -39,6 +40,10 @@ class DataConfig:
         words = ["python scripts/prepare_data.py", f"data={kind}"]
         if kind in (SourceKind.imagenet, SourceKind.folder):  # the others are downloaded
             words.append("path=<folder or archive>")
+        if subset := re.fullmatch(
+            rf"{kind}_?(\d+)", self.name
+        ):  # tiny_imagenet_20; of synthetic it counts images
+            words += [f"n_classes={subset[1]}"] * (kind != SourceKind.synthetic)
         if self.name != kind:
             words.append(shlex.quote(f"name={self.name}"))
         if (data_dir := str(Path(self.root).parent)) != "data":

@@ -141,7 +141,7 @@ class Prepared(NamedTuple):
     def summary(self) -> str:
         """The store in one line, with what its source held."""
         store, found = self.store, self.store.manifest.get("found", {})
-        names = [entry["words"] for entry in store.classes[:FEW_CLASSES]]
+        names = [entry["words"].split(",")[0] for entry in store.classes[:FEW_CLASSES]]
         if len(names) < len(store.classes):
             names.append("...")
         parts = [

@@ -295,5 +295,10 @@ def with_val_fraction(source: Source, fraction: float, seed: int) -> Source:
         )
     train = list(source.splits["train"].items())
     first, second = holdout_split(np.array([label for _, label in train]), fraction, seed)
+    if not len(second):
+        raise UserError(
+            f"val_fraction={fraction}: every class of {source.description} has one image, which stays in train; "
+            "give more images a class, or set val_fraction=0"
+        )
     splits = {"train": dict(train[row] for row in first), "val": dict(train[row] for row in second)}
     return replace(source, splits=splits)

@@ -16,7 +16,7 @@ KNOWN = (*GREEK, *FUNCTIONS, "sum", "floor", "lse", "loss")
 RELATION = re.compile(r"\s(?:=|<-)\s")
 INDEXED = re.compile(r"(?<![\w\]`])(d?[A-Za-z]|lse|loss)\[([^\]]+)\](?:\^-?\w+)?")  # x[c], s[c]^-beta
 HEAD = re.compile(
-    r"(Forward|Backward|How|Who|Where|Ties|Size|Memory|Groups|Shapes|The mask)\b[^.:;]{0,60}?[.:,]"
+    r"(Forward|Backward|How|Who|Where|Ties|Size|Memory|Groups|Shapes|The mask)\b(?:[^.:;]|\.\d){0,60}?[.:,](?!\d)"
 )
 TOKEN = re.compile(r"\s+|<-|[<>]=|[A-Za-z]+'s|[A-Za-z]+['*]?|\d[\d.]*|.")
 

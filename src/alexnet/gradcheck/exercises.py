@@ -209,7 +209,11 @@ def skeleton(exercise: Exercise, path: Path | str = "") -> str:
     else:
         subject, task = exercise.name.replace("_", " ") + ".", fill(exercise.task, 115)
     path = path or DIRECTORY / f"{exercise.name}.py"
-    train = f"    python scripts/train.py backend.{exercise.name}={path}\n" if exercise.is_operation else ""
+    train = (
+        f"    python scripts/train.py backend.{exercise.name}={path} name=mine\n"
+        if exercise.is_operation
+        else ""
+    )
     docstring = (
         f'"""Exercise {NAMES.index(exercise.name) + 1} of {len(EXERCISES)}: {subject}\n\n'
         f"{fill(f'Write {wanted.__name__}. It teaches: {exercise.teaches}.', 115)}\n\n"

@@ -223,6 +223,9 @@ def report(verdict: Verdict, path: str) -> str:
             "compute in float32, cast(x, wide(x.dtype)), and round once at the end"
         )
     lines.append("  every check holds: this is the gradient" if verdict.passed else "  not yet")
+    if verdict.passed and verdict.exercise.is_operation:
+        choice = f"backend.{verdict.exercise.name}={path} name=mine"
+        lines.append(f"  train with it: python scripts/train.py {choice}")
     return "\n".join(lines)
 
 

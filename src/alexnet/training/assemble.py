@@ -250,6 +250,9 @@ def backend_notes(default: str, device_type: str, speedups: Speedups) -> list[st
             "model=tiny): expect it to be several times slower on this GPU. Set backend=fast"
         )
     if any(asdict(speedups).values()):
+        notes.append(
+            "the first steps compile kernels, for a minute or so; later runs on this machine find them"
+        )
         notes.append(f"besides the layers: {speedups}")
     return notes
 

@@ -33,6 +33,7 @@ TORCHVISION = {
 }
 TORCHVISION_SCALING = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and std of 0..1 pixels
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of an exported network (export.py)
+FOR_OTHERS = (".onnx", ".pt2")  # exports that this program cannot read back
 # What torch.load makes of a file that is no checkpoint.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AssertionError, KeyError)
 
@@ -163,8 +164,13 @@ def find(path: str | Path) -> Path:
         )
     candidates = [path, path / CHECKPOINTS / BEST, path / CHECKPOINTS / LAST, path / BEST, path / WEIGHTS]
     for candidate in candidates:
-        if candidate.is_file():
+        if candidate.is_file() and candidate.suffix not in FOR_OTHERS:
             return candidate
+    for file in (path, path / "model.onnx", path / "model.pt2"):
+        if file.is_file():
+            raise UserError(
+                f"checkpoint={file} is an export for other programs: give its run, or export format=safetensors"
+            )
     if path.is_dir():
         raise UserError(
             f"checkpoint={path} holds no checkpoints/best.ckpt: give the directory of a run, seed<k>"

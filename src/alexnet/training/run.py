@@ -201,7 +201,8 @@ def _summary(record: RunRecord) -> str:
         others = sorted({backend for name, backend in resolved["backend"].items() if name not in yours})
         lines.append(f"gradients   yours: {', '.join(f'{name} from {file}' for name, file in yours.items())}")
         lines.append(f"            this project's: all others ({', '.join(others)})")
-    lines.append(f"{content['seconds'] / 60:.1f} minutes, {content['images_per_second']:.0f} images/s")
+    rate = content["images_per_second"]  # the median over the rows of steps; a short run has none
+    lines.append(f"{content['seconds'] / 60:.1f} minutes" + f", {rate:.0f} images/s" * (rate > 0))
     files = {"picture": content["picture"], "checkpoint": content["checkpoint"], "record": "run.json"}
     lines += [f"{name:12}{record.directory / file}" for name, file in files.items()]
     return "\n".join(lines)
