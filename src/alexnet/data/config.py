@@ -40,10 +40,9 @@ class DataConfig:
         words = ["python scripts/prepare_data.py", f"data={kind}"]
         if kind in (SourceKind.imagenet, SourceKind.folder):  # the others are downloaded
             words.append("path=<folder or archive>")
-        if subset := re.fullmatch(
-            rf"{kind}_?(\d+)", self.name
-        ):  # tiny_imagenet_20; of synthetic it counts images
-            words += [f"n_classes={subset[1]}"] * (kind != SourceKind.synthetic)
+        subset = re.fullmatch(rf"{kind}_?(\d+)", self.name)
+        if subset and kind != SourceKind.synthetic:  # tiny_imagenet_20; of the synthetic set it counts images
+            words.append(f"n_classes={subset[1]}")
         if self.name != kind:
             words.append(shlex.quote(f"name={self.name}"))
         if (data_dir := str(Path(self.root).parent)) != "data":
